@@ -1,0 +1,258 @@
+"""The data set as mini-batches: sizes, devices, order, and that every pass reads the same."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from fisherops import _arrays
+from fisherops._tree import leaves, map_arrays
+
+_EXPECTED = (
+    "Pass a list of batches [(X, y), ...], a DataLoader, another re-iterable of pairs, or one pair of arrays (X, y)."
+)
+
+
+class Batch(NamedTuple):
+    """One mini-batch, on the device of the parameters."""
+
+    index: int
+    X: Any
+    y: Tensor
+    size: int
+
+
+class Data:
+    """A data set that is read once for every product.
+
+    Parameters
+    ----------
+    source : iterable of (X, y), or a pair of arrays (X, y)
+        What the user passed as ``data``.
+    device : torch.device
+        Where batches go.
+    dtype : torch.dtype
+        Compute precision.
+    convert : bool
+        Whether floating-point tensors in X are converted to `dtype`.
+    batch_size : int or None
+        Rows per batch when `source` is a pair of arrays; None takes all rows as one batch.
+    batch_size_fn : callable or None
+        ``X -> int``; None takes the length of y.
+    num_data : int or None
+        The number of data that the source is said to have, checked on every pass.
+    verify : bool
+        Whether the contents of each batch are compared with those of the first pass.
+    progressbar : bool
+        Whether passes show a tqdm bar on stderr.
+
+    Attributes
+    ----------
+    num_data : int or None
+        Number of data, known after the first complete pass.
+    """
+
+    def __init__(
+        self,
+        source: Any,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        convert: bool,
+        batch_size: int | None,
+        batch_size_fn: Callable[[Any], int] | None,
+        num_data: int | None,
+        verify: bool,
+        progressbar: bool,
+    ) -> None:
+        if num_data is not None and (isinstance(num_data, bool) or not isinstance(num_data, int) or num_data < 1):
+            raise ValueError(f"`num_data` must be a positive integer or None, got {num_data!r}.")
+        self._device = device
+        self._dtype = dtype
+        self._convert = convert
+        self._size_of = batch_size_fn
+        self._said_num_data = num_data
+        self._verify = verify
+        self._progressbar = progressbar
+        self._prints: list[_Print] = []
+        self.num_data: int | None = None
+        self._source = _as_source(source, batch_size)
+
+    def batches(self, description: str) -> Iterator[Batch]:
+        """Read all batches once.
+
+        Raises
+        ------
+        TypeError
+            If an item is not a pair (X, y).
+        ValueError
+            If there is no data, a batch is empty, or their number is not what the user said.
+        RuntimeError
+            If a batch differs from what the first pass read.
+        """
+        first_pass = self.num_data is None
+        prints: list[_Print] = [] if first_pass else self._prints
+        total = count = 0
+        total_batches = None if first_pass else len(self._prints)
+        with tqdm(
+            self._source, desc=description, total=total_batches, unit="batch", leave=False, disable=not self._progressbar
+        ) as bar:
+            for index, item in enumerate(bar):
+                X, y, size = self._unpack(index, item)
+                if first_pass:
+                    prints.append(_Print((X, y), size, self._verify))
+                elif index >= len(prints):
+                    raise RuntimeError(_changed(f"the first pass read {len(prints)} batches, this one has more"))
+                elif not prints[index].matches((X, y), size):
+                    raise RuntimeError(_changed(f"batch {index} is not the one that the first pass read"))
+                count, total = index + 1, total + size
+                yield Batch(index, self._ready(X, self._convert), self._ready(y, False), size)
+        if count == 0:
+            raise ValueError(f"`data` has no batches, so there is no Fisher. {_EXPECTED}")
+        if count < len(prints):
+            raise RuntimeError(_changed(f"the first pass read {len(prints)} batches, this one only {count}"))
+        if self._said_num_data is not None and total != self._said_num_data:
+            raise ValueError(
+                f"`num_data` is {self._said_num_data}, but the data has {total}: leave it out, or correct it. "
+                "(A `batch_size_fn` that counts wrongly also causes this.)"
+            )
+        self._prints, self.num_data = prints, total
+
+    def _unpack(self, index: int, item: Any) -> tuple[Any, Tensor, int]:
+        if not isinstance(item, tuple | list) or len(item) != 2:
+            length = f" of length {len(item)}" if isinstance(item, tuple | list) else ""
+            raise TypeError(f"batch {index} must be a pair (X, y), got {type(item).__name__}{length}. {_EXPECTED}")
+        X, y = item
+        if not _arrays.is_array(y):
+            raise TypeError(f"the targets y of batch {index} must be a tensor or array, got {type(y).__name__}.")
+        y = self._tensor(y, f"y of batch {index}")
+        X = map_arrays(lambda a: self._tensor(a, f"X of batch {index}"), X)
+        if self._size_of is not None:
+            size = self._size_of(X)
+            if isinstance(size, bool) or not hasattr(size, "__index__"):
+                raise TypeError(f"`batch_size_fn` must return an integer, got {size!r} for batch {index}.")
+            size = size.__index__()
+        elif y.ndim == 0:
+            raise ValueError(
+                f"the targets y of batch {index} have no batch axis (0-d), so the batch size is unknown: "
+                "add the axis, or pass `batch_size_fn`."
+            )
+        else:
+            size = y.shape[0]
+        if size < 1:
+            raise ValueError(
+                f"batch {index} has size {size}: every batch must have at least one datum. Leave empty batches out."
+            )
+        return X, y, size
+
+    def _tensor(self, a: Any, name: str) -> Tensor:
+        if isinstance(a, Tensor):
+            return a
+        t = _arrays.to_tensor(a, name)
+        # NumPy's default is float64 whatever the model's precision; a torch tensor's dtype is the user's choice.
+        return t.to(self._dtype) if t.is_floating_point() else t
+
+    def _ready(self, x: Any, convert: bool) -> Any:
+        def move(t: Tensor) -> Tensor:
+            return t.to(self._device, self._dtype if convert and t.is_floating_point() else t.dtype)
+
+        moved = map_arrays(move, x)
+        # An object of another kind, such as a graph, knows by itself how to move.
+        if moved is x and not isinstance(x, Tensor | Mapping | tuple | list) and callable(getattr(x, "to", None)):
+            moved = x.to(self._device)
+        return moved
+
+
+def _as_source(source: Any, batch_size: int | None) -> Iterable[Any]:
+    if batch_size is not None and (
+        isinstance(batch_size, bool) or not hasattr(batch_size, "__index__") or batch_size.__index__() < 1
+    ):
+        raise ValueError(f"`batch_size` must be a positive integer or None, got {batch_size!r}.")
+    if isinstance(source, tuple | list) and len(source) == 2 and _arrays.is_array(source[1]):
+        return _slices(source[0], source[1], batch_size)
+    if batch_size is not None:
+        raise ValueError(
+            "`batch_size` is for a pair of arrays (X, y); this `data` is already in batches, so leave it out."
+        )
+    if not hasattr(source, "__iter__") and not hasattr(source, "__getitem__"):
+        raise TypeError(f"`data` must be iterable, got {type(source).__name__}. {_EXPECTED}")
+    if isinstance(source, Iterator):
+        raise TypeError(
+            f"`data` must be re-iterable, got {type(source).__name__}: every product reads all data again, and a "
+            "generator is empty after the first. Pass a list of batches or a DataLoader."
+        )
+    if _arrays.is_array(source) or isinstance(source, Mapping | str):
+        raise TypeError(f"`data` must hold inputs and targets, got one {type(source).__name__}. {_EXPECTED}")
+    return source  # type: ignore[no-any-return]
+
+
+def _slices(X: Any, y: Any, batch_size: int | None) -> list[tuple[Any, Any]]:
+    """Cut a pair of arrays into batches, which are views."""
+    inputs = leaves(X)
+    if not inputs:
+        raise TypeError(f"the inputs X of the pair must be arrays, got {type(X).__name__}. {_EXPECTED}")
+    if any(len(a.shape) == 0 or a.shape[0] != y.shape[0] for a in [*inputs, y] if len(y.shape)) or not len(y.shape):
+        raise ValueError(
+            "the arrays X and y must have one row for each datum, got shapes "
+            f"{[tuple(a.shape) for a in inputs]} and {tuple(y.shape)}."
+        )
+    N = y.shape[0]
+    step = batch_size or max(N, 1)
+    cuts = [slice(start, start + step) for start in range(0, N, step)]
+    return [(map_arrays(lambda a, cut=cut: a[cut], X), y[cut]) for cut in cuts]
+
+
+class _Print:
+    """The fingerprint of one batch: its size, and its contents where they are to be verified."""
+
+    def __init__(self, contents: Any, size: int, verify: bool) -> None:
+        self._size = size
+        self._verify = verify
+        if verify:
+            tensors = leaves(contents)
+            self._forms = [(t.shape, t.dtype) for t in tensors]
+            self._identities = [(weakref.ref(t), _version(t)) for t in tensors]
+            self._sums = [_checksum(t) for t in tensors]
+
+    def matches(self, contents: Any, size: int) -> bool:
+        if size != self._size:
+            return False
+        if not self._verify:
+            return True
+        tensors = leaves(contents)
+        if [(t.shape, t.dtype) for t in tensors] != self._forms:
+            return False
+        for t, (known, version), expected in zip(tensors, self._identities, self._sums, strict=True):
+            unchanged = known() is t and version is not None and _version(t) == version
+            if not unchanged and _checksum(t) != expected:
+                return False
+        return True
+
+
+def _version(t: Tensor) -> int | None:
+    return None if t.is_inference() else t._version
+
+
+def _checksum(t: Tensor) -> int:
+    """Return a number that depends on every bit of a tensor and on their order."""
+    if t.layout is not torch.strided:
+        t = t.to_dense()
+    t = t.detach().contiguous().resolve_conj().resolve_neg()
+    t = torch.view_as_real(t) if t.is_complex() else t
+    words = t.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[t.itemsize]).flatten().long()
+    # Multiplication by odd numbers is invertible modulo 2**64, so no single change goes unseen.
+    weights = torch.arange(words.numel(), device=words.device).mul_(2 * 0x9E3779B9).add_(1)
+    return int(weights.mul_(words).sum())
+
+
+def _changed(what: str) -> str:
+    return (
+        f"`data` changed between two passes: {what}. Every product reads all data and must find the same batches in "
+        "the same order. Switch shuffling and random augmentation off (`DataLoader(..., shuffle=False)`), and do not "
+        "change the arrays in place while the operator is in use."
+    )

@@ -1,0 +1,402 @@
+"""The SciPy contract and the algebra of operators, written once, in torch.
+
+A subclass says how it multiplies (:meth:`TorchLinearOperator._apply`) and what its transpose is; every
+public way to multiply is here. The public methods of SciPy convert their input to NumPy before any
+private hook sees it, so they are all overridden, and so are its composites.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.sparse import issparse
+from scipy.sparse.linalg import LinearOperator
+from torch import Tensor
+
+from fisherops import _arrays
+
+# Columns that `todense` multiplies at a time.
+_BLOCK = 256
+
+
+class TorchLinearOperator(LinearOperator):
+    """A SciPy linear operator that computes in torch.
+
+    Subclasses implement ``_apply`` and, unless they are symmetric, ``_transpose``.
+
+    Parameters
+    ----------
+    shape : tuple of int
+        Rows M and columns N.
+    dtype : torch.dtype
+        Compute precision.
+    device : torch.device
+        Where ``_apply`` gets its input and leaves its result.
+    """
+
+    # Reflected products (`ndarray @ op`) must reach this class instead of NumPy's loops.
+    __array_ufunc__ = None
+
+    def __init__(self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__(_arrays.numpy_dtype(dtype), shape)
+        self.device = device
+        self._torch_dtype = dtype
+
+    # ---- What a subclass says -----------------------------------------------------------------
+
+    def _apply(self, V: Tensor) -> Tensor:
+        """Multiply with columns.
+
+        Parameters
+        ----------
+        V : torch.Tensor
+            (N, K) with K ≥ 1, in the operator's dtype and on its device; only to be read.
+
+        Returns
+        -------
+        torch.Tensor
+            (M, K), shared with nobody.
+        """
+        raise NotImplementedError
+
+    def _transpose(self) -> TorchLinearOperator:
+        """Return the transpose; a symmetric operator is its own."""
+        return self
+
+    def _adjoint(self) -> TorchLinearOperator:
+        """Return the conjugate transpose; the same as the transpose where the operator is real."""
+        return self._transpose()
+
+    # ---- Products -----------------------------------------------------------------------------
+
+    def matvec(self, x: Any) -> Any:
+        """Multiply with one vector of shape (N,) or (N, 1)."""
+        return self._product(x, "matvec", vector=True)
+
+    def matmat(self, X: Any) -> Any:
+        """Multiply with the columns of a matrix of shape (N, K)."""
+        return self._product(X, "matmat", vector=False)
+
+    def rmatvec(self, x: Any) -> Any:
+        """Multiply the adjoint with one vector of shape (M,) or (M, 1)."""
+        return self.H._product(x, "rmatvec", vector=True)
+
+    def rmatmat(self, X: Any) -> Any:
+        """Multiply the adjoint with the columns of a matrix of shape (M, K)."""
+        return self.H._product(X, "rmatmat", vector=False)
+
+    def dot(self, x: Any) -> Any:
+        """Multiply with a vector, a matrix, a scalar or another operator, as `op * x` does.
+
+        Parameters
+        ----------
+        x : array, scalar or scipy.sparse.linalg.LinearOperator
+            An array of shape (N,) or (N, K), a number, or an operator with N rows.
+
+        Returns
+        -------
+        array or TorchLinearOperator
+            An array of the library, device and dimensionality of `x`, of its dtype if that is inexact and of
+            ``op.dtype`` otherwise; fresh, C-contiguous and writable. For a scalar or an operator: an operator.
+        """
+        if isinstance(x, LinearOperator):
+            return _Product(self, _as_torch_operator(x, self))
+        alpha = _arrays.scalar(x)
+        return self._product(x, "@") if alpha is None else _Scaled(self, alpha)
+
+    def rdot(self, x: Any) -> Any:
+        """Multiply from the left, `x @ op`.
+
+        Parameters
+        ----------
+        x : array, scalar or scipy.sparse.linalg.LinearOperator
+            An array of shape (M,) or (K, M), a number, or an operator with M columns.
+
+        Returns
+        -------
+        array or TorchLinearOperator
+            As for :meth:`dot`; an array of shape (N,) or (K, N).
+        """
+        if isinstance(x, LinearOperator):
+            return _Product(_as_torch_operator(x, self), self)
+        alpha = _arrays.scalar(x)
+        return self.T._product(x, "rdot", rows=True) if alpha is None else _Scaled(self, alpha)
+
+    _rdot = rdot  # the name up to SciPy 1.17
+
+    def _matvec(self, x: Any) -> Any:
+        return self.matvec(x)
+
+    def _matmat(self, X: Any) -> Any:
+        return self.matmat(X)
+
+    def _product(self, x: Any, name: str, vector: bool | None = None, rows: bool = False) -> Any:
+        """Take `x` to torch, check its shape, multiply, and take the result back.
+
+        With ``rows=True`` the vectors are the rows of `x`, and those of the result.
+        """
+        if issparse(x):
+            raise TypeError(
+                f"got a sparse matrix of shape {x.shape}, and its product would be dense: pass `x.toarray()`."
+            )
+        X, leave = _arrays.enter(x)
+        N = self.shape[1]
+        allowed_ndim = (1, 2) if vector is not False else (2,)
+        length = X.shape[-1 if rows else 0] if X.ndim else None
+        if X.ndim not in allowed_ndim or length != N or (vector and X.ndim == 2 and X.shape[1] != 1):
+            expected = {True: f"({N},) or ({N}, 1)", False: f"({N}, K)"}.get(vector, f"({N},) or ({N}, K)")
+            expected = f"({N},) or (K, {N})" if rows else expected
+            raise ValueError(
+                f"dimension mismatch in {name}: got an array of shape {tuple(X.shape)}, "
+                f"an operator of shape {self.shape} takes {expected} here."
+            )
+        columns = X.unsqueeze(1) if X.ndim == 1 else X.T if rows else X
+        Y = self._times(columns.to(self.device))
+        return leave(Y.squeeze(1) if X.ndim == 1 else Y.T if rows else Y)
+
+    def _times(self, V: Tensor) -> Tensor:
+        """Multiply with a torch matrix of any dtype: its columns in the operator's dtype, complex ones in parts."""
+        M, K = self.shape[0], V.shape[1]
+        if V.is_complex() and not self._torch_dtype.is_complex:
+            parts = self._times(torch.cat([V.real, V.imag], dim=1))
+            return torch.complex(parts[:, :K].contiguous(), parts[:, K:].contiguous())
+        if K == 0:
+            return torch.zeros(M, 0, dtype=self._torch_dtype, device=self.device)
+        return self._apply(V.to(self._torch_dtype))
+
+    def todense(self) -> np.ndarray[Any, Any]:
+        """Return the matrix as a NumPy array of shape (M, N); costs N products."""
+        N = self.shape[1]
+        blocks = []
+        for start in range(0, N, _BLOCK):
+            width = min(_BLOCK, N - start)
+            identity = torch.zeros(N, width, dtype=self._torch_dtype, device=self.device)
+            identity.diagonal(-start)[:width] = 1
+            blocks.append(self._times(identity).cpu())
+        return torch.cat(blocks, dim=1).numpy()
+
+    # ---- Algebra ------------------------------------------------------------------------------
+
+    def __call__(self, x: Any) -> Any:
+        return self.dot(x)
+
+    def __mul__(self, x: Any) -> Any:
+        return self.dot(x)
+
+    def __rmul__(self, x: Any) -> Any:
+        return self.rdot(x)
+
+    def __matmul__(self, x: Any) -> Any:
+        _refuse_scalar(x)
+        return self.dot(x)
+
+    def __rmatmul__(self, x: Any) -> Any:
+        _refuse_scalar(x)
+        return self.rdot(x)
+
+    def __truediv__(self, alpha: Any) -> TorchLinearOperator:
+        value = _arrays.scalar(alpha)
+        if value is None:
+            raise ValueError(f"can only divide an operator by a scalar, got {type(alpha).__name__}.")
+        return _Scaled(self, 1.0 / value)
+
+    def __neg__(self) -> TorchLinearOperator:
+        return _Scaled(self, -1)
+
+    def __add__(self, other: Any) -> Any:
+        if not isinstance(other, LinearOperator):
+            return NotImplemented
+        return _Sum(self, _as_torch_operator(other, self))
+
+    def __sub__(self, other: Any) -> Any:
+        if not isinstance(other, LinearOperator):
+            return NotImplemented
+        return _Sum(self, -_as_torch_operator(other, self))
+
+    def __pow__(self, exponent: Any) -> Any:
+        try:
+            p = operator.index(exponent)
+        except TypeError:
+            p = -1
+        if p < 0:
+            raise ValueError(
+                f"an operator can be raised to an integer power of at least 0, got {exponent!r}; "
+                "for an inverse use a solver, such as `scipy.sparse.linalg.cg(op.damped(1e-3), b)`."
+            )
+        return _Power(self, p)
+
+    def damped(self, damping: Any) -> TorchLinearOperator:
+        """Return ``op + damping · I``.
+
+        Parameters
+        ----------
+        damping : float
+            The number λ added to the diagonal, in the units of the operator's eigenvalues.
+
+        Raises
+        ------
+        TypeError
+            If `damping` is not a real number.
+        ValueError
+            If `damping` is not finite, or the operator is not square.
+        """
+        value = _arrays.scalar(damping)
+        if value is None or isinstance(value, complex):
+            raise TypeError(f"`damping` must be a real number, got {damping!r}.")
+        if not np.isfinite(value):
+            raise ValueError(f"`damping` must be finite, got {value}.")
+        return _Damped(self, float(value))
+
+
+class _Transposed(TorchLinearOperator):
+    """The transpose of an operator that has a method for it (``_apply_transposed``)."""
+
+    def __init__(self, A: Any) -> None:
+        super().__init__((A.shape[1], A.shape[0]), A._torch_dtype, A.device)
+        self._A = A
+
+    def _apply(self, V: Tensor) -> Tensor:
+        result: Tensor = self._A._apply_transposed(V)
+        return result
+
+    def _transpose(self) -> TorchLinearOperator:
+        original: TorchLinearOperator = self._A
+        return original
+
+
+class _Sum(TorchLinearOperator):
+    """A + B."""
+
+    def __init__(self, A: TorchLinearOperator, B: TorchLinearOperator) -> None:
+        if A.shape != B.shape:
+            raise ValueError(f"cannot add operators of shapes {A.shape} and {B.shape}.")
+        super().__init__(A.shape, torch.promote_types(A._torch_dtype, B._torch_dtype), _same_device(A, B))
+        self._A, self._B = A, B
+
+    def _apply(self, V: Tensor) -> Tensor:
+        return self._A._times(V) + self._B._times(V)
+
+    def _transpose(self) -> TorchLinearOperator:
+        return _Sum(self._A.T, self._B.T)
+
+    def _adjoint(self) -> TorchLinearOperator:
+        return _Sum(self._A.H, self._B.H)
+
+
+class _Scaled(TorchLinearOperator):
+    """α A. A scalar never raises the precision; a complex one makes the operator complex."""
+
+    def __init__(self, A: TorchLinearOperator, alpha: Any) -> None:
+        dtype = A._torch_dtype
+        super().__init__(A.shape, dtype.to_complex() if isinstance(alpha, complex) else dtype, A.device)
+        self._A, self._alpha = A, alpha
+
+    def _apply(self, V: Tensor) -> Tensor:
+        return self._A._times(V).mul_(self._alpha)
+
+    def _transpose(self) -> TorchLinearOperator:
+        return _Scaled(self._A.T, self._alpha)
+
+    def _adjoint(self) -> TorchLinearOperator:
+        return _Scaled(self._A.H, self._alpha.conjugate())
+
+
+class _Damped(TorchLinearOperator):
+    """A + λI."""
+
+    def __init__(self, A: TorchLinearOperator, damping: float) -> None:
+        if A.shape[0] != A.shape[1]:
+            raise ValueError(f"only a square operator can be damped, got shape {A.shape}.")
+        super().__init__(A.shape, A._torch_dtype, A.device)
+        self._A, self.damping = A, damping
+
+    def _apply(self, V: Tensor) -> Tensor:
+        return self._A._times(V).add_(V, alpha=self.damping)
+
+    def _transpose(self) -> TorchLinearOperator:
+        return self if self._A.T is self._A else _Damped(self._A.T, self.damping)
+
+    def _adjoint(self) -> TorchLinearOperator:
+        return self if self._A.H is self._A else _Damped(self._A.H, self.damping)
+
+
+class _Product(TorchLinearOperator):
+    """A B."""
+
+    def __init__(self, A: TorchLinearOperator, B: TorchLinearOperator) -> None:
+        if A.shape[1] != B.shape[0]:
+            raise ValueError(f"cannot multiply operators of shapes {A.shape} and {B.shape}.")
+        dtype = torch.promote_types(A._torch_dtype, B._torch_dtype)
+        super().__init__((A.shape[0], B.shape[1]), dtype, _same_device(A, B))
+        self._A, self._B = A, B
+
+    def _apply(self, V: Tensor) -> Tensor:
+        return self._A._times(self._B._times(V))
+
+    def _transpose(self) -> TorchLinearOperator:
+        return _Product(self._B.T, self._A.T)
+
+    def _adjoint(self) -> TorchLinearOperator:
+        return _Product(self._B.H, self._A.H)
+
+
+class _Power(TorchLinearOperator):
+    """Aᵖ, p ≥ 0."""
+
+    def __init__(self, A: TorchLinearOperator, p: int) -> None:
+        if A.shape[0] != A.shape[1]:
+            raise ValueError(f"only a square operator can be raised to a power, got shape {A.shape}.")
+        super().__init__(A.shape, A._torch_dtype, A.device)
+        self._A, self._p = A, p
+
+    def _apply(self, V: Tensor) -> Tensor:
+        if self._p == 0:
+            return V.clone()  # a result never shares the memory of its input
+        for _ in range(self._p):
+            V = self._A._times(V)
+        return V
+
+    def _transpose(self) -> TorchLinearOperator:
+        return self if self._A.T is self._A else _Power(self._A.T, self._p)
+
+    def _adjoint(self) -> TorchLinearOperator:
+        return self if self._A.H is self._A else _Power(self._A.H, self._p)
+
+
+class _Foreign(TorchLinearOperator):
+    """A SciPy operator inside a composite; its products go through NumPy on the host."""
+
+    def __init__(self, A: LinearOperator, device: torch.device) -> None:
+        dtype = np.result_type(A.dtype if A.dtype is not None else np.float64, np.float32)
+        super().__init__(A.shape, torch.from_numpy(np.empty(0, dtype)).dtype, device)
+        self._A = A
+
+    def _apply(self, V: Tensor) -> Tensor:
+        # IdentityOperator returns its input, hence the copy.
+        return torch.tensor(self._A.matmat(V.cpu().numpy()), dtype=self._torch_dtype, device=self.device)
+
+    def _transpose(self) -> TorchLinearOperator:
+        return _Foreign(self._A.T, self.device)
+
+    def _adjoint(self) -> TorchLinearOperator:
+        return _Foreign(self._A.H, self.device)
+
+
+def _as_torch_operator(A: LinearOperator, beside: TorchLinearOperator) -> TorchLinearOperator:
+    return A if isinstance(A, TorchLinearOperator) else _Foreign(A, beside.device)
+
+
+def _same_device(A: TorchLinearOperator, B: TorchLinearOperator) -> torch.device:
+    if A.device != B.device:
+        raise ValueError(
+            f"cannot combine operators on devices {A.device} and {B.device}: build both on the same device."
+        )
+    return A.device
+
+
+def _refuse_scalar(x: Any) -> None:
+    if _arrays.scalar(x) is not None:
+        raise ValueError("scalar operands are not allowed with `@`, use `*` instead.")

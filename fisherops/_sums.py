@@ -1,0 +1,36 @@
+"""Sums over many batches that keep their digits."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+class CompensatedSum:
+    """A running sum of tensors with Kahan's compensation.
+
+    Its error stays at about one rounding of the result however many tensors are added, where a plain running sum
+    loses digits in proportion to their number.
+
+    References
+    ----------
+    W. Kahan, Further remarks on reducing truncation errors, Comm. ACM 8 (1965) 40, doi:10.1145/363707.363723.
+    """
+
+    def __init__(self) -> None:
+        self._sum: Tensor | None = None
+        self._error: Tensor | None = None
+
+    def add(self, term: Tensor) -> None:
+        """Add a tensor, which becomes property of the sum."""
+        if self._sum is None:
+            self._sum = term
+            return
+        corrected = term if self._error is None else term.sub_(self._error)
+        total = self._sum + corrected
+        self._error = (total - self._sum).sub_(corrected)
+        self._sum = total
+
+    def value(self) -> Tensor:
+        """Return the sum; at least one tensor must have been added."""
+        assert self._sum is not None
+        return self._sum

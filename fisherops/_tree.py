@@ -1,0 +1,45 @@
+"""Arrays nested in mappings, tuples and lists, as the inputs of a model often are."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, MutableMapping
+from typing import Any
+
+from torch import Tensor
+
+from fisherops import _arrays
+
+
+def map_arrays(function: Callable[[Any], Any], x: Any) -> Any:
+    """Apply a function to every array in nested mappings, tuples and lists; the same object if nothing changes."""
+    if _arrays.is_array(x):
+        return function(x)
+    if isinstance(x, Mapping):
+        items = {key: map_arrays(function, item) for key, item in x.items()}
+        if all(items[key] is item for key, item in x.items()):
+            return x
+        if type(x) is dict or not isinstance(x, MutableMapping):
+            return items
+        mapped = copy.copy(x)  # a UserDict keeps its class and attributes
+        for key, item in items.items():
+            mapped[key] = item
+        return mapped
+    if isinstance(x, tuple | list):
+        parts = [map_arrays(function, item) for item in x]
+        if all(new is old for new, old in zip(parts, x, strict=True)):
+            return x
+        return type(x)(*parts) if hasattr(x, "_fields") else type(x)(parts)
+    return x
+
+
+def leaves(x: Any) -> list[Tensor]:
+    """List the arrays in `x`, in the order in which :func:`map_arrays` meets them."""
+    found: list[Tensor] = []
+
+    def note(t: Tensor) -> Tensor:
+        found.append(t)
+        return t
+
+    map_arrays(note, x)
+    return found

@@ -1,0 +1,216 @@
+"""Products with the Jacobian J of a batch's outputs, by whatever mode of differentiation the model allows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.func import jvp, vmap
+
+from fisherops._model import plain_kernels
+from fisherops._params import Parameters
+
+Function = Callable[[Mapping[str, Tensor], Any], Tensor]
+
+
+class _Mode(NamedTuple):
+    """One way to compute J v."""
+
+    name: str
+    forward: bool
+    """Forward-mode differentiation; otherwise the derivative of u ↦ Jᵀu, by a second backward pass."""
+    kernels: Callable[[], AbstractContextManager[None]]
+
+
+# Forward mode costs about half of double-backward. Attention and recurrent layers have fused kernels that allow
+# neither on some devices; elementary kernels allow both, but are slower.
+_MODES = (
+    _Mode("forward mode", True, nullcontext),
+    _Mode("double-backward", False, nullcontext),
+    _Mode("forward mode with elementary kernels", True, plain_kernels),
+    _Mode("double-backward with elementary kernels", False, plain_kernels),
+)
+
+
+class Differentiation:
+    """The model as a differentiable function, and what was learnt about how it can be differentiated.
+
+    Parameters
+    ----------
+    function : callable
+        ``(point, X) -> f`` with outputs of any shape.
+    flatten : callable
+        Arranges outputs as (T, C), one row for each loss term.
+    parameters : Parameters
+    """
+
+    def __init__(self, function: Function, flatten: Callable[[Tensor], Tensor], parameters: Parameters) -> None:
+        self.function = function
+        self.flatten = flatten
+        self.parameters = parameters
+        self.mode: _Mode | None = None
+        self.vectorizes = True
+        """Whether several columns can go through one vmapped evaluation."""
+        self.separates = True
+        """Whether each datum of a batch can be differentiated by itself."""
+
+    def flat(self, point: Mapping[str, Tensor], X: Any) -> Tensor:
+        """Evaluate the model: outputs (T, C)."""
+        return self.flatten(self.function(point, X))
+
+    def at(self, point: Mapping[str, Tensor], X: Any) -> BatchJacobian:
+        """Evaluate the model on a batch at `point`, ready to multiply with its Jacobian."""
+        return BatchJacobian(self, point, X)
+
+    def choose_mode(self, jacobian: BatchJacobian) -> _Mode:
+        """Return the first mode that works on a batch and agrees with reverse mode there."""
+        failures = []
+        for mode in _MODES:
+            try:
+                agrees = _agrees_with_reverse(jacobian, mode)
+            except torch.OutOfMemoryError:
+                raise
+            except (NotImplementedError, RuntimeError) as error:
+                failures.append(f"{mode.name}: {_first_line(error)}")
+                continue
+            if agrees:
+                return mode
+            failures.append(f"{mode.name}: it contradicts reverse mode, so a derivative rule in the model is wrong")
+        raise NotImplementedError(
+            "the model's Jacobian cannot be multiplied with vectors, because an operation allows neither forward-mode "
+            "nor double-backward differentiation. Replace that operation, or give its autograd function a jvp. Tried "
+            + "; ".join(failures)
+            + "."
+        )
+
+
+class BatchJacobian:
+    """J of one batch, (T·C) × D, at one point.
+
+    Attributes
+    ----------
+    outputs : torch.Tensor
+        f, (T, C), without a graph.
+    output_shape : torch.Size
+        Shape of the outputs before they were arranged as (T, C).
+    """
+
+    def __init__(self, differentiation: Differentiation, point: Mapping[str, Tensor], X: Any) -> None:
+        self.differentiation = differentiation
+        self.point = point
+        self.X = X
+        self._graph: tuple[Tensor, list[Tensor]] | None = None
+        kernels = differentiation.mode.kernels if differentiation.mode and not differentiation.mode.forward else None
+        f, _ = self._build_graph(kernels or nullcontext)
+        self.outputs = f.detach()
+        if not f.requires_grad:
+            raise ValueError(
+                "the model's output does not depend on any of `params`, so its Fisher is zero: check that the "
+                "parameters are those that the model uses, and that it does not detach them."
+            )
+
+    def jvp(self, V: Tensor) -> Tensor:
+        """Multiply J with columns: (D, K) → (K, T, C)."""
+        if self.differentiation.mode is None:
+            self.differentiation.mode = self.differentiation.choose_mode(self)
+        return self._jvp(V, self.differentiation.mode)
+
+    def vjp(self, U: Tensor) -> Tensor:
+        """Multiply Jᵀ: (K, T, C) → (D, K)."""
+        f, leaves = self._built()
+        return self._join(self._backward(f, leaves, U))
+
+    def _jvp(self, V: Tensor, mode: _Mode) -> Tensor:
+        tangents = self.differentiation.parameters.split(V)
+        with torch.enable_grad(), mode.kernels():
+            return self._forward(tangents) if mode.forward else self._double_backward(tangents, mode)
+
+    def _forward(self, tangents: Mapping[str, Tensor]) -> Tensor:
+        def one_column(tangent: dict[str, Tensor]) -> Tensor:
+            flat = self.differentiation.flat
+            result: Tensor = jvp(lambda point: flat(point, self.X), (dict(self.point),), (tangent,))[1]
+            return result
+
+        K = len(next(iter(tangents.values())))
+        with torch.no_grad():
+            if K > 1 and self.differentiation.vectorizes:
+                try:
+                    vectorized: Tensor = vmap(one_column, randomness="same")(dict(tangents))
+                    return vectorized
+                except torch.OutOfMemoryError:
+                    raise
+                except (NotImplementedError, RuntimeError):
+                    self.differentiation.vectorizes = False
+            return torch.stack([one_column({name: t[k] for name, t in tangents.items()}) for k in range(K)])
+
+    def _double_backward(self, tangents: Mapping[str, Tensor], mode: _Mode) -> Tensor:
+        f, leaves = self._built() if mode.kernels is nullcontext else self._build_graph(mode.kernels)
+        u = torch.zeros_like(f, requires_grad=True)
+        gradients = torch.autograd.grad(f, leaves, u, create_graph=True, allow_unused=True)
+        used = [(g, t) for g, t in zip(gradients, tangents.values(), strict=True) if g is not None and g.requires_grad]
+        return self._batched_grad([g for g, _ in used], [u], [t for _, t in used])[0]
+
+    def _backward(self, f: Tensor, leaves: list[Tensor], U: Tensor) -> list[Tensor]:
+        return self._batched_grad([f], leaves, [U])
+
+    def _batched_grad(self, outputs: list[Tensor], inputs: list[Tensor], cotangents: list[Tensor]) -> list[Tensor]:
+        """Return Σ over outputs of cotangentᵀ ∂output/∂input, for cotangents stacked along a leading axis K."""
+
+        def grad(cotangent: list[Tensor], batched: bool) -> tuple[Tensor, ...]:
+            gradients: tuple[Tensor, ...] = torch.autograd.grad(
+                outputs, inputs, cotangent, retain_graph=True, is_grads_batched=batched, allow_unused=True,
+                materialize_grads=not batched,
+            )  # fmt: skip
+            return gradients
+
+        K = len(cotangents[0])
+        if K > 1 and self.differentiation.vectorizes:
+            try:
+                gradients = grad(cotangents, batched=True)
+                # A parameter that the model does not use has gradient None, that is zero.
+                return [
+                    x.new_zeros(K, *x.shape) if g is None else g for g, x in zip(gradients, inputs, strict=True)
+                ]
+            except torch.OutOfMemoryError:
+                raise
+            except (NotImplementedError, RuntimeError):
+                self.differentiation.vectorizes = False
+        columns = [grad([c[k] for c in cotangents], batched=False) for k in range(K)]
+        return [torch.stack(parts) for parts in zip(*columns, strict=True)]
+
+    def _join(self, gradients: list[Tensor]) -> Tensor:
+        return self.differentiation.parameters.join(dict(zip(self.point, gradients, strict=True)))
+
+    def _build_graph(self, kernels: Callable[[], AbstractContextManager[None]]) -> tuple[Tensor, list[Tensor]]:
+        with torch.enable_grad(), kernels():
+            leaves = {name: value.detach().requires_grad_() for name, value in self.point.items()}
+            f = self.differentiation.function(leaves, self.X)
+            self.output_shape = f.shape
+            self._graph = self.differentiation.flatten(f), list(leaves.values())
+        return self._graph
+
+    def _built(self) -> tuple[Tensor, list[Tensor]]:
+        assert self._graph is not None
+        return self._graph
+
+
+def _agrees_with_reverse(jacobian: BatchJacobian, mode: _Mode) -> bool:
+    """Check ⟨u, J v⟩ = ⟨Jᵀu, v⟩ for u along J v, where nothing cancels."""
+    parameters = jacobian.differentiation.parameters
+    generator = torch.Generator(device=parameters.device).manual_seed(0)
+    options = {"dtype": parameters.dtype, "device": parameters.device, "generator": generator}
+    v = torch.randn(parameters.numel, 1, **options)
+    Jv = jacobian._jvp(v, mode)
+    norm = Jv.norm()
+    u = Jv / norm if norm > 0 else torch.randn(Jv.shape, **options)
+    forward, reverse = (u * Jv).sum(), (jacobian.vjp(u) * v).sum()
+    tolerance = torch.finfo(parameters.dtype).eps ** 0.5
+    return bool((forward - reverse).abs() <= tolerance * torch.maximum(forward.abs(), reverse.abs()))
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".") if lines else type(error).__name__

@@ -1,0 +1,58 @@
+"""The rows of G through J and the output factor, computed anew for each batch and each product."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol
+
+from torch import Tensor
+
+from fisherops.scores.jacobian import BatchJacobian
+from fisherops.scores.rows import list_rows
+
+
+class Factor(Protocol):
+    """What G needs to know of the output factor S: C × R for each of T terms."""
+
+    rank: int
+
+    def apply(self, W: Tensor) -> Tensor:
+        """Multiply S: (K, T, R) → (K, T, C)."""
+        ...
+
+    def adjoint(self, U: Tensor) -> Tensor:
+        """Multiply Sᵀ: (K, T, C) → (K, T, R)."""
+        ...
+
+    def columns(self) -> Tensor:
+        """List the vectors, (T, R, C)."""
+        ...
+
+
+class RecomputedScores:
+    """G = Sᵀ J of one batch, (T·R) × D, where neither J nor G is kept.
+
+    Parameters
+    ----------
+    jacobian : BatchJacobian
+    factor : Factor
+    size : int
+        Number of data in the batch.
+    """
+
+    def __init__(self, jacobian: BatchJacobian, factor: Factor, size: int) -> None:
+        self._jacobian = jacobian
+        self._factor = factor
+        self._size = size
+
+    def apply(self, V: Tensor) -> Tensor:
+        """Multiply G: (D, K) → (T·R, K)."""
+        return self._factor.adjoint(self._jacobian.jvp(V)).flatten(1).T
+
+    def apply_transposed(self, W: Tensor) -> Tensor:
+        """Multiply Gᵀ: (T·R, K) → (D, K)."""
+        return self._jacobian.vjp(self._factor.apply(W.T.unflatten(1, (-1, self._factor.rank))))
+
+    def rows(self) -> Iterator[Tensor]:
+        """List G in blocks of rows (r, D)."""
+        return list_rows(self._jacobian, self._factor.columns(), self._size)

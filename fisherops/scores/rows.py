@@ -1,0 +1,113 @@
+"""Dense rows of G for one batch, in blocks of bounded size."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+from torch.func import vjp, vmap
+
+from fisherops._model import plain_kernels
+from fisherops._tree import leaves, map_arrays
+from fisherops.scores.jacobian import BatchJacobian
+
+# Bytes that one block of rows, with the vectors that it is computed from, may take.
+_BLOCK_BYTES = 2**26
+
+
+def list_rows(jacobian: BatchJacobian, columns: Tensor, size: int) -> Iterator[Tensor]:
+    """List G in blocks of rows (r, D), ordered by term and then by vector.
+
+    Where the data of the batch do not depend on each other, all rows of a block cost about one backward pass;
+    each block is checked against plain reverse mode, and where that fails a row costs one backward pass.
+
+    Parameters
+    ----------
+    jacobian : BatchJacobian
+    columns : torch.Tensor
+        The vectors of the output factor, (T, R, C).
+    size : int
+        Number of data in the batch.
+    """
+    how = jacobian.differentiation
+    T, R, C = columns.shape
+    per_datum = T * R // size if T % size == 0 else 0
+    for start, stop in _spans(T * R, per_datum, C * per_datum // R + how.parameters.numel, columns.itemsize):
+        block = _by_datum(jacobian, columns, size, start, stop) if per_datum and how.separates else None
+        if block is None or not _matches(block, jacobian, columns, start, stop):
+            how.separates = False
+            block = _by_backward(jacobian, columns, start, stop)
+        yield block
+
+
+def _spans(rows: int, per_datum: int, numbers_per_row: int, itemsize: int) -> Iterator[tuple[int, int]]:
+    """Cut the rows into blocks of whole data, or into pieces of one datum where that is too large."""
+    fitting = max(1, _BLOCK_BYTES // (numbers_per_row * itemsize))
+    if per_datum and fitting >= per_datum:
+        step = fitting // per_datum * per_datum
+        yield from ((start, min(start + step, rows)) for start in range(0, rows, step))
+        return
+    for datum in range(0, rows, per_datum or rows):
+        end = datum + (per_datum or rows)
+        yield from ((start, min(start + fitting, end)) for start in range(datum, end, fitting))
+
+
+def _by_datum(jacobian: BatchJacobian, columns: Tensor, size: int, start: int, stop: int) -> Tensor | None:
+    """Differentiate each datum by itself, all at once; None if the batch cannot be taken apart."""
+    how = jacobian.differentiation
+    X = jacobian.X
+    inputs = leaves(X)
+    if not inputs or any(t.ndim == 0 or len(t) != size or t.layout is not torch.strided for t in inputs):
+        return None
+    T, R, C = columns.shape
+    terms = T // size
+    first, last = start // (terms * R), -(-stop // (terms * R))
+    within = torch.arange(start - first * terms * R, min(stop - first * terms * R, terms * R), device=columns.device)
+    term, vector = within // R, within % R
+    own = columns.view(size, terms, R, C)[first:last]
+    cotangents = columns.new_zeros(last - first, len(within), terms, C)
+    cotangents[:, torch.arange(len(within), device=columns.device), term] = own[:, term, vector]
+
+    def one_datum(x: tuple[Tensor, ...], U: Tensor) -> dict[str, Tensor]:
+        parts = iter(x)
+        datum = map_arrays(lambda _: next(parts).unsqueeze(0), X)
+        pull = vjp(lambda point: how.flat(point, datum), dict(jacobian.point))[1]
+        gradients: dict[str, Tensor] = vmap(pull)(U)[0]
+        return gradients
+
+    for kernels in (nullcontext, plain_kernels):
+        try:
+            with kernels(), torch.no_grad():
+                gradients = vmap(one_datum, randomness="same")(tuple(t[first:last] for t in inputs), cotangents)
+        except torch.OutOfMemoryError:
+            raise
+        except (NotImplementedError, RuntimeError, ValueError, IndexError):
+            continue
+        return how.parameters.join({name: g.flatten(0, 1) for name, g in gradients.items()}).T
+    return None
+
+
+def _by_backward(jacobian: BatchJacobian, columns: Tensor, start: int, stop: int) -> Tensor:
+    """Differentiate the batch once for each row."""
+    T, R, C = columns.shape
+    at_once = max(1, _BLOCK_BYTES // (T * C * columns.itemsize))
+    blocks = []
+    for begin in range(start, stop, at_once):
+        index = torch.arange(begin, min(begin + at_once, stop), device=columns.device)
+        U = columns.new_zeros(len(index), T, C)
+        U[torch.arange(len(index), device=columns.device), index // R] = columns[index // R, index % R]
+        blocks.append(jacobian.vjp(U).T)
+    return torch.cat(blocks)
+
+
+def _matches(block: Tensor, jacobian: BatchJacobian, columns: Tensor, start: int, stop: int) -> bool:
+    """Compare a weighted sum of the rows with one plain backward pass; weights in [1, 2] let no row vanish."""
+    T, R, C = columns.shape
+    weights = torch.zeros(T * R, dtype=block.dtype, device=block.device)
+    weights[start:stop] = torch.linspace(1, 2, stop - start, dtype=block.dtype, device=block.device)
+    U = torch.einsum("trc,tr->tc", columns, weights.view(T, R))
+    plain = jacobian.vjp(U[None])[:, 0]
+    tolerance = torch.finfo(block.dtype).eps ** 0.5
+    return bool((weights[start:stop] @ block - plain).norm() <= tolerance * plain.norm())
