@@ -79,8 +79,9 @@ class _FisherOperator(TorchLinearOperator):
         total = CompensatedSum()
         with self._pass("product") as batches:
             for scores in batches:
-                blocks = [scores.apply_transposed(scores.apply(columns)) for columns in V.split(_COLUMNS, dim=1)]
-                total.add(torch.cat(blocks, dim=1))
+                # Columns lie one after the other in memory (hence .T), as `Parameters.split` gives and takes them.
+                blocks = [scores.apply_transposed(scores.apply(columns)).T for columns in V.split(_COLUMNS, dim=1)]
+                total.add((torch.cat(blocks) if len(blocks) > 1 else blocks[0]).T)
         return total.value().div_(self._divisor)
 
     def todense(self) -> np.ndarray[Any, Any]:
