@@ -208,12 +208,12 @@ class TorchLinearOperator(LinearOperator):
 
     def __add__(self, other: Any) -> Any:
         if not isinstance(other, LinearOperator):
-            return NotImplemented
+            return _refuse_sum(other)
         return _Sum(self, _as_torch_operator(other, self))
 
     def __sub__(self, other: Any) -> Any:
         if not isinstance(other, LinearOperator):
-            return NotImplemented
+            return _refuse_sum(other)
         return _Sum(self, -_as_torch_operator(other, self))
 
     def __pow__(self, exponent: Any) -> Any:
@@ -395,6 +395,15 @@ def _same_device(A: TorchLinearOperator, B: TorchLinearOperator) -> torch.device
             f"cannot combine operators on devices {A.device} and {B.device}: build both on the same device."
         )
     return A.device
+
+
+def _refuse_sum(other: Any) -> Any:
+    if _arrays.is_array(other) or issparse(other) or _arrays.scalar(other) is not None:
+        raise TypeError(
+            f"an operator can only be added to another operator, got {type(other).__name__}: wrap a matrix by "
+            "`scipy.sparse.linalg.aslinearoperator`; for op + λI use `op.damped(λ)`."
+        )
+    return NotImplemented
 
 
 def _refuse_scalar(x: Any) -> None:

@@ -117,11 +117,12 @@ def plain_kernels() -> Iterator[None]:
     """Evaluate attention and recurrent layers by elementary operations, which can be differentiated in every mode."""
     with ExitStack() as stack:
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
-        stack.enter_context(torch.backends.cudnn.flags(enabled=False))
-        fastpath = torch.backends.mha.get_fastpath_enabled()
+        # By the flag alone: the context managers of these backends also set precisions, with warnings.
+        for backend in (torch.backends.mkldnn, torch.backends.cudnn):
+            stack.callback(setattr, backend, "enabled", backend.enabled)
+            backend.enabled = False  # type: ignore[assignment]
+        stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
         torch.backends.mha.set_fastpath_enabled(False)
-        stack.callback(torch.backends.mha.set_fastpath_enabled, fastpath)
         yield
 
 

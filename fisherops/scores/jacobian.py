@@ -66,10 +66,12 @@ class Differentiation:
         return BatchJacobian(self, point, X)
 
     def choose_mode(self, jacobian: BatchJacobian) -> _Mode:
-        """Return the first mode that works on a batch and agrees with reverse mode there."""
+        """Return the first mode that works on a batch and agrees with reverse mode; the batch is left in that mode."""
         failures = []
         for mode in _MODES:
             try:
+                if mode.kernels is not nullcontext:
+                    jacobian._build_graph(mode.kernels)
                 agrees = _agrees_with_reverse(jacobian, mode)
             except torch.OutOfMemoryError:
                 raise
@@ -102,31 +104,34 @@ class BatchJacobian:
         self.differentiation = differentiation
         self.point = point
         self.X = X
-        self._graph: tuple[Tensor, list[Tensor]] | None = None
-        kernels = differentiation.mode.kernels if differentiation.mode and not differentiation.mode.forward else None
-        f, _ = self._build_graph(kernels or nullcontext)
-        self.outputs = f.detach()
+        mode = differentiation.mode
+        self._build_graph(mode.kernels if mode else nullcontext)
+        f, _ = self._graph
         if not f.requires_grad:
             raise ValueError(
                 "the model's output does not depend on any of `params`, so its Fisher is zero: check that the "
                 "parameters are those that the model uses, and that it does not detach them."
             )
+        if mode is None:
+            differentiation.mode = differentiation.choose_mode(self)
+        # From the kernels that were chosen: draws must see the same outputs in every product, to the last bit.
+        self.outputs = self._graph[0].detach()
 
     def jvp(self, V: Tensor) -> Tensor:
         """Multiply J with columns: (D, K) → (K, T, C)."""
-        if self.differentiation.mode is None:
-            self.differentiation.mode = self.differentiation.choose_mode(self)
+        assert self.differentiation.mode is not None
         return self._jvp(V, self.differentiation.mode)
 
     def vjp(self, U: Tensor) -> Tensor:
         """Multiply Jᵀ: (K, T, C) → (D, K)."""
-        f, leaves = self._built()
-        return self._join(self._backward(f, leaves, U))
+        f, leaves = self._graph
+        gradients = self._batched_grad([f], leaves, [U])
+        return self.differentiation.parameters.join(dict(zip(self.point, gradients, strict=True)))
 
     def _jvp(self, V: Tensor, mode: _Mode) -> Tensor:
         tangents = self.differentiation.parameters.split(V)
         with torch.enable_grad(), mode.kernels():
-            return self._forward(tangents) if mode.forward else self._double_backward(tangents, mode)
+            return self._forward(tangents) if mode.forward else self._double_backward(tangents)
 
     def _forward(self, tangents: Mapping[str, Tensor]) -> Tensor:
         def one_column(tangent: dict[str, Tensor]) -> Tensor:
@@ -146,15 +151,12 @@ class BatchJacobian:
                     self.differentiation.vectorizes = False
             return torch.stack([one_column({name: t[k] for name, t in tangents.items()}) for k in range(K)])
 
-    def _double_backward(self, tangents: Mapping[str, Tensor], mode: _Mode) -> Tensor:
-        f, leaves = self._built() if mode.kernels is nullcontext else self._build_graph(mode.kernels)
+    def _double_backward(self, tangents: Mapping[str, Tensor]) -> Tensor:
+        f, leaves = self._graph
         u = torch.zeros_like(f, requires_grad=True)
         gradients = torch.autograd.grad(f, leaves, u, create_graph=True, allow_unused=True)
         used = [(g, t) for g, t in zip(gradients, tangents.values(), strict=True) if g is not None and g.requires_grad]
         return self._batched_grad([g for g, _ in used], [u], [t for _, t in used])[0]
-
-    def _backward(self, f: Tensor, leaves: list[Tensor], U: Tensor) -> list[Tensor]:
-        return self._batched_grad([f], leaves, [U])
 
     def _batched_grad(self, outputs: list[Tensor], inputs: list[Tensor], cotangents: list[Tensor]) -> list[Tensor]:
         """Return Σ over outputs of cotangentᵀ ∂output/∂input, for cotangents stacked along a leading axis K."""
@@ -181,20 +183,12 @@ class BatchJacobian:
         columns = [grad([c[k] for c in cotangents], batched=False) for k in range(K)]
         return [torch.stack(parts) for parts in zip(*columns, strict=True)]
 
-    def _join(self, gradients: list[Tensor]) -> Tensor:
-        return self.differentiation.parameters.join(dict(zip(self.point, gradients, strict=True)))
-
-    def _build_graph(self, kernels: Callable[[], AbstractContextManager[None]]) -> tuple[Tensor, list[Tensor]]:
+    def _build_graph(self, kernels: Callable[[], AbstractContextManager[None]]) -> None:
         with torch.enable_grad(), kernels():
             leaves = {name: value.detach().requires_grad_() for name, value in self.point.items()}
             f = self.differentiation.function(leaves, self.X)
             self.output_shape = f.shape
-            self._graph = self.differentiation.flatten(f), list(leaves.values())
-        return self._graph
-
-    def _built(self) -> tuple[Tensor, list[Tensor]]:
-        assert self._graph is not None
-        return self._graph
+            self._graph: tuple[Tensor, list[Tensor]] = self.differentiation.flatten(f), list(leaves.values())
 
 
 def _agrees_with_reverse(jacobian: BatchJacobian, mode: _Mode) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -77,7 +76,8 @@ def _by_datum(jacobian: BatchJacobian, columns: Tensor, size: int, start: int, s
         gradients: dict[str, Tensor] = vmap(pull)(U)[0]
         return gradients
 
-    for kernels in (nullcontext, plain_kernels):
+    assert how.mode is not None
+    for kernels in {how.mode.kernels, plain_kernels}:
         try:
             with kernels(), torch.no_grad():
                 gradients = vmap(one_datum, randomness="same")(tuple(t[first:last] for t in inputs), cotangents)

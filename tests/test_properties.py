@@ -1,0 +1,115 @@
+"""The Monte-Carlo Fisher is the matrix that its definition says, for any model, loss, data and precision."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import fisherops as fo
+import oracle
+from models import ARCHITECTURES, LOSSES, make_case
+from tolerances import assert_same
+
+cases = st.builds(
+    make_case,
+    architecture=st.sampled_from(ARCHITECTURES),
+    loss=st.sampled_from(sorted(LOSSES)),
+    reduction=st.sampled_from(["mean", "sum"]),
+    sizes=st.lists(st.integers(1, 4), min_size=1, max_size=3),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+    C=st.integers(2, 4),
+    seed=st.integers(0, 10**6),
+)
+
+
+def operator(case, **options):
+    return fo.FisherMCLinearOperator(case.model, case.loss, data=case.data, **options)
+
+
+def vectors(case, *shape, seed=0):
+    return torch.randn(case.D, *shape, generator=torch.Generator().manual_seed(seed), dtype=case.dtype).numpy()
+
+
+@given(cases, st.integers(1, 3), st.integers(0, 2**63))
+def test_operator_equals_the_definition(case, samples, seed):
+    op = operator(case, seed=seed, mc_samples=samples)
+    expected = oracle.monte_carlo_fisher(case.model, case.loss, case.params, case.data, seed, samples)
+    assert_same(op @ np.eye(case.D, dtype=op.dtype), expected, case.dtype)
+    assert_same(op.todense(), expected, case.dtype)
+    assert_same(op.diagonal(), np.diag(expected), case.dtype)
+    assert_same(op.trace(), np.trace(expected), case.dtype)
+
+
+@given(cases)
+def test_operator_is_symmetric_and_positive_semidefinite(case):
+    op = operator(case)
+    F = op.todense()
+    assert_same(F, F.T, case.dtype)
+    x, y = vectors(case), vectors(case, seed=1)
+    Fx, Fy = op @ x, op @ y
+    scale = np.linalg.norm(x) * np.linalg.norm(Fy)
+    eps = np.finfo(op.dtype).eps
+    assert abs(y @ Fx - x @ Fy) <= 1000 * eps * scale
+    assert x @ Fx >= -1000 * eps * np.linalg.norm(x) * np.linalg.norm(Fx)
+    assert np.linalg.eigvalsh(F.astype(np.float64)).min() >= -1000 * eps * np.abs(F).max() * case.D
+
+
+@given(cases, st.floats(-4, 4), st.floats(-4, 4))
+def test_products_are_linear(case, a, b):
+    op = operator(case)
+    x, y = vectors(case), vectors(case, seed=1)
+    expected = a * (op @ x) + b * (op @ y)
+    bound = 1000 * np.finfo(op.dtype).eps * (abs(a) * np.abs(op @ x).max() + abs(b) * np.abs(op @ y).max())
+    assert np.abs(op @ (np.asarray(a * x + b * y, op.dtype)) - expected).max() <= bound
+
+
+@given(cases, st.integers(0, 40))
+def test_matmat_is_the_stack_of_matvecs(case, K):
+    op = operator(case)
+    V = vectors(case, K)
+    stacked = np.stack([op.matvec(V[:, k]) for k in range(K)], axis=1) if K else np.zeros((case.D, 0))
+    assert_same(op.matmat(V), stacked, case.dtype)
+
+
+@given(cases)
+def test_every_product_sees_the_same_matrix(case):
+    op = operator(case)
+    v = vectors(case)
+    first = op @ v
+    torch.rand(7)  # the state of the global generator does not matter
+    np.testing.assert_array_equal(op @ v, first)
+    np.testing.assert_array_equal(operator(case) @ v, first)
+    assert_same(operator(case, check_deterministic=False) @ v, first, case.dtype)
+
+
+@given(cases, st.integers(1, 2**31))
+def test_another_seed_is_another_matrix(case, seed):
+    one, two = operator(case, seed=seed).todense(), operator(case, seed=seed + 1).todense()
+    # Discrete draws of a tiny data set may coincide; continuous ones never do.
+    if isinstance(case.loss, torch.nn.MSELoss):
+        assert np.abs(one - two).max() > 1e-3 * np.abs(one).max()
+
+
+@pytest.mark.parametrize("loss", sorted(LOSSES))
+def test_the_mean_does_not_depend_on_the_batches_apart_from_the_draws(loss):
+    """With the same draws (MSE and BCE rows of one batch, or single data), only rounding may differ."""
+    case = make_case("dense", loss, sizes=(1,) * 6)
+    one_by_one = operator(case).todense()
+    sums = operator(make_case("dense", loss, "sum", sizes=(1,) * 6)).todense()
+    terms = 6 if loss == "ce" else 6 * 3
+    assert_same(one_by_one, sums / terms, case.dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_ten_thousand_batches_keep_the_digits_of_one(dtype):
+    model = torch.nn.Linear(3, 1, bias=False, dtype=dtype)
+    X = torch.randn(10_000, 3, dtype=dtype)
+    data = [(X[i : i + 1], X[i : i + 1, :1]) for i in range(len(X))]
+    op = fo.FisherMCLinearOperator(model, torch.nn.MSELoss(reduction="sum"), data=data, check_deterministic=False)
+    generator = torch.Generator().manual_seed(2147483647)
+    noise = torch.stack([torch.randn((1, 1, 1), generator=generator, dtype=dtype) for _ in X]).reshape(-1, 1)
+    G = (noise.numpy().astype(np.longdouble) * X.numpy()) * np.sqrt(np.longdouble(2))
+    v = torch.randn(3, dtype=dtype).numpy()
+    expected = G.T @ (G @ v)
+    assert np.abs(op @ v - expected).max() <= 4 * np.finfo(v.dtype).eps * np.abs(expected).max()
