@@ -166,6 +166,7 @@ class _FisherOperator(TorchLinearOperator):
                 if faults:
                     raise ValueError(_describe_faults(self._model_func, faults))
                 _check_finite(f, batch)
+                self._likelihood.flatten(f)
                 self._terms(f.shape, batch)
                 with fixed_randomness(self.device, 2):
                     again = self._evaluate(point, batch.X)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from torch.func import jvp, vmap
 from fisherops._model import plain_kernels
 from fisherops._params import Parameters
 
+Result = TypeVar("Result")
 Function = Callable[[Mapping[str, Tensor], Any], Tensor]
 
 
@@ -52,10 +54,7 @@ class Differentiation:
         self.flatten = flatten
         self.parameters = parameters
         self.mode: _Mode | None = None
-        self.vectorizes = True
-        """Whether several columns can go through one vmapped evaluation."""
-        self.separates = True
-        """Whether each datum of a batch can be differentiated by itself."""
+        self._vectorizes: dict[str, bool] = {}
 
     def flat(self, point: Mapping[str, Tensor], X: Any) -> Tensor:
         """Evaluate the model: outputs (T, C)."""
@@ -64,6 +63,25 @@ class Differentiation:
     def at(self, point: Mapping[str, Tensor], X: Any) -> BatchJacobian:
         """Evaluate the model on a batch at `point`, ready to multiply with its Jacobian."""
         return BatchJacobian(self, point, X)
+
+    def vectorized(self, what: str, at_once: Callable[[], Result], one_by_one: Callable[[], Result]) -> Result:
+        """Run `at_once`, or `one_by_one` where vmap cannot take the model; what failed once is not tried again."""
+        if self._vectorizes.get(what, True):
+            try:
+                with nullcontext() if what in self._vectorizes else _missing_batching_rules_are_errors():
+                    result = at_once()
+            except torch.OutOfMemoryError:
+                raise
+            except (NotImplementedError, RuntimeError, ValueError, IndexError, UserWarning):
+                self._vectorizes[what] = False
+            else:
+                self._vectorizes[what] = True
+                return result
+        return one_by_one()
+
+    def reject(self, what: str) -> None:
+        """Note that the vectorized way gave a wrong result."""
+        self._vectorizes[what] = False
 
     def choose_mode(self, jacobian: BatchJacobian) -> _Mode:
         """Return the first mode that works on a batch and agrees with reverse mode; the batch is left in that mode."""
@@ -139,17 +157,15 @@ class BatchJacobian:
             result: Tensor = jvp(lambda point: flat(point, self.X), (dict(self.point),), (tangent,))[1]
             return result
 
+        def one_by_one() -> Tensor:
+            return torch.stack([one_column({name: t[k] for name, t in tangents.items()}) for k in range(K)])
+
         K = len(next(iter(tangents.values())))
         with torch.no_grad():
-            if K > 1 and self.differentiation.vectorizes:
-                try:
-                    vectorized: Tensor = vmap(one_column, randomness="same")(dict(tangents))
-                    return vectorized
-                except torch.OutOfMemoryError:
-                    raise
-                except (NotImplementedError, RuntimeError):
-                    self.differentiation.vectorizes = False
-            return torch.stack([one_column({name: t[k] for name, t in tangents.items()}) for k in range(K)])
+            if K == 1:
+                return one_by_one()
+            at_once = vmap(one_column, randomness="same")
+            return self.differentiation.vectorized("jvp", lambda: at_once(dict(tangents)), one_by_one)
 
     def _double_backward(self, tangents: Mapping[str, Tensor]) -> Tensor:
         f, leaves = self._graph
@@ -168,20 +184,17 @@ class BatchJacobian:
             )  # fmt: skip
             return gradients
 
+        def one_by_one() -> list[Tensor]:
+            columns = [grad([c[k] for c in cotangents], batched=False) for k in range(K)]
+            return [torch.stack(parts) for parts in zip(*columns, strict=True)]
+
+        def at_once() -> list[Tensor]:
+            gradients = grad(cotangents, batched=True)
+            # A parameter that the model does not use has gradient None, that is zero.
+            return [x.new_zeros(K, *x.shape) if g is None else g for g, x in zip(gradients, inputs, strict=True)]
+
         K = len(cotangents[0])
-        if K > 1 and self.differentiation.vectorizes:
-            try:
-                gradients = grad(cotangents, batched=True)
-                # A parameter that the model does not use has gradient None, that is zero.
-                return [
-                    x.new_zeros(K, *x.shape) if g is None else g for g, x in zip(gradients, inputs, strict=True)
-                ]
-            except torch.OutOfMemoryError:
-                raise
-            except (NotImplementedError, RuntimeError):
-                self.differentiation.vectorizes = False
-        columns = [grad([c[k] for c in cotangents], batched=False) for k in range(K)]
-        return [torch.stack(parts) for parts in zip(*columns, strict=True)]
+        return one_by_one() if K == 1 else self.differentiation.vectorized("vjp", at_once, one_by_one)
 
     def _build_graph(self, kernels: Callable[[], AbstractContextManager[None]]) -> None:
         with torch.enable_grad(), kernels():
@@ -203,6 +216,14 @@ def _agrees_with_reverse(jacobian: BatchJacobian, mode: _Mode) -> bool:
     forward, reverse = (u * Jv).sum(), (jacobian.vjp(u) * v).sum()
     tolerance = torch.finfo(parameters.dtype).eps ** 0.5
     return bool((forward - reverse).abs() <= tolerance * torch.maximum(forward.abs(), reverse.abs()))
+
+
+@contextmanager
+def _missing_batching_rules_are_errors() -> Iterator[None]:
+    """Refuse vmap's own loop over columns: it is no faster than ours, and it warns the user about torch."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "There is a performance drop", UserWarning)
+        yield
 
 
 def _first_line(error: Exception) -> str:

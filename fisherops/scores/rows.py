@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.func import vjp, vmap
 
-from fisherops._model import plain_kernels
 from fisherops._tree import leaves, map_arrays
 from fisherops.scores.jacobian import BatchJacobian
 
@@ -33,11 +33,18 @@ def list_rows(jacobian: BatchJacobian, columns: Tensor, size: int) -> Iterator[T
     how = jacobian.differentiation
     T, R, C = columns.shape
     per_datum = T * R // size if T % size == 0 else 0
+    separable = per_datum > 0 and _can_be_cut(jacobian.X, size)
     for start, stop in _spans(T * R, per_datum, C * per_datum // R + how.parameters.numel, columns.itemsize):
-        block = _by_datum(jacobian, columns, size, start, stop) if per_datum and how.separates else None
-        if block is None or not _matches(block, jacobian, columns, start, stop):
-            how.separates = False
-            block = _by_backward(jacobian, columns, start, stop)
+        def by_backward(start: int = start, stop: int = stop) -> Tensor:
+            return _by_backward(jacobian, columns, start, stop)
+
+        def by_datum(start: int = start, stop: int = stop) -> Tensor:
+            return _by_datum(jacobian, columns, size, start, stop)
+
+        block = how.vectorized("rows", by_datum, by_backward) if separable else by_backward()
+        if not _matches(block, jacobian, columns, start, stop):
+            how.reject("rows")
+            block = by_backward()
         yield block
 
 
@@ -53,13 +60,16 @@ def _spans(rows: int, per_datum: int, numbers_per_row: int, itemsize: int) -> It
         yield from ((start, min(start + fitting, end)) for start in range(datum, end, fitting))
 
 
-def _by_datum(jacobian: BatchJacobian, columns: Tensor, size: int, start: int, stop: int) -> Tensor | None:
-    """Differentiate each datum by itself, all at once; None if the batch cannot be taken apart."""
+def _can_be_cut(X: Any, size: int) -> bool:
+    """Whether every array in X has one row for each datum."""
+    inputs = leaves(X)
+    return bool(inputs) and all(t.ndim and len(t) == size and t.layout is torch.strided for t in inputs)
+
+
+def _by_datum(jacobian: BatchJacobian, columns: Tensor, size: int, start: int, stop: int) -> Tensor:
+    """Differentiate each datum by itself, all at once."""
     how = jacobian.differentiation
     X = jacobian.X
-    inputs = leaves(X)
-    if not inputs or any(t.ndim == 0 or len(t) != size or t.layout is not torch.strided for t in inputs):
-        return None
     T, R, C = columns.shape
     terms = T // size
     first, last = start // (terms * R), -(-stop // (terms * R))
@@ -77,16 +87,9 @@ def _by_datum(jacobian: BatchJacobian, columns: Tensor, size: int, start: int, s
         return gradients
 
     assert how.mode is not None
-    for kernels in {how.mode.kernels, plain_kernels}:
-        try:
-            with kernels(), torch.no_grad():
-                gradients = vmap(one_datum, randomness="same")(tuple(t[first:last] for t in inputs), cotangents)
-        except torch.OutOfMemoryError:
-            raise
-        except (NotImplementedError, RuntimeError, ValueError, IndexError):
-            continue
-        return how.parameters.join({name: g.flatten(0, 1) for name, g in gradients.items()}).T
-    return None
+    with how.mode.kernels(), torch.no_grad():
+        gradients = vmap(one_datum, randomness="same")(tuple(t[first:last] for t in leaves(X)), cotangents)
+    return how.parameters.join({name: g.flatten(0, 1) for name, g in gradients.items()}).T
 
 
 def _by_backward(jacobian: BatchJacobian, columns: Tensor, start: int, stop: int) -> Tensor:
