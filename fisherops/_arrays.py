@@ -15,6 +15,7 @@ import array_api_compat
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.dlpack import from_dlpack
 
 Leave = Callable[[Tensor], Any]
 
@@ -114,7 +115,7 @@ def _enter_numpy(x: Any) -> tuple[Tensor, Leave]:
         array = array.astype(np.complex128 if array.dtype.kind == "c" else _real(array.dtype))
     if any(stride < 0 or stride % array.itemsize for stride in array.strides):
         array = array.copy()
-    tensor = torch.from_dlpack(array)
+    tensor = from_dlpack(array)
     is_matrix = isinstance(x, np.matrix)
 
     def leave(y: Tensor) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -21,7 +22,7 @@ _EXPECTED = (
 class Batch(NamedTuple):
     """One mini-batch, on the device of the parameters."""
 
-    index: int
+    number: int
     X: Any
     y: Tensor
     size: int
@@ -100,7 +101,12 @@ class Data:
         total = count = 0
         total_batches = None if first_pass else len(self._prints)
         with tqdm(
-            self._source, desc=description, total=total_batches, unit="batch", leave=False, disable=not self._progressbar
+            self._source,
+            desc=description,
+            total=total_batches,
+            unit="batch",
+            leave=False,
+            disable=not self._progressbar,
         ) as bar:
             for index, item in enumerate(bar):
                 X, y, size = self._unpack(index, item)
@@ -204,7 +210,7 @@ def _slices(X: Any, y: Any, batch_size: int | None) -> list[tuple[Any, Any]]:
     N = y.shape[0]
     step = batch_size or max(N, 1)
     cuts = [slice(start, start + step) for start in range(0, N, step)]
-    return [(map_arrays(lambda a, cut=cut: a[cut], X), y[cut]) for cut in cuts]
+    return [(map_arrays(operator.itemgetter(cut), X), y[cut]) for cut in cuts]
 
 
 class _Print:

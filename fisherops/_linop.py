@@ -18,6 +18,9 @@ from torch import Tensor
 
 from fisherops import _arrays
 
+# Shapes that products take: with one vector, with a matrix, with either.
+_SHAPES = {True: "({0},) or ({0}, 1)", False: "({0}, K)", None: "({0},) or ({0}, K)"}
+
 # Columns that `todense` multiplies at a time.
 _BLOCK = 256
 
@@ -147,11 +150,10 @@ class TorchLinearOperator(LinearOperator):
         allowed_ndim = (1, 2) if vector is not False else (2,)
         length = X.shape[-1 if rows else 0] if X.ndim else None
         if X.ndim not in allowed_ndim or length != N or (vector and X.ndim == 2 and X.shape[1] != 1):
-            expected = {True: f"({N},) or ({N}, 1)", False: f"({N}, K)"}.get(vector, f"({N},) or ({N}, K)")
-            expected = f"({N},) or (K, {N})" if rows else expected
+            expected = "({0},) or (K, {0})" if rows else _SHAPES[vector]
             raise ValueError(
                 f"dimension mismatch in {name}: got an array of shape {tuple(X.shape)}, "
-                f"an operator of shape {self.shape} takes {expected} here."
+                f"an operator of shape {self.shape} takes {expected.format(N)} here."
             )
         columns = X.unsqueeze(1) if X.ndim == 1 else X.T if rows else X
         Y = self._times(columns.to(self.device))

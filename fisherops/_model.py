@@ -119,8 +119,8 @@ def plain_kernels() -> Iterator[None]:
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         # By the flag alone: the context managers of these backends also set precisions, with warnings.
         for backend in (torch.backends.mkldnn, torch.backends.cudnn):
-            stack.callback(setattr, backend, "enabled", backend.enabled)
-            backend.enabled = False  # type: ignore[assignment]
+            stack.callback(setattr, backend, "enabled", getattr(backend, "enabled"))  # noqa: B009
+            setattr(backend, "enabled", False)  # noqa: B010 (the attribute is unknown to type checkers)
         stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
         torch.backends.mha.set_fastpath_enabled(False)
         yield

@@ -60,17 +60,18 @@ class Parameters:
         return {name: t.detach().to(self.dtype) for name, t in self.tensors.items()}
 
     def split(self, V: Tensor) -> dict[str, Tensor]:
-        """Split columns (D, K) into one tensor (K, \\*shape) for each parameter; views where possible."""
+        """Split columns (D, K) into one tensor (K, ...) for each parameter; views where possible."""
         rows = V.T.contiguous()
-        parts = rows.split(self._sizes, dim=1)
+        parts = torch.split(rows, self._sizes, dim=1)
         return {
-            name: part.unflatten(1, shape) if shape else part.squeeze(1)
-            for (name, shape), part in zip(self.shapes.items(), parts, strict=True)
+            name: part.view(len(part), *shape) for (name, shape), part in zip(self.shapes.items(), parts, strict=True)
         }
 
     def join(self, parts: Mapping[str, Tensor]) -> Tensor:
-        """Join tensors (K, \\*shape) into columns (D, K)."""
-        return torch.cat([parts[name].flatten(1) if s else parts[name][:, None] for name, s in self.shapes.items()], 1).T
+        """Join tensors (K, ...) into columns (D, K)."""
+        return torch.cat(
+            [parts[name].flatten(1) if s else parts[name][:, None] for name, s in self.shapes.items()], 1
+        ).T
 
 
 def select(model_func: Any, params: Any) -> dict[str, Tensor]:

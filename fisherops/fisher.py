@@ -80,7 +80,9 @@ class _FisherOperator(TorchLinearOperator):
         with self._pass("product") as batches:
             for scores in batches:
                 # Columns lie one after the other in memory (hence .T), as `Parameters.split` gives and takes them.
-                blocks = [scores.apply_transposed(scores.apply(columns)).T for columns in V.split(_COLUMNS, dim=1)]
+                blocks = [
+                    scores.apply_transposed(scores.apply(columns)).T for columns in torch.split(V, _COLUMNS, dim=1)
+                ]
                 total.add((torch.cat(blocks) if len(blocks) > 1 else blocks[0]).T)
         return total.value().div_(self._divisor)
 
@@ -152,7 +154,7 @@ class _FisherOperator(TorchLinearOperator):
         try:
             return self._likelihood.terms(output_shape, batch.y)
         except ValueError as error:
-            raise ValueError(f"batch {batch.index}: {error}") from None
+            raise ValueError(f"batch {batch.number}: {error}") from None
 
     # ---- Checks -------------------------------------------------------------------------------
 
@@ -173,7 +175,7 @@ class _FisherOperator(TorchLinearOperator):
                 tolerance = torch.finfo(f.dtype).eps ** 0.5 * f.abs().max()
                 if again.shape != f.shape or not (again - f).abs().max() <= tolerance:
                     raise RuntimeError(
-                        f"the model is not deterministic: two evaluations of batch {batch.index} differ. Switch the "
+                        f"the model is not deterministic: two evaluations of batch {batch.number} differ. Switch the "
                         "randomness off (`model.eval()`, no functional dropout in training mode), or pass "
                         "check_deterministic=False to take it with fixed random numbers."
                     )
@@ -206,8 +208,8 @@ class FisherMCLinearOperator(_FisherOperator):
         yields: a tensor, a mapping, a tuple or any object.
     loss_func : nn.Module
         ``MSELoss`` (outputs (batch, ..., C); a Gaussian of variance ½), ``CrossEntropyLoss`` (outputs
-        (batch, C, ...); with ``weight`` and ``ignore_index``) or ``BCEWithLogitsLoss`` (outputs (batch, ..., C); targets
-        anywhere in [0, 1]), with reduction "mean" or "sum".
+        (batch, C, ...); with ``weight`` and ``ignore_index``) or ``BCEWithLogitsLoss`` (outputs (batch, ..., C);
+        targets anywhere in [0, 1]), with reduction "mean" or "sum".
     params : list of Parameter, mapping of str to Tensor, or None
         What to differentiate by; D is the number of their elements, in their order. None takes every parameter of the
         module that requires grad. Those that the model does not use have zero rows and columns in F.
@@ -326,7 +328,7 @@ def _check_finite(f: Tensor, batch: Batch) -> None:
     if not f.isfinite().all():
         kind = "NaN" if f.isnan().any() else "infinity"
         raise FloatingPointError(
-            f"the model's output for batch {batch.index} contains {kind}: check the inputs and the parameters."
+            f"the model's output for batch {batch.number} contains {kind}: check the inputs and the parameters."
         )
 
 

@@ -18,7 +18,7 @@ class Draws(Protocol):
     """What a likelihood may ask of a sampler; shapes as in :class:`fisherops._draws.StreamDraws`."""
 
     def normal(self, like: Tensor, samples: int) -> Tensor:
-        """Draw standard normal numbers (samples, \\*like.shape)."""
+        """Draw standard normal numbers (samples, ...)."""
         ...
 
     def categorical(self, probabilities: Tensor, samples: int) -> Tensor:
@@ -26,7 +26,7 @@ class Draws(Protocol):
         ...
 
     def bernoulli(self, probabilities: Tensor, samples: int) -> Tensor:
-        """Draw zeros and ones (samples, \\*probabilities.shape)."""
+        """Draw zeros and ones (samples, ...)."""
         ...
 
 
@@ -94,8 +94,7 @@ class CategoricalFactor(OutputFactor):
         return (inner - picked).mul_(self._scale[:, None])
 
     def columns(self) -> Tensor:
-        T, M = self._labels.shape
-        columns = self._p.unsqueeze(1).repeat(1, M, 1)
+        columns = self._p.unsqueeze(1).repeat(1, self.rank, 1)
         columns.scatter_add_(-1, self._labels.unsqueeze(-1), -torch.ones_like(columns[..., :1]))
         return columns.mul_(self._scale[:, None, None])
 
@@ -292,7 +291,8 @@ def of_loss(loss_func: object) -> Likelihood:
     if isinstance(loss_func, nn.CrossEntropyLoss):
         if loss_func.label_smoothing != 0 and loss_func.weight is not None:
             raise NotImplementedError(
-                f"CrossEntropyLoss with label_smoothing={loss_func.label_smoothing} and class weights is not supported: "
+                "CrossEntropyLoss with class weights and "
+                f"label_smoothing={loss_func.label_smoothing} is not supported: "
                 "leave out one of them (label smoothing alone does not change the Fisher)."
             )
         return Categorical(loss_func.reduction, loss_func.weight, loss_func.ignore_index)

@@ -11,7 +11,11 @@ from torch.nn import functional
 
 def flatten(loss, f):
     """Outputs as (terms, C)."""
-    return f.movedim(1, -1).reshape(-1, f.shape[1]) if isinstance(loss, nn.CrossEntropyLoss) else f.reshape(-1, f.shape[-1])
+    return (
+        f.movedim(1, -1).reshape(-1, f.shape[1])
+        if isinstance(loss, nn.CrossEntropyLoss)
+        else f.reshape(-1, f.shape[-1])
+    )
 
 
 def negative_log_likelihood(loss, f, y):
@@ -47,7 +51,9 @@ def weights(loss, y):
 
 def gradient(scalar, params):
     parts = torch.autograd.grad(scalar, params, retain_graph=True, allow_unused=True)
-    return torch.cat([(torch.zeros_like(p) if g is None else g).reshape(-1) for g, p in zip(parts, params, strict=True)])
+    return torch.cat(
+        [(torch.zeros_like(p) if g is None else g).reshape(-1) for g, p in zip(parts, params, strict=True)]
+    )
 
 
 def score_rows(model, loss, params, data, seed=2147483647, samples=1):

@@ -6,12 +6,12 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from models import make_case
+from tolerances import assert_same
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import fisherops as fo
-from models import make_case
-from tolerances import assert_same
 
 
 def dense(model, data, loss=None, **options):
@@ -113,9 +113,7 @@ def test_batch_size_fn_counts_and_num_data_checks(case, expected):
     with pytest.raises(ValueError, match=r"`num_data` is 11, but the data has 10"):
         dense(model, data, num_data=11)
     with pytest.raises(ValueError, match=r"`num_data` is 11, but the data has 10"):
-        op = fo.FisherMCLinearOperator(
-            model, nn.CrossEntropyLoss(), data=data, num_data=11, check_deterministic=False
-        )
+        op = fo.FisherMCLinearOperator(model, nn.CrossEntropyLoss(), data=data, num_data=11, check_deterministic=False)
         op @ np.zeros(op.shape[0])
     for wrong in (0, -1, 1.5, True, "10"):
         with pytest.raises(ValueError, match="`num_data` must be a positive integer or None, got"):
@@ -126,7 +124,9 @@ def test_batch_size_fn_counts_and_num_data_checks(case, expected):
 
 def test_a_generator_is_refused(case):
     for data in ((batch for batch in case.data), iter(case.data), map(tuple, case.data)):
-        with pytest.raises(TypeError, match=r"`data` must be re-iterable, got .*Pass a list of batches or a DataLoader"):
+        with pytest.raises(
+            TypeError, match=r"`data` must be re-iterable, got .*Pass a list of batches or a DataLoader"
+        ):
             dense(case.model, data)
 
 
@@ -156,7 +156,10 @@ def test_data_of_the_wrong_type(case, data, message):
         ([], "`data` has no batches"),
         ((torch.zeros(0, 3), torch.zeros(0).long()), "`data` has no batches"),
         ([(torch.zeros(0, 3), torch.zeros(0).long())], "batch 0 has size 0"),
-        ([(torch.zeros(2, 3), torch.zeros(2).long()), (torch.zeros(0, 3), torch.zeros(0).long())], "batch 1 has size 0"),
+        (
+            [(torch.zeros(2, 3), torch.zeros(2).long()), (torch.zeros(0, 3), torch.zeros(0).long())],
+            "batch 1 has size 0",
+        ),
         ((torch.zeros(4, 3), torch.zeros(5).long()), r"one row for each datum, got shapes \[\(4, 3\)\] and \(5,\)"),
         ((torch.zeros(4, 3), torch.tensor(1)), r"one row for each datum, got shapes \[\(4, 3\)\] and \(\)"),
         ([(torch.zeros(4, 3), torch.tensor(1))], r"targets y of batch 0 have no batch axis \(0-d\)"),

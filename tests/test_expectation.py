@@ -1,14 +1,14 @@
 """Averaged over seeds, the Monte-Carlo Fisher is the exact Fisher."""
 
 import numpy as np
+import oracle
 import pytest
 import torch
+from models import LOSSES, make_case
 from scipy.stats import norm
 from torch import nn
 
 import fisherops as fo
-import oracle
-from models import LOSSES, make_case
 
 SEEDS = 400
 FALSE_ALARM = 1e-6

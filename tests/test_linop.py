@@ -8,12 +8,12 @@ import scipy.sparse
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from models import make_case
 from scipy.sparse.linalg import LinearOperator, aslinearoperator
+from tolerances import assert_same
 
 import fisherops as fo
 from fisherops._linop import TorchLinearOperator, _Transposed
-from models import make_case
-from tolerances import assert_same
 
 
 class Matrix(TorchLinearOperator):
@@ -225,7 +225,9 @@ def test_the_result_has_the_dtype_of_an_inexact_input_and_else_that_of_the_opera
     assert_same(result.astype(np.float64), F @ x.astype(op.dtype), coarser)
 
 
-@pytest.mark.parametrize("dtype", [torch.bool, torch.int32, torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "dtype", [torch.bool, torch.int32, torch.float16, torch.bfloat16, torch.float32, torch.float64]
+)
 def test_the_same_holds_for_torch(op, F, dtype):
     x = (torch.arange(31) % 2).to(dtype)
     result = op @ x

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 from curvlinops import FisherMCLinearOperator as Peer
-
-import fisherops as fo
 from models import LOSSES, make_case
 from tolerances import assert_same
+
+import fisherops as fo
 
 
 def both(case, model=None, data=None, **options):

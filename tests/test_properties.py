@@ -1,15 +1,15 @@
 """The Monte-Carlo Fisher is the matrix that its definition says, for any model, loss, data and precision."""
 
 import numpy as np
+import oracle
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-
-import fisherops as fo
-import oracle
 from models import ARCHITECTURES, LOSSES, make_case
 from tolerances import assert_same
+
+import fisherops as fo
 
 cases = st.builds(
     make_case,

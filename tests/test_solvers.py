@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from models import make_case
 from scipy.linalg import expm
 from scipy.sparse.linalg import (
     LinearOperator,
@@ -22,7 +23,6 @@ from scipy.sparse.linalg import (
 )
 
 import fisherops as fo
-from models import make_case
 
 DTYPES = [torch.float32, torch.float64]
 LAMBDA = 0.3

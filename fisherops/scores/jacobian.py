@@ -99,11 +99,12 @@ class Differentiation:
             if agrees:
                 return mode
             failures.append(f"{mode.name}: it contradicts reverse mode, so a derivative rule in the model is wrong")
+        custom = _custom_functions(jacobian)
         raise NotImplementedError(
             "the model's Jacobian cannot be multiplied with vectors, because an operation allows neither forward-mode "
-            "nor double-backward differentiation. Replace that operation, or give its autograd function a jvp. Tried "
-            + "; ".join(failures)
-            + "."
+            "nor double-backward differentiation: replace it, or give its autograd function a jvp. "
+            + (f"The model uses the custom autograd functions {', '.join(custom)}. " if custom else "")
+            + f"Tried {'; '.join(failures)}."
         )
 
 
@@ -208,14 +209,33 @@ def _agrees_with_reverse(jacobian: BatchJacobian, mode: _Mode) -> bool:
     """Check ⟨u, J v⟩ = ⟨Jᵀu, v⟩ for u along J v, where nothing cancels."""
     parameters = jacobian.differentiation.parameters
     generator = torch.Generator(device=parameters.device).manual_seed(0)
-    options = {"dtype": parameters.dtype, "device": parameters.device, "generator": generator}
-    v = torch.randn(parameters.numel, 1, **options)
+
+    def random(shape: tuple[int, ...]) -> Tensor:
+        return torch.randn(shape, dtype=parameters.dtype, device=parameters.device, generator=generator)
+
+    v = random((parameters.numel, 1))
     Jv = jacobian._jvp(v, mode)
     norm = Jv.norm()
-    u = Jv / norm if norm > 0 else torch.randn(Jv.shape, **options)
+    u = Jv / norm if norm > 0 else random(Jv.shape)
     forward, reverse = (u * Jv).sum(), (jacobian.vjp(u) * v).sum()
     tolerance = torch.finfo(parameters.dtype).eps ** 0.5
     return bool((forward - reverse).abs() <= tolerance * torch.maximum(forward.abs(), reverse.abs()))
+
+
+def _custom_functions(jacobian: BatchJacobian) -> list[str]:
+    """Name the torch.autograd.Function subclasses in the graph of a batch's outputs."""
+    names: set[str] = set()
+    seen: set[Any] = set()
+    waiting: list[Any] = [jacobian._graph[0].grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if isinstance(node, torch.autograd.function.BackwardCFunction):
+            names.add(type(node).__name__.removesuffix("Backward"))
+        waiting.extend(parent for parent, _ in node.next_functions)
+    return sorted(names)
 
 
 @contextmanager

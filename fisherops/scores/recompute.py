@@ -51,7 +51,7 @@ class RecomputedScores:
 
     def apply_transposed(self, W: Tensor) -> Tensor:
         """Multiply Gᵀ: (T·R, K) → (D, K)."""
-        return self._jacobian.vjp(self._factor.apply(W.T.unflatten(1, (-1, self._factor.rank))))
+        return self._jacobian.vjp(self._factor.apply(W.T.reshape(W.shape[1], -1, self._factor.rank)))
 
     def rows(self) -> Iterator[Tensor]:
         """List G in blocks of rows (r, D)."""

@@ -35,6 +35,7 @@ def list_rows(jacobian: BatchJacobian, columns: Tensor, size: int) -> Iterator[T
     per_datum = T * R // size if T % size == 0 else 0
     separable = per_datum > 0 and _can_be_cut(jacobian.X, size)
     for start, stop in _spans(T * R, per_datum, C * per_datum // R + how.parameters.numel, columns.itemsize):
+
         def by_backward(start: int = start, stop: int = stop) -> Tensor:
             return _by_backward(jacobian, columns, start, stop)
 
@@ -107,7 +108,7 @@ def _by_backward(jacobian: BatchJacobian, columns: Tensor, start: int, stop: int
 
 def _matches(block: Tensor, jacobian: BatchJacobian, columns: Tensor, start: int, stop: int) -> bool:
     """Compare a weighted sum of the rows with one plain backward pass; weights in [1, 2] let no row vanish."""
-    T, R, C = columns.shape
+    T, R, _ = columns.shape
     weights = torch.zeros(T * R, dtype=block.dtype, device=block.device)
     weights[start:stop] = torch.linspace(1, 2, stop - start, dtype=block.dtype, device=block.device)
     U = torch.einsum("trc,tr->tc", columns, weights.view(T, R))

@@ -1,0 +1,221 @@
+"""G for one batch: which mode of differentiation is chosen, and that every way gives the same rows."""
+
+import numpy as np
+import oracle
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from models import ARCHITECTURES, Recurrent, make_case
+from tolerances import assert_same
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+import fisherops as fo
+from fisherops.scores import rows as rows_module
+
+
+def operator(model, data, loss=None, **options):
+    return fo.FisherMCLinearOperator(model, loss or nn.MSELoss(), data=data, **options)
+
+
+def check_against_the_definition(model, data, loss=None):
+    loss = loss or nn.MSELoss()
+    op = operator(model, data, loss)
+    params = list(model.parameters())
+    expected = oracle.monte_carlo_fisher(model, loss, params, data)
+    assert_same(op @ np.eye(op.shape[0], dtype=op.dtype), expected, op.dtype)
+    assert_same(op @ np.ones(op.shape[0], op.dtype), expected.sum(1), op.dtype)
+    assert_same(op.todense(), expected, op.dtype)
+    return op
+
+
+def data_for(model, *shape, n=4):
+    dtype = next(model.parameters()).dtype
+    X = torch.randn(n, *shape, dtype=dtype)
+    return [(X, torch.zeros_like(model(X).detach()))]
+
+
+def mode(op):
+    return op._differentiation.mode.name
+
+
+@pytest.mark.parametrize(
+    ("architecture", "expected"),
+    [
+        ("dense", "forward mode"),
+        ("convolutional", "forward mode"),
+        ("tied", "forward mode"),
+        ("attention", "forward mode with elementary kernels"),
+    ],
+)
+def test_forward_mode_is_taken_where_it_works(architecture, expected):
+    case = make_case(architecture, "mse", dtype=torch.float32)
+    op = check_against_the_definition(case.model, case.data)
+    assert mode(op) == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("layer", [nn.RNN, nn.GRU, nn.LSTM])
+def test_recurrent_layers_work_in_some_mode(layer, dtype):
+    model = Recurrent(2, layer).to(dtype)
+    check_against_the_definition(model, data_for(model, 3, 2))
+
+
+class Square(torch.autograd.Function):
+    """x², with a derivative rule for reverse mode that can itself be differentiated."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx, g):
+        return 2 * ctx.saved_tensors[0] * g
+
+
+class SquareOnce(Square):
+    """The same, but its backward pass is not differentiable."""
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        return 2 * ctx.saved_tensors[0] * g
+
+
+class SquareWrongJvp(torch.autograd.Function):
+    """x² whose forward-mode rule forgets the factor 2."""
+
+    @staticmethod
+    def forward(x):
+        return x * x
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx, g):
+        return 2 * ctx.saved_tensors[0] * g
+
+    @staticmethod
+    def jvp(ctx, t):
+        return ctx.saved_tensors[0] * t
+
+
+class Custom(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.inner, self.outer = nn.Linear(3, 4).double(), nn.Linear(4, 2).double()
+        self.function = function
+
+    def forward(self, X):
+        return self.outer(self.function(self.inner(X)))
+
+
+def test_a_function_without_forward_mode_is_differentiated_backward_twice():
+    model = Custom(Square.apply)
+    assert mode(check_against_the_definition(model, data_for(model, 3))) == "double-backward"
+
+
+def test_a_wrong_forward_rule_is_not_believed():
+    model = Custom(SquareWrongJvp.apply)
+    assert mode(check_against_the_definition(model, data_for(model, 3))) == "double-backward"
+
+
+class OpaqueRound(torch.autograd.Function):
+    """An operation that raises in forward mode and in a second backward pass."""
+
+    @staticmethod
+    def forward(x):
+        return x * x
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, g):
+        return Refusing.apply(2 * ctx.saved_tensors[0] * g)
+
+
+class Refusing(torch.autograd.Function):
+    @staticmethod
+    def forward(x):
+        return x.clone()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, g):
+        raise RuntimeError("no second derivative of Refusing")
+
+
+def test_an_operation_that_allows_neither_is_named():
+    # torch reports nothing when a once_differentiable function is differentiated twice here: the result is just wrong
+    model = Custom(SquareOnce.apply)
+    with pytest.raises(
+        NotImplementedError, match=r"uses the custom autograd functions SquareOnce\. Tried forward mode: .*"
+    ):
+        operator(model, data_for(model, 3)) @ np.ones(26)
+    model = Custom(OpaqueRound.apply)
+    message = r"functions OpaqueRound\. Tried .*double-backward: no second derivative of Refusing"
+    with pytest.raises(NotImplementedError, match=message):
+        operator(model, data_for(model, 3)) @ np.ones(26)
+
+
+def test_an_operation_that_vmap_cannot_take_is_done_one_by_one():
+    class DataDependent(Custom):
+        def forward(self, X):
+            h = self.inner(X)
+            return self.outer(h * 2 if h.sum().item() > 0 else h.tanh())
+
+    model = DataDependent(None)
+    check_against_the_definition(model, data_for(model, 3, n=1))
+    model = DataDependent(None)
+    check_against_the_definition(model, data_for(model, 3))
+
+
+def test_a_model_that_couples_its_batch_has_its_rows_taken_from_the_whole_batch():
+    class Centred(Custom):
+        def forward(self, X):
+            h = self.inner(X)
+            return self.outer((h - h.mean(0)).tanh())
+
+    model = Centred(None)
+    check_against_the_definition(model, data_for(model, 3))
+
+
+def test_a_model_whose_terms_do_not_come_in_data():
+    """Outputs for pairs of data: 6 terms for a batch of 4."""
+
+    class Pairs(Custom):
+        def forward(self, X):
+            i, j = torch.triu_indices(len(X), len(X), 1)
+            return self.outer(self.inner(X[i]) * self.inner(X[j]))
+
+    model = Pairs(None)
+    check_against_the_definition(model, data_for(model, 3))
+
+
+@given(
+    st.sampled_from(ARCHITECTURES),
+    st.sampled_from(["ce", "mse"]),
+    st.integers(1, 3),
+    st.integers(0, 20_000),
+    st.lists(st.integers(1, 4), min_size=1, max_size=2),
+)
+def test_rows_do_not_depend_on_the_size_of_blocks(architecture, loss, samples, block_bytes, sizes):
+    case = make_case(architecture, loss, sizes=sizes)
+    op = operator(case.model, case.data, case.loss, mc_samples=samples)
+    expected = op.todense()
+    original = rows_module._BLOCK_BYTES
+    rows_module._BLOCK_BYTES = block_bytes
+    try:
+        assert_same(op.todense(), expected, case.dtype)
+    finally:
+        rows_module._BLOCK_BYTES = original
