@@ -1,0 +1,102 @@
+"""Pictures of Fisher matrices, by matplotlib."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+# Okabe and Ito's colours, which colour-blind people can tell apart.
+_BLUE, _ORANGE, _GREY = "#0072B2", "#D55E00", "#767676"
+
+
+def spectrum(
+    eigenvalues: npt.ArrayLike, *, trace: float | None = None, threshold: float | None = None, ax: Axes | None = None
+) -> Axes:
+    """Plot eigenvalues by rank on a logarithmic scale.
+
+    Parameters
+    ----------
+    eigenvalues : array_like
+        Eigenvalues of F, in any order; those that are not positive have no place on the scale and are left out.
+    trace : float, optional
+        Trace of F; with it, the cumulative share of the trace is drawn on a second axis.
+    threshold : float, optional
+        Eigenvalues below count as zero, see :func:`rank_threshold`; that region is shaded, and the numerical rank, the
+        number of eigenvalues above, is marked.
+    ax : matplotlib.axes.Axes, optional
+        Where to draw; None makes a new figure.
+
+    Returns
+    -------
+    matplotlib.axes.Axes
+    """
+    from matplotlib import pyplot as plt
+    from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+    if ax is None:
+        _, ax = plt.subplots(figsize=(7.2, 4.5), layout="constrained")
+    values = np.sort(np.asarray(eigenvalues, dtype=float))[::-1]
+    ranks = np.arange(1, len(values) + 1)
+    positive = values > 0
+    ax.set_yscale("log")
+    ax.plot(
+        ranks[positive],
+        values[positive],
+        "o-",
+        color=_BLUE,
+        markersize=4.5,
+        linewidth=0.8,
+        label="eigenvalue",
+        zorder=3,
+    )
+    ax.set_xlabel("rank")
+    ax.set_ylabel("eigenvalue", color=_BLUE)
+    ax.tick_params(axis="y", colors=_BLUE)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+    ax.grid(axis="y", alpha=0.25, linewidth=0.6)
+    ax.spines[["top", "right"]].set_visible(False)
+    if threshold is not None and threshold > 0:
+        _mark_rank(ax, values, threshold)
+    if trace is not None and trace > 0:
+        share: Any = ax.twinx()
+        share.plot(
+            ranks, np.cumsum(values) / trace, color=_ORANGE, linewidth=1.6, label="cumulative share of the trace"
+        )
+        share.set_ylim(0, 1.02)
+        share.set_ylabel("cumulative share of the trace", color=_ORANGE)
+        share.tick_params(axis="y", colors=_ORANGE)
+        share.yaxis.set_major_formatter(PercentFormatter(1.0))
+        share.spines[["top", "left"]].set_visible(False)
+    return ax
+
+
+def rank_threshold(eigenvalues: npt.ArrayLike, dim: int, dtype: npt.DTypeLike) -> float:
+    """Return the size below which eigenvalues of a (dim, dim) matrix count as zero: λ_max · dim · eps.
+
+    This is the convention of ``numpy.linalg.matrix_rank``, a bound on what rounding in `dtype` can do to a dense
+    matrix; eigenvalues a little below it are often accurate nevertheless.
+    """
+    return float(np.max(np.asarray(eigenvalues, dtype=float), initial=0.0) * dim * np.finfo(dtype).eps)
+
+
+def _mark_rank(ax: Axes, values: npt.NDArray[Any], threshold: float) -> None:
+    rank = int(np.sum(values > threshold))
+    # The shaded region gets a sixth of the height, for its text, or down to the smallest eigenvalue.
+    highest = max(values.max(initial=0), 10 * threshold)
+    lowest = min(threshold * (threshold / highest) ** 0.2, values[values > 0].min(initial=threshold) / 2)
+    bottom, top = lowest, 2 * highest
+    ax.set_ylim(bottom, top)
+    ax.axhspan(bottom, threshold, color=_GREY, alpha=0.16, linewidth=0)
+    ax.axhline(threshold, color=_GREY, linewidth=0.9, linestyle="--")
+    if rank < len(values):
+        ax.axvline(rank + 0.5, color=_GREY, linewidth=0.9, linestyle=":")
+    least = "" if rank < len(values) else "at least "
+    ax.annotate(
+        f"numerical rank {least}{rank}\n(eigenvalues above λ₁ · D · eps)", (0.015, 0.02), xycoords="axes fraction",
+        va="bottom", ha="left", fontsize=9, color="#404040",
+    )  # fmt: skip
