@@ -1,0 +1,44 @@
+"""What the documentation says can be run, and gives what it says."""
+
+import doctest
+import importlib
+import pkgutil
+import re
+from pathlib import Path
+
+import pytest
+
+import fisherops
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+EXAMPLES = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+MODULES = [module.name for module in pkgutil.walk_packages(fisherops.__path__, "fisherops.")]
+
+
+@pytest.mark.parametrize("number", range(len(EXAMPLES)))
+def test_examples_of_the_readme_run(number):
+    assert len(EXAMPLES) == 2
+    exec(compile(EXAMPLES[number], f"README example {number}", "exec"), {})
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if not name.endswith("__main__")])
+def test_doctests(name):
+    result = doctest.testmod(importlib.import_module(name))
+    assert result.failed == 0
+
+
+def test_some_doctest_is_there():
+    assert doctest.testmod(importlib.import_module("fisherops.fisher")).attempted > 0
+
+
+def test_links_of_the_readme_lead_somewhere():
+    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md"):
+        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
+            assert target.startswith("http") or (ROOT / target).exists(), target
+
+
+def test_the_constraints_pin_everything_they_name():
+    lines = (ROOT / "tests" / "constraints.txt").read_text().split()
+    assert "torch==2.13.0" in lines
+    assert all(re.fullmatch(r"[\w.-]+==[\w.]+", line) for line in lines)
