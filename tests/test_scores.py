@@ -168,6 +168,24 @@ def test_an_operation_that_allows_neither_is_named():
         operator(model, data_for(model, 3)) @ np.ones(26)
 
 
+@pytest.mark.parametrize("depth", [1, 6])
+@pytest.mark.parametrize("n", [1, 16])
+def test_half_precision_inside_the_model_is_not_taken_for_a_wrong_rule(depth, n):
+    class Autocast(nn.Sequential):
+        def forward(self, X):
+            with torch.autocast("cpu", torch.bfloat16):
+                return super().forward(X)
+
+    model = Autocast(*[layer for _ in range(depth) for layer in (nn.Linear(8, 8), nn.GELU())], nn.Linear(8, 2))
+    data = [(torch.randn(n, 8), torch.zeros(n, 2))]
+    op = operator(model, data)
+    expected = oracle.monte_carlo_fisher(model, nn.MSELoss(), list(model.parameters()), data)
+    v = np.ones(op.shape[0], np.float32)
+    error = np.linalg.norm(op @ v - expected @ v) / np.linalg.norm(expected @ v)
+    assert error <= 10 * torch.finfo(torch.bfloat16).eps
+    assert abs(op.trace() - np.trace(expected)) <= 10 * torch.finfo(torch.bfloat16).eps * np.trace(expected)
+
+
 def test_an_operation_that_vmap_cannot_take_is_done_one_by_one():
     class DataDependent(Custom):
         def forward(self, X):
