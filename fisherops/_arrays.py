@@ -61,14 +61,13 @@ def enter(x: Any) -> tuple[Tensor, Leave]:
 
 def scalar(x: Any) -> Any | None:
     """Return `x` as a Python number if it is a number or a 0-d array of any library, else None."""
-    if isinstance(x, Number):
-        return x.item() if isinstance(x, np.generic) else x
-    if isinstance(x, np.generic) or (
-        array_api_compat.is_array_api_obj(x) and getattr(x, "shape", None) == () and hasattr(x, "item")
-    ):
-        value = x.item()
-        return value if isinstance(value, Number) else None
-    return None
+    if getattr(x, "shape", None) == () and array_api_compat.is_array_api_obj(x) and hasattr(x, "item"):
+        x = x.item()
+    if not isinstance(x, Number):
+        return None
+    # Numbers of other types, such as fractions, and integers of more than 64 bits are not known to torch.
+    known = isinstance(x, float | complex) or (isinstance(x, int) and abs(x) < 2**63)
+    return x if known else float(x)  # type: ignore[arg-type]
 
 
 def to_tensor(x: Any, name: str) -> Tensor:
@@ -86,13 +85,14 @@ def is_array(x: Any) -> bool:
 
 def numpy_dtype(dtype: torch.dtype) -> np.dtype[Any]:
     """Return the NumPy dtype of a torch dtype."""
-    return torch.empty(0, dtype=dtype).numpy().dtype
+    return torch.empty(0, dtype=dtype, device="cpu").numpy().dtype
 
 
 def _enter_torch(x: Tensor) -> tuple[Tensor, Leave]:
-    if x.layout is not torch.strided or x.device.type == "meta" or x.is_quantized:
-        kind = "meta" if x.device.type == "meta" else str(x.layout)
-        raise TypeError(f"got a torch tensor of layout {kind}: {_TAKEN}. Pass `x.to_dense()` on a real device.")
+    if x.is_nested or x.is_quantized or x.device.type == "meta" or x.layout is not torch.strided:
+        kinds = {"nested": x.is_nested, "quantized": x.is_quantized, "meta": x.device.type == "meta"}
+        kind = next((name for name, holds in kinds.items() if holds), f"{x.layout}")
+        raise TypeError(f"got a {kind} tensor: {_TAKEN}. Pass a dense one on a real device, such as `x.to_dense()`.")
     x = x.detach()
     device = x.device
     inexact = x.dtype if x.is_floating_point() or x.is_complex() else None

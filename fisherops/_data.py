@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import operator
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import zlib
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fisherops import _arrays
+from fisherops._checks import integer
 from fisherops._tree import leaves, map_arrays
 
 _EXPECTED = (
@@ -71,20 +73,18 @@ class Data:
         verify: bool,
         progressbar: bool,
     ) -> None:
-        if num_data is not None and (isinstance(num_data, bool) or not isinstance(num_data, int) or num_data < 1):
-            raise ValueError(f"`num_data` must be a positive integer or None, got {num_data!r}.")
         self._device = device
         self._dtype = dtype
         self._convert = convert
         self._size_of = batch_size_fn
-        self._said_num_data = num_data
+        self._said_num_data = None if num_data is None else integer("num_data", num_data, 1)
         self._verify = verify
         self._progressbar = progressbar
         self._prints: list[_Print] = []
         self.num_data: int | None = None
         self._source = _as_source(source, batch_size)
 
-    def batches(self, description: str) -> Iterator[Batch]:
+    def batches(self, description: str) -> Generator[Batch]:
         """Read all batches once.
 
         Raises
@@ -118,10 +118,10 @@ class Data:
                     raise RuntimeError(_changed(f"batch {index} is not the one that the first pass read"))
                 count, total = index + 1, total + size
                 yield Batch(index, self._ready(X, self._convert), self._ready(y, False), size)
-        if count == 0:
-            raise ValueError(f"`data` has no batches, so there is no Fisher. {_EXPECTED}")
         if count < len(prints):
             raise RuntimeError(_changed(f"the first pass read {len(prints)} batches, this one only {count}"))
+        if count == 0:
+            raise ValueError(f"`data` has no batches, so there is no Fisher. {_EXPECTED}")
         if self._said_num_data is not None and total != self._said_num_data:
             raise ValueError(
                 f"`num_data` is {self._said_num_data}, but the data has {total}: leave it out, or correct it. "
@@ -165,25 +165,23 @@ class Data:
 
     def _ready(self, x: Any, convert: bool) -> Any:
         def move(t: Tensor) -> Tensor:
-            return t.to(self._device, self._dtype if convert and t.is_floating_point() else t.dtype)
+            t = t.to(self._device, self._dtype if convert and t.is_floating_point() else t.dtype)
+            return t.clone() if t.is_inference() else t  # an inference tensor cannot be part of a graph
 
-        moved = map_arrays(move, x)
-        # An object of another kind, such as a graph, knows by itself how to move.
-        if moved is x and not isinstance(x, Tensor | Mapping | tuple | list) and callable(getattr(x, "to", None)):
-            moved = x.to(self._device)
-        return moved
+        # A graph or a packed sequence knows by itself how to move.
+        if not isinstance(x, Tensor | Mapping) and callable(getattr(x, "to", None)):
+            return x.to(self._device)
+        return map_arrays(move, x)
 
 
 def _as_source(source: Any, batch_size: int | None) -> Iterable[Any]:
-    if batch_size is not None and (
-        isinstance(batch_size, bool) or not hasattr(batch_size, "__index__") or batch_size.__index__() < 1
-    ):
-        raise ValueError(f"`batch_size` must be a positive integer or None, got {batch_size!r}.")
+    batch_size = None if batch_size is None else integer("batch_size", batch_size, 1)
     if isinstance(source, tuple | list) and len(source) == 2 and _arrays.is_array(source[1]):
         return _slices(source[0], source[1], batch_size)
     if batch_size is not None:
         raise ValueError(
-            "`batch_size` is for a pair of arrays (X, y); this `data` is already in batches, so leave it out."
+            f"`batch_size` is for a pair of arrays (X, y), and `data` is {type(source).__name__}: leave it out if the "
+            "data are already in batches, and convert Python lists of numbers by `numpy.asarray`."
         )
     if not hasattr(source, "__iter__") and not hasattr(source, "__getitem__"):
         raise TypeError(f"`data` must be iterable, got {type(source).__name__}. {_EXPECTED}")
@@ -218,42 +216,49 @@ class _Print:
 
     def __init__(self, contents: Any, size: int, verify: bool) -> None:
         self._size = size
-        self._verify = verify
-        if verify:
-            tensors = leaves(contents)
-            self._forms = [(t.shape, t.dtype) for t in tensors]
-            self._identities = [(weakref.ref(t), _version(t)) for t in tensors]
-            self._sums = [_checksum(t) for t in tensors]
+        self._prints = [_print_of(t) for t in leaves(contents)] if verify else None
 
     def matches(self, contents: Any, size: int) -> bool:
         if size != self._size:
             return False
-        if not self._verify:
+        if self._prints is None:
             return True
         tensors = leaves(contents)
-        if [(t.shape, t.dtype) for t in tensors] != self._forms:
-            return False
-        for t, (known, version), expected in zip(tensors, self._identities, self._sums, strict=True):
-            unchanged = known() is t and version is not None and _version(t) == version
-            if not unchanged and _checksum(t) != expected:
-                return False
-        return True
+        return len(tensors) == len(self._prints) and all(
+            _unchanged_on_device(t, known) or _print_of(t)[:3] == known[:3]
+            for t, known in zip(tensors, self._prints, strict=True)
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Weak references cannot be pickled, and mean nothing elsewhere.
+        prints = None if self._prints is None else [(*known[:3], None, None) for known in self._prints]
+        return {"_size": self._size, "_prints": prints}
 
 
-def _version(t: Tensor) -> int | None:
-    return None if t.is_inference() else t._version
+def _print_of(t: Tensor) -> tuple[Any, ...]:
+    """Return shape, dtype and checksum of a tensor; and its identity and version."""
+    version = None if t.is_inference() else t._version
+    return t.shape, t.dtype, _checksum(t), weakref.ref(t), version
+
+
+def _unchanged_on_device(t: Tensor, known: tuple[Any, ...]) -> bool:
+    """Whether a tensor on an accelerator is the same object at the same version, so that it need not be copied here.
+
+    On the CPU a checksum costs little, and NumPy may have written to the memory of a tensor unseen.
+    """
+    *_, reference, version = known
+    same = reference is not None and reference() is t
+    return same and t.device.type != "cpu" and version is not None and t._version == version
 
 
 def _checksum(t: Tensor) -> int:
     """Return a number that depends on every bit of a tensor and on their order."""
-    if t.layout is not torch.strided:
+    if t.is_nested:
+        t = torch.cat([part.flatten() for part in t.unbind()])
+    elif t.layout is not torch.strided:
         t = t.to_dense()
-    t = t.detach().contiguous().resolve_conj().resolve_neg()
-    t = torch.view_as_real(t) if t.is_complex() else t
-    words = t.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[t.itemsize]).flatten().long()
-    # Multiplication by odd numbers is invertible modulo 2**64, so no single change goes unseen.
-    weights = torch.arange(words.numel(), device=words.device).mul_(2 * 0x9E3779B9).add_(1)
-    return int(weights.mul_(words).sum())
+    t = t.detach().resolve_conj().resolve_neg().cpu().contiguous()
+    return zlib.crc32(t.reshape(-1).view(torch.uint8).numpy().data)
 
 
 def _changed(what: str) -> str:

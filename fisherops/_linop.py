@@ -151,12 +151,13 @@ class TorchLinearOperator(LinearOperator):
         length = X.shape[-1 if rows else 0] if X.ndim else None
         if X.ndim not in allowed_ndim or length != N or (vector and X.ndim == 2 and X.shape[1] != 1):
             expected = "({0},) or (K, {0})" if rows else _SHAPES[vector]
+            shape = self.shape[::-1] if name.startswith("r") else self.shape  # of the operator that the caller sees
             raise ValueError(
                 f"dimension mismatch in {name}: got an array of shape {tuple(X.shape)}, "
-                f"an operator of shape {self.shape} takes {expected.format(N)} here."
+                f"an operator of shape {shape} takes {expected.format(N)} here."
             )
         columns = X.unsqueeze(1) if X.ndim == 1 else X.T if rows else X
-        Y = self._times(columns.to(self.device))
+        Y = self._times(columns.to(self.device).resolve_conj().resolve_neg())
         return leave(Y.squeeze(1) if X.ndim == 1 else Y.T if rows else Y)
 
     def _times(self, V: Tensor) -> Tensor:
@@ -248,8 +249,8 @@ class TorchLinearOperator(LinearOperator):
         value = _arrays.scalar(damping)
         if value is None or isinstance(value, complex):
             raise TypeError(f"`damping` must be a real number, got {damping!r}.")
-        if not np.isfinite(value):
-            raise ValueError(f"`damping` must be finite, got {value}.")
+        if not abs(value) <= torch.finfo(self._torch_dtype).max:
+            raise ValueError(f"`damping` must be finite in {self.dtype}, got {value}.")
         return _Damped(self, float(value))
 
 
@@ -372,8 +373,11 @@ class _Foreign(TorchLinearOperator):
     """A SciPy operator inside a composite; its products go through NumPy on the host."""
 
     def __init__(self, A: LinearOperator, device: torch.device) -> None:
+        if len(A.shape) != 2:
+            raise ValueError(f"only matrices can be combined, got an operator of shape {A.shape}.")
         dtype = np.result_type(A.dtype if A.dtype is not None else np.float64, np.float32)
-        super().__init__(A.shape, torch.from_numpy(np.empty(0, dtype)).dtype, device)
+        wider = torch.complex128 if dtype.kind == "c" else torch.float64
+        super().__init__(A.shape, {"f4": torch.float32, "c8": torch.complex64}.get(dtype.str[1:], wider), device)
         self._A = A
 
     def _apply(self, V: Tensor) -> Tensor:

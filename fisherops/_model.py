@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -15,11 +16,42 @@ from torch.overrides import TorchFunctionMode
 
 from fisherops._params import Parameters
 
-Function = Callable[[Mapping[str, Tensor], Any], Any]
+# Torch's random state, forward-mode level and kernel flags belong to the process, not to a thread.
+_LOCK = threading.RLock()
 
 
-def as_function(model_func: Any, parameters: Parameters, functional: bool) -> Function:
-    """Return ``(point, X) -> f``, where `point` maps parameter names to the values to use.
+class ModelFunction:
+    """A model as ``(point, X) -> f``, where `point` maps parameter names to the values to use."""
+
+    converts: bool
+    """Whether the model is evaluated in another precision than its own, so that inputs must be converted too."""
+
+    def __call__(self, point: Mapping[str, Tensor], X: Any) -> Any:
+        """Evaluate the model; buffers that it updates are left as they were."""
+        raise NotImplementedError
+
+    def check_unchanged(self) -> None:
+        """Raise RuntimeError if the model no longer has the parameters that were given."""
+
+    @contextmanager
+    def refuse_faults(self) -> Iterator[None]:
+        """Raise ValueError if a layer evaluated inside is random or couples the data of a batch."""
+        thread = threading.get_ident()
+
+        def look(module: nn.Module, _inputs: Any) -> None:
+            fault = _fault(module) if threading.get_ident() == thread else None
+            if fault is not None:
+                raise ValueError(_describe_faults({f"a {type(module).__name__}": fault}))
+
+        handle = register_module_forward_pre_hook(look)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+
+def as_function(model_func: Any, parameters: Parameters, functional: bool) -> ModelFunction:
+    """Return the model as a function of its parameters.
 
     Parameters
     ----------
@@ -45,7 +77,7 @@ def as_function(model_func: Any, parameters: Parameters, functional: bool) -> Fu
             "Pass the model, a callable X -> f, or with `params` a mapping a callable (params, X) -> f."
         )
     if functional:
-        return lambda point, X: model_func(dict(point), X)
+        return _PureFunction(model_func, parameters)
     if parameters.converts:
         raise ValueError(
             f"to compute in {parameters.dtype} the model must be an nn.Module or a callable (params, X) -> f with "
@@ -54,39 +86,79 @@ def as_function(model_func: Any, parameters: Parameters, functional: bool) -> Fu
     return _ClosureFunction(model_func, parameters)
 
 
-class _ModuleFunction:
+class _ModuleFunction(ModelFunction):
     """A module called with other values for its parameters."""
 
     def __init__(self, module: nn.Module, parameters: Parameters) -> None:
         self._module = module
         self._dtype = parameters.dtype
-        self._converts = parameters.converts
         own = dict(module.named_parameters(remove_duplicate=False))
-        chosen = {id(own[name]) for name in parameters.tensors}
-        self._frozen = {name: p for name, p in module.named_parameters() if id(p) not in chosen}
+        self._chosen = {name: own[name] for name in parameters.tensors}
+        self.converts = parameters.converts or any(p.dtype != self._dtype for p in self._chosen.values())
 
     def __call__(self, point: Mapping[str, Tensor], X: Any) -> Any:
-        # The frozen ones are detached so that no graph is built for them, and buffers of a module in training
-        # mode are copied because layers update them in place.
-        values = {name: self._convert(p.detach()) for name, p in self._frozen.items()}
-        training = any(module.training for module in self._module.modules())
-        for name, buffer in self._module.named_buffers():
-            values[name] = self._convert(buffer.clone() if training else buffer)
+        # Frozen parameters are detached so that no graph is built for them, and buffers copied because layers may
+        # update them in place.
+        chosen = {id(p) for p in self._chosen.values()}
+        values = {name: self._convert(p.detach()) for name, p in self._module.named_parameters() if id(p) not in chosen}
+        values |= {name: self._convert(buffer.clone()) for name, buffer in self._module.named_buffers()}
         return torch.func.functional_call(self._module, values | dict(point), (X,))
 
+    def check_unchanged(self) -> None:
+        own = dict(self._module.named_parameters(remove_duplicate=False))
+        replaced = [name for name, p in self._chosen.items() if own.get(name) is not p]
+        if replaced:
+            raise RuntimeError(
+                f"the model's parameters {replaced} are not those that the operator was made with: they were replaced "
+                "by other tensors. Make a new operator (parameters that are changed in place are followed)."
+            )
+
+    @contextmanager
+    def refuse_faults(self) -> Iterator[None]:
+        faults = {
+            f"{name or 'model'} ({type(module).__name__})": fault
+            for name, module in self._module.named_modules()
+            if (fault := _fault(module)) is not None
+        }
+        if faults:
+            raise ValueError(_describe_faults(faults))
+        yield
+
     def _convert(self, t: Tensor) -> Tensor:
-        return t.to(self._dtype) if self._converts and t.is_floating_point() else t
+        return t.to(self._dtype) if self.converts and t.is_floating_point() else t
 
 
-class _ClosureFunction:
+class _PureFunction(ModelFunction):
+    """A callable ``(params, X) -> f``."""
+
+    def __init__(self, function: Callable[[dict[str, Tensor], Any], Any], parameters: Parameters) -> None:
+        self._function = function
+        self.converts = parameters.converts
+
+    def __call__(self, point: Mapping[str, Tensor], X: Any) -> Any:
+        with _buffers_restored():
+            return self._function(dict(point), X)
+
+
+class _ClosureFunction(ModelFunction):
     """A callable ``X -> f`` that holds its parameters itself, called with other values in their place."""
+
+    converts = False
 
     def __init__(self, function: Callable[[Any], Any], parameters: Parameters) -> None:
         self._function = function
         self._names = {id(t): name for name, t in parameters.tensors.items()}
+        self._tensors = list(parameters.tensors.values())
 
     def __call__(self, point: Mapping[str, Tensor], X: Any) -> Any:
-        with _Substitution({key: point[name] for key, name in self._names.items()}):
+        # While a graph is built, tensors that escape the substitution must show in it, see BatchJacobian.build_graph.
+        hidden = [t for t in self._tensors if torch.is_grad_enabled() and not t.requires_grad]
+        with ExitStack() as stack:
+            for t in hidden:
+                stack.callback(t.requires_grad_, False)
+                t.requires_grad_()
+            stack.enter_context(_buffers_restored())
+            stack.enter_context(_Substitution({key: point[name] for key, name in self._names.items()}))
             return self._function(X)
 
 
@@ -113,6 +185,28 @@ class _Substitution(TorchFunctionMode):
 
 
 @contextmanager
+def _buffers_restored() -> Iterator[None]:
+    """Let every module called inside work on copies of its buffers."""
+    thread = threading.get_ident()
+    originals: dict[nn.Module, dict[str, Tensor]] = {}
+
+    def swap(module: nn.Module, _inputs: Any) -> None:
+        if threading.get_ident() == thread and module not in originals:
+            originals[module] = dict(module.named_buffers(recurse=False))
+            for name, buffer in originals[module].items():
+                setattr(module, name, buffer.clone())
+
+    handle = register_module_forward_pre_hook(swap)
+    try:
+        yield
+    finally:
+        handle.remove()
+        for module, buffers in originals.items():
+            for name, buffer in buffers.items():
+                setattr(module, name, buffer)
+
+
+@contextmanager
 def plain_kernels() -> Iterator[None]:
     """Evaluate attention and recurrent layers by elementary operations, which can be differentiated in every mode."""
     with ExitStack() as stack:
@@ -127,37 +221,47 @@ def plain_kernels() -> Iterator[None]:
 
 
 @contextmanager
-def fixed_randomness(device: torch.device, seed: int) -> Iterator[None]:
-    """Fix torch's global random numbers inside, and leave their state untouched outside."""
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
+def isolated(device: torch.device) -> Iterator[None]:
+    """Evaluate models inside as if nothing else ran in the process, and leave no trace.
+
+    The global random numbers are fixed inside and restored afterwards; inference mode and autocasting of the caller do
+    not reach in; other threads wait.
+    """
+    with (
+        _LOCK,
+        fixed_randomness(device, 0),
+        torch.inference_mode(False),
+        torch.autocast(device.type, enabled=False),
+    ):
         yield
 
 
 @contextmanager
-def watch_modules() -> Iterator[list[tuple[nn.Module, str]]]:
-    """List the modules called inside that make outputs random or let a datum's output depend on its batch."""
-    found: list[tuple[nn.Module, str]] = []
-
-    def look(module: nn.Module, _inputs: Any) -> None:
-        fault = _fault(module)
-        if fault is not None and all(module is not known for known, _ in found):
-            found.append((module, fault))
-
-    handle = register_module_forward_pre_hook(look)
+def fixed_randomness(device: torch.device, seed: int) -> Iterator[None]:
+    """Fix torch's global random numbers inside, and leave their state untouched outside."""
+    # Only the generators used here: torch.manual_seed would also seed those of other devices, and not restore them.
+    generators = [torch.default_generator]
+    if device.type == "cuda":
+        generators.append(torch.cuda.default_generators[device.index])
+    states = [generator.get_state() for generator in generators]
     try:
-        yield found
+        for generator in generators:
+            generator.manual_seed(seed)
+        yield
     finally:
-        handle.remove()
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)
 
 
 def _fault(module: nn.Module) -> str | None:
+    """Say what makes outputs of a module no function of the parameters and one datum, and how to mend it."""
     if isinstance(module, batchnorm._BatchNorm):
         if module.training:
-            return "couples the data of a batch"
+            return "couples the data of a batch: call `model.eval()`"
         if module.running_mean is None:
-            return "couples the data of a batch, having no running statistics"
+            return "couples the data of a batch, having no running statistics: use track_running_stats=True"
+    if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None:
+        return "rewrites its weights in each evaluation: set its `max_norm` to None"
     if not module.training:
         return None
     random = (
@@ -166,12 +270,12 @@ def _fault(module: nn.Module) -> str | None:
         or (isinstance(module, nn.MultiheadAttention) and module.dropout > 0)
         or isinstance(module, nn.RReLU)
     )
-    return "is random" if random else None
+    return "is random: call `model.eval()`" if random else None
 
 
-def module_names(model_func: Any, modules: list[nn.Module]) -> list[str]:
-    """Return names for modules: the qualified name where `model_func` is a module, and the class."""
-    known = {}
-    if isinstance(model_func, nn.Module):
-        known = {id(m): name for name, m in model_func.named_modules()}
-    return [f"{known.get(id(m)) or 'model'} ({type(m).__name__})" for m in modules]
+def _describe_faults(faults: Mapping[str, str]) -> str:
+    listed = "; ".join(f"{name} {fault}" for name, fault in faults.items())
+    return (
+        f"the Fisher is not defined for this model as it is. {listed}. Or pass check_deterministic=False to take the "
+        "model as it is, with the same random numbers in every evaluation."
+    )

@@ -9,9 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-# Compute precisions. Half precisions hold parameters but are not computed in: a Fisher squares gradients.
-_COMPUTE = {torch.float32: torch.float32, torch.float64: torch.float64}
-_HALF = {torch.float16: torch.float32, torch.bfloat16: torch.float32}
+# Compute precision for each dtype. Half precisions hold parameters but are not computed in: a Fisher squares gradients.
+_COMPUTE = {
+    torch.float32: torch.float32,
+    torch.float64: torch.float64,
+    torch.float16: torch.float32,
+    torch.bfloat16: torch.float32,
+}
 
 
 class Parameters:
@@ -57,7 +61,9 @@ class Parameters:
 
     def point(self) -> dict[str, Tensor]:
         """Return the present values, in the compute precision and detached from the user's graph."""
-        return {name: t.detach().to(self.dtype) for name, t in self.tensors.items()}
+        # A tensor made under inference_mode cannot be differentiated; its copy can.
+        point = {name: t.detach().to(self.dtype) for name, t in self.tensors.items()}
+        return {name: t.clone() if t.is_inference() else t for name, t in point.items()}
 
     def split(self, V: Tensor) -> dict[str, Tensor]:
         """Split columns (D, K) into one tensor (K, ...) for each parameter; views where possible."""
@@ -119,6 +125,7 @@ def _from_mapping(model_func: Any, params: Mapping[str, Any]) -> dict[str, Tenso
     _check_each(tensors)
     if isinstance(model_func, nn.Module):
         own = dict(model_func.named_parameters(remove_duplicate=False))
+        first: dict[int, str] = {}
         for name, tensor in tensors.items():
             if name not in own:
                 raise ValueError(f"`params` names {name!r}, which the model does not have; it has {list(own)}.")
@@ -126,6 +133,11 @@ def _from_mapping(model_func: Any, params: Mapping[str, Any]) -> dict[str, Tenso
                 raise ValueError(
                     f"`params[{name!r}]` has shape {tuple(tensor.shape)}, "
                     f"the model's parameter has shape {tuple(own[name].shape)}."
+                )
+            if first.setdefault(id(own[name]), name) != name:
+                raise ValueError(
+                    f"`params` has the names {first[id(own[name])]!r} and {name!r}, which are one tied parameter of "
+                    "the model: keep one."
                 )
     return tensors
 
@@ -137,13 +149,15 @@ def _from_list(model_func: Any, params: list[Any]) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     seen: dict[int, int] = {}
     for i, p in enumerate(params):
+        if not isinstance(p, Tensor | tuple):
+            raise TypeError(f"`params[{i}]` must be a torch tensor, got {type(p).__name__}.")
         if isinstance(p, tuple):
             raise TypeError(
                 f"`params[{i}]` is a tuple: pass `dict(model.named_parameters())` or a list of the tensors alone."
             )
         if id(p) in seen:
             raise ValueError(f"`params[{i}]` and `params[{seen[id(p)]}]` are the same tensor: pass it once.")
-        if names and isinstance(p, Tensor) and id(p) not in names:
+        if names and id(p) not in names:
             raise ValueError(
                 f"`params[{i}]`, of shape {tuple(p.shape)}, is not a parameter of the model: take it from "
                 "`model.parameters()`, or pass a callable as `model_func`."
@@ -186,6 +200,6 @@ def _the_dtype(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> torc
         )
     only = dtypes.pop()
     try:
-        return (_COMPUTE | _HALF)[only]
+        return _COMPUTE[only]
     except KeyError:
         raise ValueError(f"the parameters are {only}: pass dtype='float32' or dtype='float64' to compute in.") from None

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, MutableMapping
+from collections import UserDict
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -19,9 +20,9 @@ def map_arrays(function: Callable[[Any], Any], x: Any) -> Any:
         items = {key: map_arrays(function, item) for key, item in x.items()}
         if all(items[key] is item for key, item in x.items()):
             return x
-        if type(x) is dict or not isinstance(x, MutableMapping):
+        if type(x) is dict or not isinstance(x, dict | UserDict):
             return items
-        mapped = copy.copy(x)  # a UserDict keeps its class and attributes
+        mapped = copy.copy(x)  # keeps its class and attributes; other mappings may share their contents when copied
         for key, item in items.items():
             mapped[key] = item
         return mapped

@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 import fisherops
 from fisherops import FisherMCLinearOperator
+from fisherops._checks import first_line
 
 _LOSSES = {"ce": nn.CrossEntropyLoss, "mse": nn.MSELoss, "bce": nn.BCEWithLogitsLoss}
 _INSTALL = "install it with `pip install 'fisherops[demo]'`"
@@ -142,14 +143,24 @@ def _spectrum(arguments: argparse.Namespace) -> None:
     _make_directory(arguments.out)
     started = time.perf_counter()
     problem = _own_problem(arguments) if arguments.model or arguments.data or arguments.weights else _demo(arguments)
-    op = _operator(problem, arguments)
-    D = op.shape[0]
-    if arguments.k >= D:
-        raise _UsageError(
-            f"-k is {arguments.k}, but the model has {D} parameters and eigsh finds fewer than that: choose k < {D}"
-        )
-    values, products, seconds = _eigenvalues(op, arguments.k, arguments.tol)
-    trace = op.trace()
+    try:
+        op = _operator(problem, arguments)
+        D = op.shape[0]
+        if arguments.k >= D:
+            raise _UsageError(
+                f"-k is {arguments.k}, but the model has {D} parameters and eigsh finds fewer than that: "
+                + (f"choose k < {D}" if D > 1 else "it cannot be used for one parameter")
+            )
+        trace = op.trace()
+        if trace == 0:
+            raise _UsageError("the Fisher of the model on these data is zero, so it has no eigenvalues to find")
+        values, products, seconds = _eigenvalues(op, arguments.k, arguments.tol)
+    except _UsageError:
+        raise
+    except Exception as error:  # the model is the user's: anything may come from it
+        kind = "" if isinstance(error, ValueError | FloatingPointError) else f"{type(error).__name__}: "
+        shapes = f"X {tuple(problem.X.shape)} and y {tuple(problem.y.shape)}"
+        raise _UsageError(f"the Fisher of the model on {shapes} failed: {kind}{error}") from None
     result = {
         "fisherops": fisherops.__version__,
         "model": problem.title,
@@ -295,7 +306,7 @@ def _import_module(name: str) -> Any:
 
 def _load_weights(model: nn.Module, path: Path) -> None:
     if not path.is_file():
-        raise _UsageError(f"--weights {path} does not exist")
+        raise _UsageError(f"--weights {path} is no file")
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -307,7 +318,7 @@ def _load_weights(model: nn.Module, path: Path) -> None:
         raise _UsageError(f"safetensors is needed for {path} and is not installed: {_INSTALL}") from None
     except Exception as error:
         raise _UsageError(
-            f"--weights {path} cannot be read: {type(error).__name__}: {str(error).splitlines()[0]} "
+            f"--weights {path} cannot be read: {type(error).__name__}: {first_line(error)} "
             "(safetensors and torch files of tensors alone are taken)"
         ) from None
     try:
@@ -321,22 +332,16 @@ def _operator(problem: _Problem, arguments: argparse.Namespace) -> FisherMCLinea
         device = torch.device(arguments.device)
         model = problem.model.to(device)
     except (RuntimeError, AssertionError) as error:
-        raise _UsageError(f"--device {arguments.device} cannot be used: {str(error).splitlines()[0]}") from None
+        raise _UsageError(f"--device {arguments.device} cannot be used: {first_line(error)}") from None
     loss = _LOSSES[problem.loss](reduction=arguments.reduction)
     X, y = problem.X, problem.y
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
     if X.is_floating_point() and dtype is not None:
         X = X.to(dtype)
-    try:
-        return FisherMCLinearOperator(
-            model, loss, None, (X, y), seed=arguments.seed, mc_samples=arguments.mc_samples, dtype=arguments.dtype,
-            batch_size=arguments.batch_size,
-        )  # fmt: skip
-    except Exception as error:  # the model is the user's: anything may come from it
-        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-        raise _UsageError(
-            f"the Fisher of the model on X {tuple(X.shape)} and y {tuple(y.shape)} failed: {kind}{error}"
-        ) from None
+    return FisherMCLinearOperator(
+        model, loss, None, (X, y), seed=arguments.seed, mc_samples=arguments.mc_samples, dtype=arguments.dtype,
+        batch_size=arguments.batch_size,
+    )  # fmt: skip
 
 
 def _eigenvalues(op: FisherMCLinearOperator, k: int, tol: float) -> tuple[np.ndarray[Any, Any], int, float]:

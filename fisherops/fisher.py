@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager
 from typing import Any
 
 import numpy as np
@@ -12,12 +11,14 @@ import torch
 from torch import Tensor
 
 from fisherops import likelihoods
+from fisherops._checks import integer
 from fisherops._data import Batch, Data
 from fisherops._draws import StreamDraws
 from fisherops._linop import TorchLinearOperator
-from fisherops._model import as_function, fixed_randomness, module_names, watch_modules
+from fisherops._model import as_function, fixed_randomness, isolated
 from fisherops._params import Parameters, as_dtype, select
 from fisherops._sums import CompensatedSum
+from fisherops._tree import leaves, map_arrays
 from fisherops.likelihoods import Draws, OutputFactor, Terms
 from fisherops.scores import Differentiation, RecomputedScores
 
@@ -51,7 +52,7 @@ class _FisherOperator(TorchLinearOperator):
             data,
             device=self._parameters.device,
             dtype=self._parameters.dtype,
-            convert=self._parameters.converts,
+            convert=self._model.converts,
             batch_size=batch_size,
             batch_size_fn=batch_size_fn,
             num_data=num_data,
@@ -60,18 +61,20 @@ class _FisherOperator(TorchLinearOperator):
         )
         D = self._parameters.numel
         super().__init__((D, D), self._parameters.dtype, self._parameters.device)
+        self._checked = check_deterministic
+        self._writes_inputs = True  # unless the check finds that the model leaves its inputs alone
         if check_deterministic:
             self._check_deterministic()
 
     # ---- What a subclass says -----------------------------------------------------------------
 
-    @abstractmethod
     def _start_draws(self) -> Draws:
         """Return the sampler for one pass over the data."""
+        raise NotImplementedError
 
-    @abstractmethod
     def _factor(self, f: Tensor, terms: Terms, draws: Draws) -> OutputFactor:
         """Return S for flattened outputs (T, C)."""
+        raise NotImplementedError
 
     # ---- Products -----------------------------------------------------------------------------
 
@@ -84,12 +87,11 @@ class _FisherOperator(TorchLinearOperator):
                     scores.apply_transposed(scores.apply(columns)).T for columns in torch.split(V, _COLUMNS, dim=1)
                 ]
                 total.add((torch.cat(blocks) if len(blocks) > 1 else blocks[0]).T)
-        return total.value().div_(self._divisor)
+        return _check_result(total.value().div_(batches.divisor), V)
 
     def todense(self) -> np.ndarray[Any, Any]:
         """Return F as a NumPy array of shape (D, D), from the rows of G."""
-        total = self._sum_over_rows("dense", lambda rows: rows.T @ rows)
-        return total.cpu().numpy()
+        return self._sum_over_rows("dense", lambda rows: rows.T @ rows).cpu().numpy()
 
     def diagonal(self) -> np.ndarray[Any, Any]:
         """Return the diagonal of F as a NumPy array of shape (D,), exactly: the squared norms of the columns of G."""
@@ -108,37 +110,29 @@ class _FisherOperator(TorchLinearOperator):
             for scores in batches:
                 for rows in scores.rows():
                     total.add(function(rows))
-        return total.value().div_(self._divisor)
+        return _check_result(total.value().div_(batches.divisor))
 
     # ---- One pass over the data ---------------------------------------------------------------
 
     @contextmanager
-    def _pass(self, description: str) -> Iterator[Iterable[RecomputedScores]]:
-        """Read all batches once, as blocks of G; afterwards ``self._divisor`` is c."""
-        with fixed_randomness(self.device, 0), torch.inference_mode(False):
-            yield self._scores(description)
-
-    def _scores(self, description: str) -> Iterator[RecomputedScores]:
-        draws = self._start_draws()
-        point = self._parameters.point()
-        divisor = 0.0
-        for batch in self._data.batches(f"{type(self).__name__} {description}"):
-            jacobian = self._differentiation.at(point, batch.X)
-            _check_finite(jacobian.outputs, batch)
-            terms = self._terms(jacobian.output_shape, batch)
-            divisor += float(terms.divisor)
-            yield RecomputedScores(jacobian, self._factor(jacobian.outputs, terms, draws), batch.size)
-        if self._likelihood.reduction == "sum":
-            divisor = 1.0
-        elif divisor == 0:
-            raise ValueError(
-                "every loss term of the data is ignored or has weight 0, so reduction='mean' divides by zero: "
-                "check `ignore_index` and the class weights, or use reduction='sum'."
-            )
-        self._divisor = divisor
+    def _pass(self, description: str) -> Iterator[_Pass]:
+        """Read all batches once, as blocks of G."""
+        with isolated(self.device), ExitStack() as stack:
+            self._model.check_unchanged()
+            if self._checked:
+                stack.enter_context(self._model.refuse_faults())
+            batches = _Pass(self, self._data.batches(f"{type(self).__name__} {description}"))
+            stack.callback(batches.close)
+            yield batches
 
     def _evaluate(self, point: Mapping[str, Tensor], X: Any) -> Tensor:
-        f = self._model(point, X)
+        if self._writes_inputs:
+            X = map_arrays(Tensor.clone, X)
+        if self._checked:
+            f = self._model(point, X)
+        else:
+            with fixed_randomness(self.device, 1):
+                f = self._model(point, X)
         if not isinstance(f, Tensor):
             raise TypeError(
                 f"the model must return one tensor, got {type(f).__name__}: wrap it, for example "
@@ -161,27 +155,62 @@ class _FisherOperator(TorchLinearOperator):
     def _check_deterministic(self) -> None:
         """Evaluate the model twice and read the data twice, with other random numbers each time."""
         point = self._parameters.point()
-        with fixed_randomness(self.device, 1), torch.inference_mode(False), torch.no_grad():
-            for batch in self._data.batches(f"{type(self).__name__} check"):
-                with watch_modules() as faults:
-                    f = self._evaluate(point, batch.X)
-                if faults:
-                    raise ValueError(_describe_faults(self._model_func, faults))
-                _check_finite(f, batch)
-                self._likelihood.flatten(f)
-                self._terms(f.shape, batch)
-                with fixed_randomness(self.device, 2):
-                    again = self._evaluate(point, batch.X)
-                tolerance = torch.finfo(f.dtype).eps ** 0.5 * f.abs().max()
-                if again.shape != f.shape or not (again - f).abs().max() <= tolerance:
-                    raise RuntimeError(
-                        f"the model is not deterministic: two evaluations of batch {batch.number} differ. Switch the "
-                        "randomness off (`model.eval()`, no functional dropout in training mode), or pass "
-                        "check_deterministic=False to take it with fixed random numbers."
-                    )
-        with fixed_randomness(self.device, 2):
-            for _ in self._data.batches(f"{type(self).__name__} check"):
-                pass
+        self._writes_inputs = writes = False
+        with isolated(self.device), torch.no_grad(), self._model.refuse_faults():
+            with closing(self._data.batches(f"{type(self).__name__} check")) as batches:
+                for batch in batches:
+                    X = map_arrays(Tensor.clone, batch.X)
+                    f = self._evaluate(point, X)
+                    writes = writes or any(t._version > 0 for t in leaves(X))
+                    _check_finite(f, batch)
+                    self._likelihood.flatten(f)
+                    self._terms(f.shape, batch)
+                    with fixed_randomness(self.device, 2):
+                        again = self._evaluate(point, map_arrays(Tensor.clone, batch.X))
+                    tolerance = torch.finfo(f.dtype).eps ** 0.5 * f.abs().max()
+                    if again.shape != f.shape or not (again - f).abs().max() <= tolerance:
+                        raise RuntimeError(
+                            f"the model is not deterministic: two evaluations of batch {batch.number} differ. Switch "
+                            "the randomness off (`model.eval()`, no functional dropout in training mode), or pass "
+                            "check_deterministic=False to take it with fixed random numbers."
+                        )
+            with (
+                fixed_randomness(self.device, 2),
+                closing(self._data.batches(f"{type(self).__name__} check")) as batches,
+            ):
+                for _ in batches:
+                    pass
+        self._writes_inputs = writes
+
+
+class _Pass:
+    """One reading of the data: iterate over it for blocks of G, and find c in `divisor` at the end."""
+
+    def __init__(self, op: _FisherOperator, batches: Generator[Batch]) -> None:
+        self._op = op
+        self._batches = batches
+        self.divisor = 1.0
+        self.close = batches.close
+
+    def __iter__(self) -> Iterator[RecomputedScores]:
+        op = self._op
+        draws = op._start_draws()
+        point = op._parameters.point()
+        divisor = 0.0
+        for batch in self._batches:
+            jacobian = op._differentiation.at(point, batch.X)
+            _check_finite(jacobian.outputs, batch)
+            terms = op._terms(jacobian.output_shape, batch)
+            divisor += float(terms.divisor)
+            yield RecomputedScores(jacobian, op._factor(jacobian.outputs, terms, draws), batch.size)
+        if op._likelihood.reduction == "sum":
+            return
+        if divisor == 0:
+            raise ValueError(
+                "every loss term of the data is ignored or has weight 0, so reduction='mean' divides by zero: "
+                "check `ignore_index` and the class weights, or use reduction='sum'."
+            )
+        self.divisor = divisor
 
 
 class FisherMCLinearOperator(_FisherOperator):
@@ -220,9 +249,10 @@ class FisherMCLinearOperator(_FisherOperator):
     progressbar : bool
         Whether each pass over the data shows a tqdm bar on stderr.
     check_deterministic : bool
-        Whether to check, now, that the model is deterministic and does not couple the data of a batch, and that data
-        are the same on each pass (then on every pass). With False, layers such as Dropout get the same random numbers
-        in every product.
+        Whether to check, now, that the model is deterministic; and, in every product, that no layer is random
+        (Dropout) or couples the data of a batch (BatchNorm in training mode), and that the data are the same as before
+        (arrays in mappings, tuples and lists are compared, the contents of other objects are not). With False, random
+        layers get the same random numbers in every evaluation.
     seed : int
         Seed of the draws; two operators with the same seed and data are the same matrix.
     mc_samples : int
@@ -233,7 +263,8 @@ class FisherMCLinearOperator(_FisherOperator):
         ``X -> int``, the number of data in a batch; None takes the length of y.
     sampler : {"stream"}
         "stream" draws batch after batch from one generator, so the matrix depends on how the data are split and
-        ordered: for the same seed it is the matrix of ``FisherMCLinearOperator`` of curvlinops-for-pytorch 3.0.1.
+        ordered, on the device and, for MSE and BCE, on the precision. For the same seed it is the matrix of
+        ``FisherMCLinearOperator`` of curvlinops-for-pytorch 3.0.1.
     dtype : {None, "float32", "float64"} or dtype
         Compute precision. None takes that of the parameters (float32 for half precisions). Another one is computed with
         a converted copy of the model's parameters, buffers and floating-point inputs.
@@ -300,8 +331,8 @@ class FisherMCLinearOperator(_FisherOperator):
         dtype: Any = None,
         batch_size: int | None = None,
     ) -> None:
-        self._seed = _integer("seed", seed, -(2**63), 2**64 - 1)
-        self._mc_samples = _integer("mc_samples", mc_samples, 1, None)
+        self._seed = integer("seed", seed, -(2**63), 2**64 - 1)
+        self._mc_samples = integer("mc_samples", mc_samples, 1)
         if sampler != "stream":
             raise ValueError(f"`sampler` must be 'stream', got {sampler!r}.")
         super().__init__(
@@ -332,21 +363,11 @@ def _check_finite(f: Tensor, batch: Batch) -> None:
         )
 
 
-def _describe_faults(model_func: Any, faults: list[tuple[torch.nn.Module, str]]) -> str:
-    names = module_names(model_func, [module for module, _ in faults])
-    listed = ", ".join(f"{name} {fault}" for name, (_, fault) in zip(names, faults, strict=True))
-    return (
-        f"the Fisher is not defined for this model as it is: {listed}. Call `model.eval()` first (a BatchNorm layer "
-        "also needs running statistics), or pass check_deterministic=False to take it as it is."
-    )
-
-
-def _integer(name: str, value: Any, low: int, high: int | None) -> int:
-    """Return an integer argument within its bounds."""
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(f"`{name}` must be an integer, got {value!r}.")
-    number: int = value.__index__()
-    if number < low or (high is not None and number > high):
-        bounds = f"at least {low}" if high is None else f"from {low} to {high}"
-        raise ValueError(f"`{name}` must be {bounds}, got {number}.")
-    return number
+def _check_result(result: Tensor, *inputs: Tensor) -> Tensor:
+    # The sum is finite if all entries are, but for overflow, which the second look settles.
+    if not result.sum().isfinite() and not result.isfinite().all() and all(x.isfinite().all() for x in inputs):
+        raise FloatingPointError(
+            "the result contains NaN or infinity although the model's outputs are finite: a derivative of the model "
+            "is not finite, or the numbers exceed the precision. Check its operations, or pass dtype='float64'."
+        )
+    return result

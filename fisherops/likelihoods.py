@@ -224,6 +224,8 @@ class Categorical(Likelihood):
 
     def __init__(self, reduction: str, class_weights: Tensor | None, ignore_index: int) -> None:
         super().__init__(reduction)
+        if class_weights is not None and not ((class_weights >= 0) & class_weights.isfinite()).all():
+            raise ValueError(f"class weights must be finite and at least 0, got {class_weights.tolist()}.")
         self._class_weights = class_weights
         self._ignore_index = ignore_index
 
@@ -265,7 +267,8 @@ class Categorical(Likelihood):
             raise ValueError(
                 f"the loss has {self._class_weights.numel()} class weights, but the outputs have {f_shape[1]} classes."
             )
-        weights = self._class_weights.to(y.device)[y.where(counts, 0)] * counts
+        # In float64: sums of half-precision weights overflow.
+        weights = self._class_weights.to(y.device, torch.float64)[y.where(counts, 0)] * counts
         return Terms(weights, weights.sum())
 
     def sample(self, f: Tensor, weights: Tensor | None, samples: int, draws: Draws) -> OutputFactor:
@@ -286,6 +289,12 @@ def of_loss(loss_func: object) -> Likelihood:
     NotImplementedError
         If the loss, or an option of it, is not supported.
     """
+    for known in (nn.MSELoss, nn.CrossEntropyLoss, nn.BCEWithLogitsLoss):
+        if isinstance(loss_func, known) and type(loss_func).forward is not known.forward:
+            raise NotImplementedError(
+                f"`loss_func` is {type(loss_func).__name__}, whose `forward` is not that of {known.__name__}: the "
+                f"likelihood that it stands for is not known. Supported are {SUPPORTED}."
+            )
     if isinstance(loss_func, nn.MSELoss):
         return Gaussian(loss_func.reduction)
     if isinstance(loss_func, nn.CrossEntropyLoss):

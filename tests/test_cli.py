@@ -173,7 +173,7 @@ BAD = {
     "loss": (["--loss", "l1"], None, "argument --loss: invalid choice: 'l1'"),
     "unknown option": (["--what"], None, "unrecognized arguments: --what"),
     "device": (["--device", "nodevice"], None, "--device nodevice cannot be used"),
-    "weights missing": (["--weights", "none.pt"], None, "--weights none.pt does not exist"),
+    "weights missing": (["--weights", "none.pt"], None, "--weights none.pt is no file"),
     "weights not readable": (["--weights", "data.npz"], None, "--weights data.npz cannot be read"),
     "out is a file": (["--out", "model.py"], None, "--out model.py cannot be made"),
     "no X": ([], write("data.npz", a=X, y=Y), r"has the arrays \['a', 'y'\]: X and y are needed"),
@@ -186,6 +186,8 @@ BAD = {
     "no rows": ([], write("data.npz", X=X[:0], y=Y[:0]), r"shapes \(0, 4\) and \(0,\)"),
     "width": ([], write("data.npz", X=X[:, :2], y=Y), r"on X \(5, 2\) and y \(5,\) failed: RuntimeError: mat1 and mat2"),
     "class": ([], write("data.npz", X=X, y=Y + 7), r"failed: batch 0: class index 7 is not in \[0, 3\)"),
+    "weights empty": (["--weights", "empty.pt"], lambda: Path("empty.pt").touch(), "--weights empty.pt cannot be read"),
+    "all ignored": ([], write("data.npz", X=X, y=Y - 100), "every loss term of the data is ignored"),
     "not an archive": ([], lambda: Path("data.npz").write_bytes(b"x" * 100), "data.npz cannot be read as .npz"),
     "one array": ([], one_array, "is one array, not an archive"),
 }  # fmt: skip

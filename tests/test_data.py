@@ -1,6 +1,7 @@
 """The data: every form that is taken, and every one that is refused."""
 
 import collections
+import collections.abc
 import dataclasses
 
 import numpy as np
@@ -115,8 +116,12 @@ def test_batch_size_fn_counts_and_num_data_checks(case, expected):
     with pytest.raises(ValueError, match=r"`num_data` is 11, but the data has 10"):
         op = fo.FisherMCLinearOperator(model, nn.CrossEntropyLoss(), data=data, num_data=11, check_deterministic=False)
         op @ np.zeros(op.shape[0])
-    for wrong in (0, -1, 1.5, True, "10"):
-        with pytest.raises(ValueError, match="`num_data` must be a positive integer or None, got"):
+    np.testing.assert_array_equal(dense(model, data, num_data=np.int64(10)), expected)
+    for wrong in (0, -1):
+        with pytest.raises(ValueError, match="`num_data` must be at least 1, got"):
+            dense(model, data, num_data=wrong)
+    for wrong in (1.5, True, "10"):
+        with pytest.raises(TypeError, match="`num_data` must be an integer, got"):
             dense(model, data, num_data=wrong)
     with pytest.raises(TypeError, match=r"`batch_size_fn` must return an integer, got 2.5 for batch 0"):
         dense(model, data, batch_size_fn=lambda X: 2.5)
@@ -174,10 +179,13 @@ def test_empty_data_and_shapes_that_do_not_fit(case, data, message):
 
 def test_batch_size_is_checked(case):
     X, y = arrays(case)
-    for wrong in (0, -3, 2.5, True):
-        with pytest.raises(ValueError, match="`batch_size` must be a positive integer or None, got"):
+    for wrong in (0, -3):
+        with pytest.raises(ValueError, match="`batch_size` must be at least 1, got"):
             dense(case.model, (X, y), batch_size=wrong)
-    with pytest.raises(ValueError, match="already in batches"):
+    for wrong in (2.5, True):
+        with pytest.raises(TypeError, match="`batch_size` must be an integer, got"):
+            dense(case.model, (X, y), batch_size=wrong)
+    with pytest.raises(ValueError, match="`data` is list: leave it out if the data are already in batches"):
         dense(case.model, case.data, batch_size=2)
 
 
@@ -235,6 +243,89 @@ def test_data_that_change_are_found_in_the_pass_where_they_do(case, change, when
     op = fo.FisherMCLinearOperator(case.model, nn.CrossEntropyLoss(), data=data)
     with pytest.raises(RuntimeError, match=message):
         op @ np.ones(op.shape[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.int64, torch.bool, torch.int16])
+@pytest.mark.parametrize("shift", [1, 7, 32, 2048])
+def test_a_permutation_of_the_data_is_found(dtype, shift):
+    X = torch.randint(2, (4096, 1)).to(dtype)
+    loss, y = nn.MSELoss(), torch.zeros(4096, 1)
+
+    class Scale(nn.Linear):
+        def forward(self, X):
+            return super().forward(X.float())
+
+    data = Changing([(X, y)], 3, lambda data: [(X.roll(shift, 0), y)])
+    op = fo.FisherMCLinearOperator(Scale(1, 1), loss, data=data)
+    with pytest.raises(RuntimeError, match="batch 0 is not the one"):
+        op @ np.ones(2)
+
+
+@pytest.mark.parametrize("kind", ["memory shared with NumPy", ".data"])
+def test_changes_that_torch_does_not_count_are_found(case, kind):
+    X, y = arrays(case)
+    op = fo.FisherMCLinearOperator(case.model, nn.CrossEntropyLoss(), data=[(X, y)])
+    if kind == ".data":
+        X.data.add_(1)
+    else:
+        X.numpy()[0] += 1
+    with pytest.raises(RuntimeError, match="batch 0 is not the one"):
+        op @ np.ones(op.shape[0])
+
+
+class Wrapped(collections.abc.MutableMapping):
+    """A mapping whose copies share their contents."""
+
+    def __init__(self, **items):
+        self.items_ = items
+
+    def __getitem__(self, key):
+        return self.items_[key]
+
+    def __setitem__(self, key, value):
+        self.items_[key] = value
+
+    def __delitem__(self, key):
+        del self.items_[key]
+
+    def __iter__(self):
+        return iter(self.items_)
+
+    def __len__(self):
+        return len(self.items_)
+
+
+def test_a_mapping_of_the_user_is_not_written_to(case, expected):
+    data = [(Wrapped(a=(0.5 * X).numpy().astype(np.float64), b={"c": 0.5 * X}), y) for X, y in case.data]
+    assert_same(dense(FromMapping(case.model), data), expected, torch.float32)
+    for (X, _), (original, _) in zip(data, case.data, strict=True):
+        assert X["a"].dtype == np.float64
+        assert X["a"].shape == tuple(original.shape)
+
+
+def test_packed_sequences():
+    class Packed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gru, self.head = nn.GRU(2, 3), nn.Linear(3, 2)
+
+        def forward(self, X):
+            return self.head(self.gru(X)[1][0])
+
+    sequences = [torch.randn(n, 2) for n in (4, 3, 1)]
+    X = nn.utils.rnn.pack_sequence(sequences)
+    model, y = Packed(), torch.zeros(3, 2)
+    op = fo.FisherMCLinearOperator(model, nn.MSELoss(), data=[(X, y)])
+    import oracle
+
+    expected = oracle.monte_carlo_fisher(model, nn.MSELoss(), list(model.parameters()), [(X, y)])
+    assert_same(op.todense(), expected, torch.float32)
+
+
+def test_a_source_that_is_empty_the_second_time_is_called_so(case):
+    data = Changing(case.data, 2, lambda data: [])
+    with pytest.raises(RuntimeError, match="read 3 batches, this one only 0"):
+        dense(case.model, data)
 
 
 @pytest.mark.parametrize("library", ["numpy", "torch"])

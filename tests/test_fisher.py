@@ -2,6 +2,8 @@
 
 import copy
 import functools
+import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import oracle
@@ -152,7 +154,7 @@ def test_the_operator_follows_parameters_changed_in_place(case):
         ({}, ValueError, "`params` is empty"),
         (torch.zeros(3), TypeError, "got one tensor of shape"),
         (5, TypeError, "`params` must be a list of parameters, a mapping name → tensor or None, got int"),
-        ([1.0], TypeError, r"`params\['0'\]` must be a torch tensor, got float"),
+        ([1.0], TypeError, r"`params\[0\]` must be a torch tensor, got float"),
         ({"0.weight": np.zeros(2)}, TypeError, r"`params\['0.weight'\]` must be a torch tensor, got ndarray"),
         ({"none": torch.zeros(2)}, ValueError, "`params` names 'none', which the model does not have; it has"),
         ({"0.weight": torch.zeros(2)}, ValueError, r"`params\['0.weight'\]` has shape \(2,\), the model's"),
@@ -404,10 +406,10 @@ DATA = [(torch.linspace(-1, 1, 15).reshape(5, 3), torch.tensor([0, 1, 2, 0, 1]))
 @pytest.mark.parametrize("name", RANDOM)
 def test_layers_in_training_mode_are_named(name):
     model = with_layer(RANDOM[name]())
-    message = rf"not defined for this model as it is: 1[\w.]* \({name}\).*model.eval\(\)"
+    message = rf"not defined for this model as it is. 1[\w.]* \({name}\).*model.eval\(\)"
     with pytest.raises(ValueError, match=message):
         build(model, data=DATA)
-    with pytest.raises(ValueError, match=rf"model \({name}\).*model.eval\(\)"):
+    with pytest.raises(ValueError, match=rf"a {name} .*model.eval\(\)"):
         build(lambda X: model(X), params=list(model.parameters()), data=DATA)
     op = build(model.eval(), data=DATA)
     eye = np.eye(op.shape[0], dtype=np.float32)
@@ -433,14 +435,23 @@ def test_functional_dropout_is_found_by_evaluating_twice():
         build(model, data=DATA)
 
 
+@pytest.mark.parametrize("way", ["module", "closure", "functional"])
 @pytest.mark.parametrize("name", RANDOM)
-def test_without_the_check_random_layers_are_one_fixed_matrix(name):
+def test_without_the_check_random_layers_are_one_fixed_matrix(name, way):
     model = with_layer(RANDOM[name]())
     buffers = {key: value.clone() for key, value in model.named_buffers()}
-    op = build(model, data=DATA, check_deterministic=False)
+    named = dict(model.named_parameters())
+    model_func, params = {
+        "module": (model, None),
+        "closure": (lambda X: model(X), list(named.values())),
+        "functional": (lambda params, X: functional_call(model, params, (X,)), named),
+    }[way]
+    op = build(model_func, params=params, data=DATA * 2, check_deterministic=False)
     eye = np.eye(op.shape[0], dtype=np.float32)
     F = op @ eye
     np.testing.assert_array_equal(op @ eye, F)
+    assert_same(op.todense(), F, torch.float32)
+    assert_same(op @ np.ones(len(F), np.float32), F.sum(1), torch.float32)
     assert_same(F, F.T, torch.float32)
     assert np.linalg.eigvalsh(F.astype(float)).min() >= -1e-5 * np.abs(F).max()
     assert np.abs(F).max() > 0
@@ -546,6 +557,201 @@ def test_no_side_effects(architecture, fails):
         assert_equal_trees(snapshot(model, data), before)
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+def test_buffers_are_left_alone_whatever_the_model_is():
+    model = with_layer(nn.BatchNorm1d(4))
+    before = {key: value.clone() for key, value in model.named_buffers()}
+    for model_func, params in [(model, None), (lambda X: model(X), list(model.parameters()))]:
+        with pytest.raises(ValueError, match="BatchNorm1d"):
+            build(model_func, params=params, data=DATA)
+        for key, value in model.named_buffers():
+            assert torch.equal(value, before[key])
+
+    class Counting(nn.Linear):
+        def __init__(self):
+            super().__init__(3, 3)
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, X):
+            self.calls += 1
+            return super().forward(X)
+
+    counting = Counting().eval()
+    for model_func, params in [(counting, None), (lambda X: counting(X), list(counting.parameters()))]:
+        build(model_func, params=params, data=DATA) @ np.ones(12)
+        assert counting.calls == 0
+
+
+def test_a_model_that_writes_into_its_inputs_leaves_the_data_alone():
+    model = nn.Sequential(nn.ReLU(inplace=True), nn.Linear(3, 3))
+    pure = nn.Sequential(nn.ReLU(), model[1])
+    X, y = DATA[0]
+    before = X.clone()
+    for check in (True, False):
+        op = build(model, data=[(X, y)], check_deterministic=check)
+        assert_same(op @ np.eye(12, dtype=np.float32), build(pure, data=DATA).todense(), torch.float32)
+        assert torch.equal(X, before)
+
+
+def test_an_embedding_that_rewrites_its_weights_is_refused():
+    model = nn.Sequential(nn.Embedding(5, 3, max_norm=0.1), nn.Flatten(), nn.Linear(6, 3))
+    with pytest.raises(ValueError, match=r"0 \(Embedding\) rewrites its weights.*set its `max_norm` to None"):
+        build(model, data=[(torch.randint(5, (4, 2)), torch.zeros(4).long())])
+
+
+def test_random_states_of_other_devices_are_not_seeded(case, monkeypatch):
+    def fail(*args):
+        raise AssertionError("seeds every device")
+
+    op = build(case.model, data=case.data)
+    monkeypatch.setattr(torch, "manual_seed", fail)
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", fail)
+    op @ np.ones(case.D)
+
+
+# ---- What happens around the operator ------------------------------------------------------------------
+
+
+def test_threads_get_the_right_products(case):
+    other = make_case("convolutional", "mse")
+    ops = [build(case.model, data=case.data * 5), build(other.model, other.loss, data=other.data * 5)]
+    expected = [op @ np.ones(op.shape[0]) for op in ops]
+    state = torch.get_rng_state()
+
+    def work(i):
+        return [ops[i % 2] @ np.ones(ops[i % 2].shape[0]) for _ in range(10)]
+
+    with ThreadPoolExecutor(4) as pool:
+        for i, products in enumerate(pool.map(work, range(8))):
+            for product in products:
+                assert_same(product, expected[i % 2], torch.float64)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(p.requires_grad for p in case.params)
+
+
+def test_autocasting_around_a_product_does_not_change_it(case):
+    case.model.float()
+    data = [(X.float(), y) for X, y in case.data]
+    op = build(case.model, data=data)
+    expected = op @ np.ones(case.D, np.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        np.testing.assert_array_equal(op @ np.ones(case.D, np.float32), expected)
+        np.testing.assert_array_equal(build(case.model, data=data) @ np.ones(case.D, np.float32), expected)
+
+
+def test_a_default_device_elsewhere_does_not_matter(case):
+    with torch.device("meta"):
+        op = build(case.model, data=case.data)
+        product = op @ np.ones(case.D)
+    assert_same(product, op @ np.ones(case.D), torch.float64)
+
+
+def test_training_mode_switched_on_later_is_found():
+    model = with_layer(nn.Dropout(0.5)).eval()
+    for model_func, params in [(model, None), (lambda X: model(X), list(model.parameters()))]:
+        op = build(model_func, params=params, data=DATA)
+        model.train()
+        for use in (lambda op=op: op @ np.ones(op.shape[0]), op.trace, op.todense):
+            with pytest.raises(ValueError, match="Dropout.* is random"):
+                use()
+        model.eval()
+
+
+def test_parameters_that_are_replaced_are_found(case):
+    op = build(case.model, data=case.data)
+    closure = build(lambda X: case.model(X), params=case.params, data=case.data)
+    case.model.load_state_dict({k: 3 * v for k, v in case.model.state_dict().items()}, assign=True)
+    with pytest.raises(RuntimeError, match=r"parameters \['0.weight'.*were replaced by other tensors"):
+        op @ np.ones(case.D)
+    with pytest.raises(ValueError, match="does not depend on any of `params`"):
+        closure @ np.ones(case.D)
+
+
+def test_frozen_parameters_that_are_replaced_are_followed(case):
+    head = list(case.model[2].parameters())
+    op = build(case.model, params=head, data=case.data)
+    case.model[0].weight = nn.Parameter(2 * case.model[0].weight.detach())
+    assert_same(op.todense(), build(case.model, params=head, data=case.data).todense(), case.dtype)
+
+
+def test_tensors_made_in_inference_mode(case):
+    expected = build(case.model, data=case.data).todense()
+    with torch.inference_mode():
+        data = [(X.clone(), y.clone()) for X, y in case.data]
+        params = {name: p.clone() for name, p in case.model.named_parameters()}
+        op = build(case.model, params=params, data=data)
+        assert_same(op @ np.eye(case.D), expected, case.dtype)
+    assert_same(op.todense(), expected, case.dtype)
+
+
+def test_an_operator_can_be_pickled_and_copied(case):
+    op = build(case.model, data=case.data)
+    for twin in (pickle.loads(pickle.dumps(op)), copy.deepcopy(op)):
+        np.testing.assert_array_equal(twin @ np.ones(case.D), op @ np.ones(case.D))
+        assert twin.shape == op.shape
+
+
+def test_derivatives_that_are_not_finite_are_said():
+    class Root(nn.Linear):
+        def forward(self, X):
+            h = super().forward(X)
+            return torch.where(h > 0, h.sqrt(), h)
+
+    op = build(Root(3, 3), data=DATA)
+    for use in (lambda: op @ np.ones(12, np.float32), op.trace, op.todense):
+        with pytest.raises(FloatingPointError, match="a derivative of the model's output is NaN or infinite"):
+            use()
+    huge = build(nn.Linear(3, 3), nn.MSELoss(), data=[(1e25 * DATA[0][0], torch.zeros(5, 3))])
+    for use in (lambda: huge @ np.ones(12, np.float32), huge.trace, huge.todense):
+        with pytest.raises(FloatingPointError, match="contains NaN or infinity although.*dtype='float64'"):
+            use()
+    fine = build(nn.Linear(3, 3), data=DATA)
+    assert np.isnan(fine @ np.full(12, np.nan, np.float32)).all()  # a vector with NaN is the caller's business
+
+
+class Focal(nn.CrossEntropyLoss):
+    def forward(self, f, y):
+        return super().forward(f, y) ** 2
+
+
+class Renamed(nn.CrossEntropyLoss):
+    pass
+
+
+def test_subclasses_of_losses(case):
+    with pytest.raises(NotImplementedError, match="Focal, whose `forward` is not that of CrossEntropyLoss"):
+        build(case.model, Focal(), data=case.data)
+    expected = build(case.model, data=case.data).todense()
+    np.testing.assert_array_equal(build(case.model, Renamed(), data=case.data).todense(), expected)
+
+
+@pytest.mark.parametrize("bad", [-1.0, np.nan, np.inf])
+def test_class_weights_that_are_no_weights(case, bad):
+    with pytest.raises(ValueError, match="class weights must be finite and at least 0, got"):
+        build(case.model, nn.CrossEntropyLoss(weight=torch.tensor([1.0, bad, 1.0])), data=case.data)
+
+
+def test_many_class_weights_of_half_precision_do_not_overflow():
+    model = nn.Linear(1, 2)
+    data = (torch.ones(70_000, 1), torch.zeros(70_000).long())
+    half = build(model, nn.CrossEntropyLoss(weight=torch.ones(2).half()), data=data).trace()
+    assert abs(half - build(model, data=data).trace()) <= 1e-5 * half
+
+
+def test_tied_names_in_a_mapping(case):
+    tied = make_case("tied", "mse").model
+    params = {"inner.weight": tied.inner.weight, "again.weight": tied.inner.weight.detach()}
+    with pytest.raises(ValueError, match="'inner.weight' and 'again.weight', which are one tied parameter"):
+        build(tied, nn.MSELoss(), params, case.data)
+
+
+def test_a_mapping_of_another_precision_than_the_module(case):
+    case.model.float()
+    params = {name: p.detach().double() for name, p in case.model.named_parameters()}
+    op = build(case.model, params=params, data=case.data)
+    assert op.dtype == np.float64
+    assert_same(op @ np.eye(case.D), op.todense(), torch.float64)
 
 
 def test_products_do_not_keep_memory(case):

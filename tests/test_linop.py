@@ -1,6 +1,8 @@
 """The SciPy contract: every way to multiply, and the algebra, against dense matrices."""
 
 import operator as python_operator
+from decimal import Decimal
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -181,7 +183,21 @@ def test_the_algebra_agrees_with_dense_matrices_and_keeps_the_precision(name, dt
         assert_same(result, dense_product(product, expected.astype(op.dtype), x), op.dtype, 100)
 
 
-@pytest.mark.parametrize("alpha", [2, 2.5, np.float64(2.5), np.int8(3), np.array(2.5), torch.tensor(2.5), True])
+@pytest.mark.parametrize(
+    "alpha",
+    [
+        2,
+        2.5,
+        Fraction(5, 2),
+        Decimal("2.5"),
+        10**30,
+        np.float64(2.5),
+        np.int8(3),
+        np.array(2.5),
+        torch.tensor(2.5),
+        True,
+    ],
+)
 def test_any_scalar_leaves_float32_alone(alpha):
     A = torch.randn(3, 3)
     for scaled in (alpha * Matrix(A), Matrix(A) * alpha, Matrix(A).dot(alpha), Matrix(A).rdot(alpha)):
@@ -332,6 +348,32 @@ def test_scipy_operators_and_ours_combine(op, F):
         assert_same(ours @ x, dense @ x, op.dtype)
 
 
+@pytest.mark.parametrize("name", ["A @ B", "A ** 3", "A.damped", "A + B", "foreign"])
+def test_adjoints_of_complex_composites(name):
+    A, B = (1 + 2j) * Matrix(torch.randn(4, 4)), (2 - 1j) * Matrix(torch.randn(4, 4))
+    dense_A, dense_B = A.todense(), B.todense()
+    if name == "foreign":
+        op, expected = A @ aslinearoperator(dense_B), dense_A @ dense_B
+    else:
+        ours, dense = EXPRESSIONS[name]
+        op, expected = ours(A, B, None), dense(dense_A, dense_B, np.eye(4))
+    x = np.random.default_rng(0).standard_normal(4).astype(np.complex64)
+    assert_same(op @ x, expected @ x, np.float32, 100)
+    assert_same(op.H @ x, expected.conj().T @ x, np.float32, 100)
+    assert_same(op.T @ x, expected.T @ x, np.float32, 100)
+
+
+def test_the_dense_matrix_of_a_composite_with_many_columns():
+    A = torch.randn(3, 700)
+    assert_same((2 * Matrix(A)).todense(), 2 * A.numpy(), np.float32, 2)
+
+
+def test_arrays_of_conjugates_reach_foreign_operators(op, F):
+    x = torch.from_numpy(x_of(op)).to(torch.complex128).conj()
+    foreign = aslinearoperator(np.eye(31))
+    assert_same((op @ foreign) @ x, F @ x.resolve_conj().numpy(), op.dtype)
+
+
 def test_dense_matrices_of_composites(op, F):
     assert_same((op @ op).todense(), F @ F, op.dtype)
     assert op.todense().flags.c_contiguous
@@ -369,9 +411,10 @@ def test_matvec_and_matmat_keep_vectors_and_matrices_apart(op):
         (np.array(["a"] * 31), "of dtype <U1: numbers"),
         (np.array([None] * 31), "of dtype object: numbers"),
         (np.zeros(31, "M8[s]"), "of dtype datetime64"),
-        (torch.zeros(31).to_sparse(), "layout torch.sparse_coo"),
-        (torch.zeros(31, device="meta"), "layout meta"),
+        (torch.zeros(31).to_sparse(), "got a torch.sparse_coo tensor"),
+        (torch.zeros(31, device="meta"), "got a meta tensor"),
         (scipy.sparse.eye(31, format="csr"), r"sparse matrix of shape \(31, 31\).*toarray"),
+        (torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)], layout=torch.jagged), "got a nested tensor"),
         ({1: 2}, "got builtins.dict: NumPy arrays"),
         ("abc", "got builtins.str"),
         (None, "got builtins.NoneType"),
@@ -402,7 +445,7 @@ def test_what_the_algebra_refuses(op):
     for damping in ("1", None, 1j, np.zeros(2)):
         with pytest.raises(TypeError, match="`damping` must be a real number"):
             op.damped(damping)
-    for damping in (np.nan, np.inf):
+    for damping in (np.nan, -np.inf, np.inf if op.dtype == np.float64 else 1e60):
         with pytest.raises(ValueError, match="`damping` must be finite"):
             op.damped(damping)
     with pytest.raises(ValueError, match="can only divide an operator by a scalar, got"):

@@ -186,6 +186,97 @@ def test_half_precision_inside_the_model_is_not_taken_for_a_wrong_rule(depth, n)
     assert abs(op.trace() - np.trace(expected)) <= 10 * torch.finfo(torch.bfloat16).eps * np.trace(expected)
 
 
+class Gated(nn.Module):
+    """A plain path beside one through a function with a faulty rule, of any strength."""
+
+    def __init__(self, function, gate, C):
+        super().__init__()
+        self.plain, self.odd = nn.Linear(5, 8).double(), nn.Linear(5, 8).double()
+        self.outer = nn.Linear(8, C).double()
+        self.function, self.gate = function, gate
+
+    def forward(self, X):
+        return self.outer(self.plain(X) + self.gate * self.function(self.odd(X)))
+
+
+@pytest.mark.parametrize("gate", [1.0, 0.1, 0.01])
+@pytest.mark.parametrize("N", [4, 500])
+def test_a_wrong_rule_is_found_in_large_batches_and_where_it_weighs_little(N, gate):
+    X = torch.randn(N, 5, dtype=torch.float64)
+    data = [(X, torch.zeros(N, 20, dtype=torch.float64))]
+    with pytest.raises(NotImplementedError, match="differs from reverse mode"):
+        operator(Gated(SquareOnce.apply, gate, 20), data) @ np.ones(276)
+    model = Gated(SquareWrongJvp.apply, gate, 20)
+    op = operator(model, data)
+    product = op @ np.ones(276)
+    assert mode(op) == "double-backward"
+    assert_same(product, op.todense().sum(1), torch.float64)
+
+
+def test_a_wrong_rule_that_appears_in_a_later_batch_is_found():
+    class Later(Custom):
+        def forward(self, X):
+            h = self.inner(X)
+            return self.outer(h * h if len(X) == 4 else self.function(h))
+
+    model = Later(SquareWrongJvp.apply)
+    check_against_the_definition(model, data_for(model, 3, n=4) + data_for(model, 3, n=5))
+
+
+class Product(torch.autograd.Function):
+    @staticmethod
+    def forward(x, w):
+        return x @ w.T
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, g):
+        x, w = ctx.saved_tensors
+        return g @ w, g.T @ x
+
+
+def closures_that_hide_a_parameter():
+    w = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
+    doubled, script = 2 * w, torch.jit.trace(lambda X, w: X @ w.T, (torch.randn(4, 3).double(), w.detach()))
+    return {
+        "custom function": (w, lambda X: Product.apply(X, w)),
+        "computed beforehand": (w, lambda X: X @ doubled.T),
+        "partly": (w, lambda X: X @ w.T + Product.apply(X, w)),
+        "scripted": (w, lambda X: script(X, w)),
+    }
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("name", ["custom function", "computed beforehand", "partly", "scripted"])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_closure_whose_parameter_cannot_be_substituted_is_refused(name, frozen):
+    w, closure = closures_that_hide_a_parameter()[name]
+    if frozen and name == "computed beforehand":
+        return  # nothing connects it to w, so it is a constant to torch as well
+    if frozen:
+        w.requires_grad_(False)
+    data = [(torch.randn(4, 3).double(), torch.zeros(4, 2).double())]
+    op = fo.FisherMCLinearOperator(closure, nn.MSELoss(), [w], data)
+    with pytest.raises(ValueError, match=r"parameter '0' reaches the output where .*callable \(params, X\) -> f"):
+        op @ np.ones(6)
+    assert w.requires_grad != frozen
+    if name == "custom function":
+        functional = fo.FisherMCLinearOperator(lambda p, X: Product.apply(X, p["w"]), nn.MSELoss(), {"w": w}, data)
+        assert functional.trace() > 0
+
+
+def test_sparse_gradients_of_embeddings():
+    dense, sparse = nn.Embedding(6, 2).double(), nn.Embedding(6, 2, sparse=True).double()
+    sparse.load_state_dict(dense.state_dict())
+    data = [(torch.randint(6, (5,)), torch.zeros(5, 2).double())]
+    expected = operator(dense, data).todense()
+    assert_same(operator(sparse, data).todense(), expected, torch.float64)
+    assert_same(operator(sparse, data) @ np.eye(12), expected, torch.float64)
+
+
 def test_an_operation_that_vmap_cannot_take_is_done_one_by_one():
     class DataDependent(Custom):
         def forward(self, X):

@@ -5,12 +5,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from math import isnan
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from torch.func import jvp, vmap
 
+from fisherops._checks import first_line
 from fisherops._model import plain_kernels
 from fisherops._params import Parameters
 
@@ -37,10 +39,6 @@ _MODES = (
 )
 
 
-# Relative disagreement of J and Jᵀ that half precision inside a model explains (seen: up to 0.3 %).
-_ROUGH = 0.02
-
-
 class Differentiation:
     """The model as a differentiable function, and what was learnt about how it can be differentiated.
 
@@ -58,6 +56,9 @@ class Differentiation:
         self.flatten = flatten
         self.parameters = parameters
         self.mode: _Mode | None = None
+        self.tolerance = torch.finfo(parameters.dtype).eps ** 0.5
+        """Relative difference between two ways to compute the same that rounding explains."""
+        self._trusted: set[frozenset[str]] = set()
         self._vectorizes: dict[str, bool] = {}
 
     def flat(self, point: Mapping[str, Tensor], X: Any) -> Tensor:
@@ -83,38 +84,40 @@ class Differentiation:
                 return result
         return one_by_one()
 
-    def reject(self, what: str) -> None:
-        """Note that the vectorized way gave a wrong result."""
-        self._vectorizes[what] = False
+    def settle(self, jacobian: BatchJacobian) -> None:
+        """Make sure that the mode works on a batch and agrees with reverse mode there.
 
-    def choose_mode(self, jacobian: BatchJacobian) -> _Mode:
-        """Find a mode that works on a batch and agrees with reverse mode; the batch is left in that mode.
-
-        The first that agrees to rounding is taken. Where none does, because the model itself computes in half
-        precision somewhere, it is the first that agrees roughly.
+        Done for the first batch, and again where custom autograd functions appear that were not seen before; torch's
+        own rules are trusted once they have agreed.
         """
-        failures, rough = [], None
+        custom = jacobian.custom_functions()
+        if self.mode is not None and custom in self._trusted:
+            return
+        self.tolerance = max(self.tolerance, jacobian.rounding())
+        failures = []
         for mode in _MODES:
             try:
-                discrepancy = _discrepancy(jacobian, mode)
+                jacobian.build_graph(mode)
+                difference = jacobian.difference_from_reverse(mode)
             except torch.OutOfMemoryError:
                 raise
             except (NotImplementedError, RuntimeError) as error:
-                failures.append(f"{mode.name}: {_first_line(error)}")
+                failures.append(f"{mode.name}: {first_line(error)}")
                 continue
-            if discrepancy <= torch.finfo(self.parameters.dtype).eps ** 0.5:
-                return mode
-            if discrepancy <= _ROUGH and rough is None:
-                rough = mode
-            failures.append(f"{mode.name}: it differs from reverse mode by {discrepancy:.0%}, so a derivative is wrong")
-        if rough is not None:
-            jacobian._build_graph(rough.kernels)
-            return rough
-        custom = _custom_functions(jacobian)
+            if isnan(difference):
+                raise FloatingPointError(
+                    "a derivative of the model's output is NaN or infinite although the output is finite: check its "
+                    "operations (such as a square root or a norm at zero), or pass dtype='float64'."
+                )
+            if difference <= self.tolerance:
+                self.mode = mode
+                self._trusted.add(custom)
+                return
+            failures.append(f"{mode.name}: it differs from reverse mode by {difference:.2%}, so a derivative is wrong")
         raise NotImplementedError(
             "the model's Jacobian cannot be multiplied with vectors, because an operation allows neither forward-mode "
             "nor double-backward differentiation: replace it, or give its autograd function a jvp. "
-            + (f"The model uses the custom autograd functions {', '.join(custom)}. " if custom else "")
+            + (f"The model uses the custom autograd functions {', '.join(sorted(custom))}. " if custom else "")
             + f"Tried {'; '.join(failures)}."
         )
 
@@ -134,17 +137,9 @@ class BatchJacobian:
         self.differentiation = differentiation
         self.point = point
         self.X = X
-        mode = differentiation.mode
-        self._build_graph(mode.kernels if mode else nullcontext)
-        f, _ = self._graph
-        if not f.requires_grad:
-            raise ValueError(
-                "the model's output does not depend on any of `params`, so its Fisher is zero: check that the "
-                "parameters are those that the model uses, and that it does not detach them."
-            )
-        if mode is None:
-            differentiation.mode = differentiation.choose_mode(self)
-        # From the kernels that were chosen: draws must see the same outputs in every product, to the last bit.
+        self.build_graph(differentiation.mode or _MODES[0])
+        differentiation.settle(self)
+        # From the kernels that were settled on: draws must see the same outputs in every product.
         self.outputs = self._graph[0].detach()
 
     def jvp(self, V: Tensor) -> Tensor:
@@ -157,6 +152,76 @@ class BatchJacobian:
         f, leaves = self._graph
         gradients = self._batched_grad([f], leaves, [U])
         return self.differentiation.parameters.join(dict(zip(self.point, gradients, strict=True)))
+
+    def build_graph(self, mode: _Mode) -> None:
+        """Evaluate the model with the kernels of a mode, keeping the graph for reverse mode.
+
+        Raises
+        ------
+        ValueError
+            If the outputs do not depend on the values given for the parameters.
+        """
+        leaves = {name: value.detach().requires_grad_() for name, value in self.point.items()}
+        with torch.enable_grad(), mode.kernels():
+            f = self.differentiation.function(leaves, self.X)
+            self.output_shape = f.shape
+            self._graph: tuple[Tensor, list[Tensor]] = self.differentiation.flatten(f), list(leaves.values())
+        reached = {id(node.variable) for node in self._nodes() if hasattr(node, "variable")}
+        for name, tensor in self.differentiation.parameters.tensors.items():
+            if id(tensor) in reached:
+                raise ValueError(
+                    f"the parameter {name!r} reaches the output where other values cannot be put in its place: "
+                    "through a scripted function, a custom autograd function called with a captured tensor, or a "
+                    "tensor computed from it beforehand. Pass the nn.Module itself, or a callable (params, X) -> f "
+                    "with `params` a mapping."
+                )
+        if not any(id(leaf) in reached for leaf in leaves.values()):
+            raise ValueError(
+                "the model's output does not depend on any of `params`, so its Fisher is zero: check that the "
+                "parameters are those that the model uses, and that it does not detach them."
+            )
+
+    def difference_from_reverse(self, mode: _Mode) -> float:
+        """Compare ⟨u, J v⟩ with ⟨Jᵀu, v⟩ for random u, v, relative to ‖J v‖.
+
+        If J v is wrong by d, the difference is normally distributed with standard deviation ‖d‖ / ‖J v‖.
+        """
+        parameters = self.differentiation.parameters
+        generator = torch.Generator(device=parameters.device).manual_seed(0)
+
+        def random(shape: tuple[int, ...]) -> Tensor:
+            return torch.randn(shape, dtype=parameters.dtype, device=parameters.device, generator=generator)
+
+        v = random((parameters.numel, 1))
+        Jv = self._jvp(v, mode)
+        u = random(Jv.shape)
+        forward, reverse = float((u * Jv).sum()), float((self.vjp(u) * v).sum())
+        scale = float(Jv.norm()) or abs(reverse)
+        return abs(forward - reverse) / scale if scale != 0 else 0.0
+
+    def custom_functions(self) -> frozenset[str]:
+        """Name the torch.autograd.Function subclasses in the graph of the outputs."""
+        custom = (n for n in self._nodes() if isinstance(n, torch.autograd.function.BackwardCFunction))
+        return frozenset(type(node).__name__.removesuffix("Backward") for node in custom)
+
+    def rounding(self) -> float:
+        """Return the relative rounding of the coarsest arithmetic inside the model, where it is lower than its own."""
+        seen: set[torch.dtype] = set()
+
+        def note(t: Tensor) -> Tensor:
+            seen.add(t.dtype)
+            return t
+
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+            leaves = {name: value.detach().requires_grad_() for name, value in self.point.items()}
+            seen.add(self.differentiation.function(leaves, self.X).dtype)
+        coarse = [10 * torch.finfo(dtype).eps for dtype in seen & {torch.float16, torch.bfloat16}]
+        parameters = self.differentiation.parameters
+        tf32 = torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32
+        if tf32 and parameters.device.type == "cuda" and parameters.dtype == torch.float32:
+            # TF32 has 10 bits of mantissa; convolutions use it unless the user switches it off.
+            coarse.append(10 * 2.0**-10)
+        return max(coarse, default=0.0)
 
     def _jvp(self, V: Tensor, mode: _Mode) -> Tensor:
         tangents = self.differentiation.parameters.split(V)
@@ -184,6 +249,8 @@ class BatchJacobian:
         u = torch.zeros_like(f, requires_grad=True)
         gradients = torch.autograd.grad(f, leaves, u, create_graph=True, allow_unused=True)
         used = [(g, t) for g, t in zip(gradients, tangents.values(), strict=True) if g is not None and g.requires_grad]
+        if not used:
+            raise RuntimeError("the backward pass is not differentiable")
         return self._batched_grad([g for g, _ in used], [u], [t for _, t in used])[0]
 
     def _batched_grad(self, outputs: list[Tensor], inputs: list[Tensor], cotangents: list[Tensor]) -> list[Tensor]:
@@ -198,57 +265,31 @@ class BatchJacobian:
 
         def one_by_one() -> list[Tensor]:
             columns = [grad([c[k] for c in cotangents], batched=False) for k in range(K)]
-            return [torch.stack(parts) for parts in zip(*columns, strict=True)]
+            # Embeddings may give sparse gradients.
+            return [torch.stack([g.to_dense() for g in parts]) for parts in zip(*columns, strict=True)]
 
         def at_once() -> list[Tensor]:
             gradients = grad(cotangents, batched=True)
             # A parameter that the model does not use has gradient None, that is zero.
-            return [x.new_zeros(K, *x.shape) if g is None else g for g, x in zip(gradients, inputs, strict=True)]
+            return [
+                x.new_zeros(K, *x.shape) if g is None else g.to_dense() for g, x in zip(gradients, inputs, strict=True)
+            ]
 
         K = len(cotangents[0])
         return one_by_one() if K == 1 else self.differentiation.vectorized("vjp", at_once, one_by_one)
 
-    def _build_graph(self, kernels: Callable[[], AbstractContextManager[None]]) -> None:
-        with torch.enable_grad(), kernels():
-            leaves = {name: value.detach().requires_grad_() for name, value in self.point.items()}
-            f = self.differentiation.function(leaves, self.X)
-            self.output_shape = f.shape
-            self._graph: tuple[Tensor, list[Tensor]] = self.differentiation.flatten(f), list(leaves.values())
-
-
-def _discrepancy(jacobian: BatchJacobian, mode: _Mode) -> float:
-    """Compare ⟨u, J v⟩ with ⟨Jᵀu, v⟩ for u along J v, where nothing cancels; leaves the batch in this mode."""
-    parameters = jacobian.differentiation.parameters
-    generator = torch.Generator(device=parameters.device).manual_seed(0)
-
-    def random(shape: tuple[int, ...]) -> Tensor:
-        return torch.randn(shape, dtype=parameters.dtype, device=parameters.device, generator=generator)
-
-    if mode.kernels is not nullcontext:
-        jacobian._build_graph(mode.kernels)
-    v = random((parameters.numel, 1))
-    Jv = jacobian._jvp(v, mode)
-    norm = Jv.norm()
-    u = Jv / norm if norm > 0 else random(Jv.shape)
-    forward, reverse = (u * Jv).sum(), (jacobian.vjp(u) * v).sum()
-    larger = float(torch.maximum(forward.abs(), reverse.abs()))
-    return float((forward - reverse).abs()) / larger if larger > 0 else 0.0
-
-
-def _custom_functions(jacobian: BatchJacobian) -> list[str]:
-    """Name the torch.autograd.Function subclasses in the graph of a batch's outputs."""
-    names: set[str] = set()
-    seen: set[Any] = set()
-    waiting: list[Any] = [jacobian._graph[0].grad_fn]
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if isinstance(node, torch.autograd.function.BackwardCFunction):
-            names.add(type(node).__name__.removesuffix("Backward"))
-        waiting.extend(parent for parent, _ in node.next_functions)
-    return sorted(names)
+    def _nodes(self) -> list[Any]:
+        """List the nodes of the autograd graph of the outputs."""
+        found: list[Any] = []
+        seen: set[Any] = {None}
+        waiting: list[Any] = [self._graph[0].grad_fn]
+        while waiting:
+            node = waiting.pop()
+            if node not in seen:
+                seen.add(node)
+                found.append(node)
+                waiting.extend(parent for parent, _ in node.next_functions)
+        return found
 
 
 @contextmanager
@@ -257,8 +298,3 @@ def _missing_batching_rules_are_errors() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "There is a performance drop", UserWarning)
         yield
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".") if lines else type(error).__name__

@@ -40,13 +40,12 @@ def list_rows(jacobian: BatchJacobian, columns: Tensor, size: int) -> Iterator[T
             return _by_backward(jacobian, columns, start, stop)
 
         def by_datum(start: int = start, stop: int = stop) -> Tensor:
-            return _by_datum(jacobian, columns, size, start, stop)
+            block = _by_datum(jacobian, columns, size, start, stop)
+            if not _matches(block, jacobian, columns, start, stop):
+                raise RuntimeError("the data of the batch depend on each other")
+            return block
 
-        block = how.vectorized("rows", by_datum, by_backward) if separable else by_backward()
-        if not _matches(block, jacobian, columns, start, stop):
-            how.reject("rows")
-            block = by_backward()
-        yield block
+        yield how.vectorized("rows", by_datum, by_backward) if separable else by_backward()
 
 
 def _spans(rows: int, per_datum: int, numbers_per_row: int, itemsize: int) -> Iterator[tuple[int, int]]:
@@ -113,5 +112,5 @@ def _matches(block: Tensor, jacobian: BatchJacobian, columns: Tensor, start: int
     weights[start:stop] = torch.linspace(1, 2, stop - start, dtype=block.dtype, device=block.device)
     U = torch.einsum("trc,tr->tc", columns, weights.view(T, R))
     plain = jacobian.vjp(U[None])[:, 0]
-    tolerance = torch.finfo(block.dtype).eps ** 0.5
-    return bool((weights[start:stop] @ block - plain).norm() <= tolerance * plain.norm())
+    difference = (weights[start:stop] @ block - plain).norm()
+    return bool(difference <= jacobian.differentiation.tolerance * plain.norm())
