@@ -19,9 +19,9 @@ from torch.utils.dlpack import from_dlpack
 
 Leave = Callable[[Tensor], Any]
 
-_TAKEN = "NumPy arrays (or sequences of numbers) and strided torch tensors are taken"
+_TAKEN = "arrays of NumPy, CuPy, JAX and other array-API libraries, strided torch tensors and sequences of numbers"
 
-# What torch.from_dlpack takes from NumPy without a copy; other numbers are converted first.
+# What torch takes from NumPy by DLPack without a copy; other numbers are converted first.
 _DLPACK_DTYPES = frozenset(
     np.dtype(name) for name in ("?", "i1", "i2", "i4", "i8", "u1", "f2", "f4", "f8", "c8", "c16")
 )
@@ -47,22 +47,33 @@ def enter(x: Any) -> tuple[Tensor, Leave]:
     ------
     TypeError
         If the library, layout or dtype of `x` is not taken.
+    ValueError
+        If `x` is a sequence of sequences of unequal lengths.
     """
     if isinstance(x, Tensor):
         return _enter_torch(x)
-    if isinstance(x, np.ma.MaskedArray):
-        raise TypeError(
-            "got a NumPy masked array, and a product has no meaning for masked entries: pass `x.filled(0.0)`."
-        )
     if isinstance(x, np.ndarray | np.generic | list | tuple):
         return _enter_numpy(x)
-    raise TypeError(f"got {_describe(x)}: {_TAKEN}. Convert it first, for example by `numpy.asarray(x)`.")
+    if array_api_compat.is_dask_array(x):
+        raise TypeError(
+            "got a dask array, which is not computed yet: pass `x.compute()`, or map the product over blocks."
+        )
+    if array_api_compat.is_array_api_obj(x):
+        return _enter_array_api(x)
+    raise TypeError(f"got {_describe(x)}: {_TAKEN} are taken. Convert it first, for example by `numpy.asarray(x)`.")
 
 
 def scalar(x: Any) -> Any | None:
     """Return `x` as a Python number if it is a number or a 0-d array of any library, else None."""
-    if getattr(x, "shape", None) == () and array_api_compat.is_array_api_obj(x) and hasattr(x, "item"):
+    if isinstance(x, np.generic):
         x = x.item()
+    elif getattr(x, "shape", None) == () and array_api_compat.is_array_api_obj(x):
+        if _is_jax_tracer(x):
+            raise TypeError(_TRACER)
+        isdtype = array_api_compat.array_namespace(x).isdtype
+        if not isdtype(x.dtype, ("bool", "numeric")):
+            return None
+        x = complex(x) if isdtype(x.dtype, "complex floating") else float(x)
     if not isinstance(x, Number):
         return None
     # Numbers of other types, such as fractions, and integers of more than 64 bits are not known to torch.
@@ -79,8 +90,10 @@ def to_tensor(x: Any, name: str) -> Tensor:
 
 
 def is_array(x: Any) -> bool:
-    """Whether `x` is an array of a library that can enter (sequences of numbers do not count)."""
-    return isinstance(x, Tensor | np.ndarray)
+    """Whether `x` is an array of some library (sequences of numbers do not count)."""
+    return isinstance(x, Tensor | np.ndarray) or (
+        not isinstance(x, np.generic) and bool(array_api_compat.is_array_api_obj(x))
+    )
 
 
 def numpy_dtype(dtype: torch.dtype) -> np.dtype[Any]:
@@ -88,52 +101,125 @@ def numpy_dtype(dtype: torch.dtype) -> np.dtype[Any]:
     return torch.empty(0, dtype=dtype, device="cpu").numpy().dtype
 
 
+def cupyx_operator(op: Any) -> Any:
+    """Return an operator as a ``cupyx.scipy.sparse.linalg.LinearOperator``."""
+    try:
+        from cupyx.scipy.sparse import linalg
+    except ImportError as error:
+        raise ImportError(
+            f"to_cupy() needs CuPy, which cannot be imported here ({error}): install the one for your CUDA, such as "
+            "`pip install cupy-cuda12x`."
+        ) from error
+    # cupyx wraps a foreign object by its matvec alone, and then multiplies with matrices column by column.
+    return linalg.LinearOperator(
+        op.shape, matvec=op.matvec, rmatvec=op.rmatvec, matmat=op.matmat, rmatmat=op.rmatmat, dtype=op.dtype
+    )
+
+
+# ---- torch ---------------------------------------------------------------------------------------------
+
+
 def _enter_torch(x: Tensor) -> tuple[Tensor, Leave]:
-    if x.is_nested or x.is_quantized or x.device.type == "meta" or x.layout is not torch.strided:
-        kinds = {"nested": x.is_nested, "quantized": x.is_quantized, "meta": x.device.type == "meta"}
-        kind = next((name for name, holds in kinds.items() if holds), f"{x.layout}")
-        raise TypeError(f"got a {kind} tensor: {_TAKEN}. Pass a dense one on a real device, such as `x.to_dense()`.")
+    kinds = {
+        "nested": x.is_nested,
+        "quantized": x.is_quantized,
+        "meta": x.device.type == "meta",
+        f"{type(x).__name__}": type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__,
+        f"{x.layout}": x.layout is not torch.strided,
+    }
+    for kind, holds in kinds.items():
+        if holds:
+            raise TypeError(f"got a {kind} tensor: {_TAKEN} are taken. Pass a dense tensor with values.")
     x = x.detach()
     device = x.device
-    inexact = x.dtype if x.is_floating_point() or x.is_complex() else None
 
     def leave(y: Tensor) -> Tensor:
-        dtype = y.dtype if inexact is None else inexact
-        if y.is_complex() and not dtype.is_complex:
-            dtype = y.dtype
-        return y.to(device=device, dtype=dtype).contiguous()
+        return y.to(device=device, dtype=_result_dtype(x.dtype, y)).contiguous()
 
     return x, leave
 
 
+def _result_dtype(dtype: torch.dtype, y: Tensor) -> torch.dtype:
+    """Return the dtype of a result for an input of `dtype`: its own if it is inexact and can hold the result."""
+    inexact = dtype.is_floating_point or dtype.is_complex
+    return dtype if inexact and (dtype.is_complex or not y.is_complex()) else y.dtype
+
+
+# ---- NumPy ---------------------------------------------------------------------------------------------
+
+
 def _enter_numpy(x: Any) -> tuple[Tensor, Leave]:
-    array = np.asarray(x)
-    if array.dtype.kind not in "biufc":
-        raise TypeError(f"got {_describe(x)} of dtype {array.dtype}: numbers (bool to complex) are taken.")
-    inexact = array.dtype if array.dtype.kind in "fc" else None
-    if array.dtype not in _DLPACK_DTYPES or not array.dtype.isnative:
-        array = array.astype(np.complex128 if array.dtype.kind == "c" else _real(array.dtype))
-    if any(stride < 0 or stride % array.itemsize for stride in array.strides):
+    if isinstance(x, np.ma.MaskedArray):
+        raise TypeError(
+            "got a NumPy masked array, and a product has no meaning for masked entries: pass `x.filled(0.0)`."
+        )
+    try:
+        array = np.asarray(x)
+    except ValueError as error:
+        raise ValueError(f"got {_describe(x)} that is no array ({error}): pass sequences of equal lengths.") from None
+    dtype = array.dtype
+    if dtype.kind not in "biufc":
+        raise TypeError(f"got {_describe(x)} of dtype {dtype}: numbers (bool to complex) are taken.")
+    if dtype not in _DLPACK_DTYPES or not dtype.isnative:
+        native = dtype.newbyteorder("=")
+        wider = np.dtype(np.complex128 if dtype.kind == "c" else np.float64)
+        array = array.astype(native if native in _DLPACK_DTYPES else wider)
+    if any(stride < 0 or stride % array.itemsize for stride in array.strides) or not array.flags.aligned:
         array = array.copy()
-    tensor = from_dlpack(array)
     is_matrix = isinstance(x, np.matrix)
 
     def leave(y: Tensor) -> Any:
         out = y.resolve_conj().resolve_neg().cpu().contiguous().numpy()
-        if inexact is not None:
-            target = inexact.newbyteorder("=")
-            if out.dtype.kind == "c" and target.kind != "c":
-                target = out.dtype
-            out = out.astype(target, copy=False)
+        if dtype.kind == "c" or (dtype.kind == "f" and out.dtype.kind == "f"):
+            out = out.astype(dtype.newbyteorder("="), copy=False)
         return np.asmatrix(out) if is_matrix else out
+
+    return from_dlpack(array), leave
+
+
+# ---- CuPy, JAX and other libraries of the array API ----------------------------------------------------
+
+_TRACER = (
+    "got a JAX tracer, which has no values: call the product outside of jax.jit and jax.vmap, or from inside by "
+    "`jax.pure_callback`."
+)
+
+
+def _enter_array_api(x: Any) -> tuple[Tensor, Leave]:
+    if _is_jax_tracer(x):
+        raise TypeError(_TRACER)
+    xp = array_api_compat.array_namespace(x)
+    try:
+        tensor = from_dlpack(x)
+    except Exception as error:
+        if array_api_compat.is_cupy_array(x) and not torch.cuda.is_available():
+            return _enter_cupy_by_host(x)
+        raise TypeError(
+            f"got {_describe(x)} of dtype {x.dtype}, which cannot be taken to torch ({error}): {_TAKEN} are taken."
+        ) from error
+    device = array_api_compat.device(x)
+
+    def leave(y: Tensor) -> Any:
+        y = y.to(device=tensor.device, dtype=_result_dtype(tensor.dtype, y)).contiguous().resolve_conj().resolve_neg()
+        if array_api_compat.is_cupy_array(x):
+            # CuPy reads the result on its own stream; torch must not reuse the memory before it is done there.
+            pointer = xp.cuda.get_current_stream().ptr
+            y.record_stream(torch.cuda.ExternalStream(pointer, device=y.device))  # type: ignore[no-untyped-call]
+            return xp.from_dlpack(y)
+        return array_api_compat.to_device(xp.from_dlpack(y), device)
 
     return tensor, leave
 
 
-def _real(dtype: np.dtype[Any]) -> np.dtype[Any]:
-    """Return the native dtype torch knows for real numbers of `dtype`."""
-    native = dtype.newbyteorder("=")
-    return native if native in _DLPACK_DTYPES else np.dtype(np.float64)
+def _enter_cupy_by_host(x: Any) -> tuple[Tensor, Leave]:
+    """Take a CuPy array where torch has no CUDA: by a copy on the host."""
+    tensor, leave_numpy = _enter_numpy(x.get())
+    cupy = array_api_compat.array_namespace(x)
+    return tensor, lambda y: cupy.asarray(leave_numpy(y))
+
+
+def _is_jax_tracer(x: Any) -> bool:
+    return bool(array_api_compat.is_jax_array(x)) and not hasattr(x, "__dlpack_device__")
 
 
 def _describe(x: Any) -> str:

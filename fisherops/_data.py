@@ -207,8 +207,8 @@ def _slices(X: Any, y: Any, batch_size: int | None) -> list[tuple[Any, Any]]:
         )
     N = y.shape[0]
     step = batch_size or max(N, 1)
-    cuts = [slice(start, start + step) for start in range(0, N, step)]
-    return [(map_arrays(operator.itemgetter(cut), X), y[cut]) for cut in cuts]
+    cuts = [slice(start, min(start + step, N)) for start in range(0, N, step)]
+    return [(map_arrays(operator.itemgetter((cut, ...)), X), y[cut, ...]) for cut in cuts]
 
 
 class _Print:

@@ -181,6 +181,20 @@ class TorchLinearOperator(LinearOperator):
             blocks.append(self._times(identity).cpu())
         return torch.cat(blocks, dim=1).numpy()
 
+    def to_cupy(self) -> Any:
+        """Return this operator as a ``cupyx.scipy.sparse.linalg.LinearOperator``.
+
+        cupyx's solvers take the operator itself too, but their ``aslinearoperator`` keeps only its products with
+        vectors; this view keeps those with matrices (which make ``lobpcg`` fast), and combines with other cupyx
+        operators.
+
+        Raises
+        ------
+        ImportError
+            If CuPy is not installed.
+        """
+        return _arrays.cupyx_operator(self)
+
     # ---- Algebra ------------------------------------------------------------------------------
 
     def __call__(self, x: Any) -> Any:
