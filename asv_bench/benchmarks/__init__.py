@@ -1,0 +1,1 @@
+"""Benchmarks of fisherops for asv."""

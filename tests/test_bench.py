@@ -1,0 +1,44 @@
+"""Every benchmark runs."""
+
+import importlib
+import itertools
+import pkgutil
+import sys
+from pathlib import Path
+
+import pytest
+
+ASV = Path(__file__).parent.parent / "asv_bench"
+
+
+@pytest.fixture(autouse=True)
+def _path(monkeypatch):
+    monkeypatch.syspath_prepend(str(ASV))
+    yield
+    for name in [name for name in sys.modules if name.split(".")[0] == "benchmarks"]:
+        del sys.modules[name]
+
+
+def suites(module):
+    return [cls for cls in vars(module).values() if isinstance(cls, type) and cls.__module__ == module.__name__]
+
+
+@pytest.mark.parametrize("name", [module.name for module in pkgutil.iter_modules([str(ASV / "benchmarks")])])
+def test_benchmarks_run(name):
+    module = importlib.import_module(f"benchmarks.{name}")
+    ran = 0
+    for suite in suites(module):
+        methods = [m for m in dir(suite) if m.startswith(("time_", "track_", "peakmem_"))]
+        if not methods:
+            continue
+        params = suite.params if isinstance(suite.params, tuple) else (suite.params,)
+        smallest = [[values[0], values[-1]] if len(values) > 2 else values[:1] for values in params]
+        for choice in itertools.product(*smallest):
+            bench = suite()
+            bench.pairs = 1
+            bench.setup(*choice)
+            for method in methods:
+                result = getattr(bench, method)(*choice)
+                assert not method.startswith("track_") or result > 0
+                ran += 1
+    assert ran > 0
