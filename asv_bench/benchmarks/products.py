@@ -72,7 +72,7 @@ class Products:
 class Construction:
     """Everything before the first product: two evaluations of the model and two readings of the data."""
 
-    params = ["mlp", "cnn"]
+    params = (("mlp", "cnn"),)
     param_names = ("model",)
 
     def setup(self, model):
@@ -86,7 +86,7 @@ class Construction:
 class Diagonal:
     """The exact diagonal, from the rows of the score matrix."""
 
-    params = ["mlp", "cnn"]
+    params = (("mlp", "cnn"),)
     param_names = ("model",)
 
     def setup(self, model):
