@@ -415,7 +415,7 @@ def test_matvec_and_matmat_keep_vectors_and_matrices_apart(op):
         (torch.zeros(31, device="meta"), "got a meta tensor"),
         (scipy.sparse.eye(31, format="csr"), r"sparse matrix of shape \(31, 31\).*toarray"),
         (torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)], layout=torch.jagged), "got a nested tensor"),
-        ({1: 2}, "got builtins.dict: NumPy arrays"),
+        ({1: 2}, "got builtins.dict: arrays of NumPy, CuPy"),
         ("abc", "got builtins.str"),
         (None, "got builtins.NoneType"),
     ],
