@@ -45,7 +45,6 @@ class _FisherOperator(TorchLinearOperator):
     ) -> None:
         self._likelihood = likelihoods.of_loss(loss_func)
         self._parameters = Parameters(select(model_func, params), as_dtype(dtype))
-        self._model_func = model_func
         self._model = as_function(model_func, self._parameters, functional=isinstance(params, Mapping))
         self._differentiation = Differentiation(self._evaluate, self._likelihood.flatten, self._parameters)
         self._data = Data(
@@ -196,13 +195,19 @@ class _Pass:
         op = self._op
         draws = op._start_draws()
         point = op._parameters.point()
-        divisor = 0.0
+        divisor, depends = 0.0, False
         for batch in self._batches:
             jacobian = op._differentiation.at(point, batch.X)
+            depends = depends or jacobian.depends
             _check_finite(jacobian.outputs, batch)
             terms = op._terms(jacobian.output_shape, batch)
             divisor += float(terms.divisor)
             yield RecomputedScores(jacobian, op._factor(jacobian.outputs, terms, draws), batch.size)
+        if not depends:
+            raise ValueError(
+                "the model's output does not depend on any of `params`, so its Fisher is zero: check that the "
+                "parameters are those that the model uses, and that it does not detach them."
+            )
         if op._likelihood.reduction == "sum":
             return
         if divisor == 0:

@@ -119,6 +119,25 @@ def test_parameters_that_the_model_does_not_use_have_zero_rows(case):
         )
 
 
+def test_a_batch_that_does_not_reach_the_parameters_adds_nothing():
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.experts = nn.ModuleList([nn.Linear(3, 2), nn.Linear(3, 2)])
+
+        def forward(self, X):
+            return self.experts[int(len(X) > 4)](X)
+
+    model, loss = Experts(), nn.MSELoss(reduction="sum")
+    small, large = (torch.randn(4, 3), torch.zeros(4, 2)), (torch.randn(6, 3), torch.zeros(6, 2))
+    for data in ([small, large], [large, small]):
+        F = build(model, loss, data=data).todense()
+        for i, expert in enumerate(model.experts):
+            op = build(model, loss, list(expert.parameters()), data)
+            assert_same(op.todense(), F[8 * i : 8 * i + 8, 8 * i : 8 * i + 8], torch.float32)
+            assert_same(op @ np.eye(8, dtype=np.float32), op.todense(), torch.float32)
+
+
 def test_zero_dimensional_parameters():
     class Scale(nn.Module):
         def __init__(self):

@@ -131,6 +131,8 @@ class BatchJacobian:
         f, (T, C), without a graph.
     output_shape : torch.Size
         Shape of the outputs before they were arranged as (T, C).
+    depends : bool
+        Whether the outputs of this batch depend on the parameters at all.
     """
 
     def __init__(self, differentiation: Differentiation, point: Mapping[str, Tensor], X: Any) -> None:
@@ -138,17 +140,22 @@ class BatchJacobian:
         self.point = point
         self.X = X
         self.build_graph(differentiation.mode or _MODES[0])
-        differentiation.settle(self)
+        if self.depends:
+            differentiation.settle(self)
         # From the kernels that were settled on: draws must see the same outputs in every product.
         self.outputs = self._graph[0].detach()
 
     def jvp(self, V: Tensor) -> Tensor:
         """Multiply J with columns: (D, K) → (K, T, C)."""
+        if not self.depends:
+            return self.outputs.new_zeros(V.shape[1], *self.outputs.shape)
         assert self.differentiation.mode is not None
         return self._jvp(V, self.differentiation.mode)
 
     def vjp(self, U: Tensor) -> Tensor:
         """Multiply Jᵀ: (K, T, C) → (D, K)."""
+        if not self.depends:
+            return U.new_zeros(self.differentiation.parameters.numel, len(U))
         f, leaves = self._graph
         gradients = self._batched_grad([f], leaves, [U])
         return self.differentiation.parameters.join(dict(zip(self.point, gradients, strict=True)))
@@ -159,7 +166,7 @@ class BatchJacobian:
         Raises
         ------
         ValueError
-            If the outputs do not depend on the values given for the parameters.
+            If a parameter reaches the outputs other than by the values given for it.
         """
         leaves = {name: value.detach().requires_grad_() for name, value in self.point.items()}
         with torch.enable_grad(), mode.kernels():
@@ -175,11 +182,7 @@ class BatchJacobian:
                     "tensor computed from it beforehand. Pass the nn.Module itself, or a callable (params, X) -> f "
                     "with `params` a mapping."
                 )
-        if not any(id(leaf) in reached for leaf in leaves.values()):
-            raise ValueError(
-                "the model's output does not depend on any of `params`, so its Fisher is zero: check that the "
-                "parameters are those that the model uses, and that it does not detach them."
-            )
+        self.depends = any(id(leaf) in reached for leaf in leaves.values())
 
     def difference_from_reverse(self, mode: _Mode) -> float:
         """Compare ⟨u, J v⟩ with ⟨Jᵀu, v⟩ for random u, v, relative to ‖J v‖.

@@ -33,7 +33,7 @@ def list_rows(jacobian: BatchJacobian, columns: Tensor, size: int) -> Iterator[T
     how = jacobian.differentiation
     T, R, C = columns.shape
     per_datum = T * R // size if T % size == 0 else 0
-    separable = per_datum > 0 and _can_be_cut(jacobian.X, size)
+    separable = per_datum > 0 and jacobian.depends and _can_be_cut(jacobian.X, size)
     for start, stop in _spans(T * R, per_datum, C * per_datum // R + how.parameters.numel, columns.itemsize):
 
         def by_backward(start: int = start, stop: int = stop) -> Tensor:
