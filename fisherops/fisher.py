@@ -33,16 +33,20 @@ class _FisherOperator(TorchLinearOperator):
         self,
         model_func: Any,
         loss_func: Any,
-        params: Any,
-        data: Any,
+        params: Any = None,
+        data: Any = None,
+        progressbar: bool = False,
+        check_deterministic: bool = True,
+        num_data: int | None = None,
+        batch_size_fn: Callable[[Any], int] | None = None,
         *,
-        progressbar: bool,
-        check_deterministic: bool,
-        num_data: int | None,
-        batch_size_fn: Callable[[Any], int] | None,
-        dtype: Any,
-        batch_size: int | None,
+        rows: str = "term",
+        dtype: Any = None,
+        batch_size: int | None = None,
     ) -> None:
+        if rows not in ("term", "datum"):
+            raise ValueError(f"`rows` must be 'term' or 'datum', got {rows!r}.")
+        self._rows = rows
         self._likelihood = likelihoods.of_loss(loss_func)
         self._parameters = Parameters(select(model_func, params), as_dtype(dtype))
         self._model = as_function(model_func, self._parameters, functional=isinstance(params, Mapping))
@@ -67,11 +71,11 @@ class _FisherOperator(TorchLinearOperator):
 
     # ---- What a subclass says -----------------------------------------------------------------
 
-    def _start_draws(self) -> Draws:
-        """Return the sampler for one pass over the data."""
-        raise NotImplementedError
+    def _start_draws(self) -> Draws | None:
+        """Return the sampler for one pass over the data, if any is needed."""
+        return None
 
-    def _factor(self, f: Tensor, terms: Terms, draws: Draws) -> OutputFactor:
+    def _factor(self, f: Tensor, terms: Terms, draws: Draws | None) -> OutputFactor:
         """Return S for flattened outputs (T, C)."""
         raise NotImplementedError
 
@@ -149,6 +153,16 @@ class _FisherOperator(TorchLinearOperator):
         except ValueError as error:
             raise ValueError(f"batch {batch.number}: {error}") from None
 
+    def _terms_per_row(self, f: Tensor, batch: Batch) -> int:
+        if self._rows == "term":
+            return 1
+        if len(f) % batch.size:
+            raise ValueError(
+                f"batch {batch.number} has {len(f)} loss terms for {batch.size} data, so they do not belong to data in "
+                "equal numbers: use rows='term'."
+            )
+        return len(f) // batch.size
+
     # ---- Checks -------------------------------------------------------------------------------
 
     def _check_deterministic(self) -> None:
@@ -202,7 +216,8 @@ class _Pass:
             _check_finite(jacobian.outputs, batch)
             terms = op._terms(jacobian.output_shape, batch)
             divisor += float(terms.divisor)
-            yield RecomputedScores(jacobian, op._factor(jacobian.outputs, terms, draws), batch.size)
+            factor = op._factor(jacobian.outputs, terms, draws)
+            yield RecomputedScores(jacobian, factor, batch.size, op._terms_per_row(jacobian.outputs, batch))
         if not depends:
             raise ValueError(
                 "the model's output does not depend on any of `params`, so its Fisher is zero: check that the "
@@ -242,8 +257,9 @@ class FisherMCLinearOperator(_FisherOperator):
         yields: a tensor, a mapping, a tuple or any object.
     loss_func : nn.Module
         ``MSELoss`` (outputs (batch, ..., C); a Gaussian of variance ½), ``CrossEntropyLoss`` (outputs
-        (batch, C, ...); with ``weight`` and ``ignore_index``) or ``BCEWithLogitsLoss`` (outputs (batch, ..., C);
-        targets anywhere in [0, 1]), with reduction "mean" or "sum".
+        (batch, C, ...)) or ``BCEWithLogitsLoss`` (outputs (batch, ..., C); targets anywhere in [0, 1]), with all their
+        options: class weights, ``ignore_index``, ``weight`` and ``pos_weight`` weight the observations. Reduction
+        "mean" or "sum".
     params : list of Parameter, mapping of str to Tensor, or None
         What to differentiate by; D is the number of their elements, in their order. None takes every parameter of the
         module that requires grad. Those that the model does not use have zero rows and columns in F.
@@ -266,6 +282,10 @@ class FisherMCLinearOperator(_FisherOperator):
         Number of data, if known; checked against what `data` yields.
     batch_size_fn : callable or None
         ``X -> int``, the number of data in a batch; None takes the length of y.
+    rows : {"term", "datum"}
+        Whether each loss term has rows of its own in the score matrix (what other libraries compute), or the would-be
+        gradients of a datum's terms are summed into one row for each draw: the score of the datum's joint likelihood.
+        Both have the same expectation.
     sampler : {"stream"}
         "stream" draws batch after batch from one generator, so the matrix depends on how the data are split and
         ordered, on the device and, for MSE and BCE, on the precision. For the same seed it is the matrix of
@@ -332,6 +352,7 @@ class FisherMCLinearOperator(_FisherOperator):
         num_data: int | None = None,
         batch_size_fn: Callable[[Any], int] | None = None,
         *,
+        rows: str = "term",
         sampler: str = "stream",
         dtype: Any = None,
         batch_size: int | None = None,
@@ -345,10 +366,11 @@ class FisherMCLinearOperator(_FisherOperator):
             loss_func,
             params,
             data,
-            progressbar=progressbar,
-            check_deterministic=check_deterministic,
-            num_data=num_data,
-            batch_size_fn=batch_size_fn,
+            progressbar,
+            check_deterministic,
+            num_data,
+            batch_size_fn,
+            rows=rows,
             dtype=dtype,
             batch_size=batch_size,
         )
@@ -356,8 +378,112 @@ class FisherMCLinearOperator(_FisherOperator):
     def _start_draws(self) -> Draws:
         return StreamDraws(self._seed, self.device)
 
-    def _factor(self, f: Tensor, terms: Terms, draws: Draws) -> OutputFactor:
+    def _factor(self, f: Tensor, terms: Terms, draws: Draws | None) -> OutputFactor:
+        assert draws is not None
         return self._likelihood.sample(f, terms.weights, self._mc_samples, draws)
+
+
+class FisherLinearOperator(_FisherOperator):
+    r"""The exact (type-I) Fisher information matrix of a model as a SciPy ``LinearOperator``.
+
+    .. math::
+
+        F = \frac{1}{c} \sum_{n,t} w_{nt}\, J_{nt}^\top B_{nt} J_{nt},
+        \qquad B_{nt} = \mathbb{E}_{y \sim q(\cdot \mid f_{nt})} \big[ s(y)\, s(y)^\top \big],
+
+    with closed-form square roots of B: √2 I for ``MSELoss``, diag √(σ(1 − σ)) for ``BCEWithLogitsLoss`` and
+    diag √p − p √pᵀ for ``CrossEntropyLoss``, which is never written out. For these losses it is the generalized
+    Gauss-Newton matrix of the (weighted) loss over the whole data set, and it does not depend on how the data are split
+    or ordered. It is the expectation of `FisherMCLinearOperator`.
+
+    Parameters
+    ----------
+    model_func, loss_func, params, data, progressbar, check_deterministic, num_data, batch_size_fn, dtype, batch_size
+        As for `FisherMCLinearOperator`.
+
+    See Also
+    --------
+    FisherMCLinearOperator : the Monte-Carlo estimate; its page describes the arguments, attributes and errors.
+    EmpiricalFisherLinearOperator : the scores at the observed targets.
+
+    References
+    ----------
+    J. Martens, New insights and perspectives on the natural gradient method, JMLR 21 (2020) 1–76.
+
+    Examples
+    --------
+    >>> import torch, fisherops as fo
+    >>> X, y = torch.ones(10, 1), torch.zeros(10, 1)
+    >>> op = fo.FisherLinearOperator(torch.nn.Linear(1, 1), torch.nn.MSELoss(), data=(X, y))
+    >>> op.todense()
+    array([[2., 2.],
+           [2., 2.]], dtype=float32)
+    """
+
+    def __init__(
+        self,
+        model_func: Any,
+        loss_func: Any,
+        params: Any = None,
+        data: Any = None,
+        progressbar: bool = False,
+        check_deterministic: bool = True,
+        num_data: int | None = None,
+        batch_size_fn: Callable[[Any], int] | None = None,
+        *,
+        dtype: Any = None,
+        batch_size: int | None = None,
+    ) -> None:
+        # Without `rows`: the terms of a datum are independent, so its joint likelihood has the same Fisher.
+        super().__init__(
+            model_func,
+            loss_func,
+            params,
+            data,
+            progressbar,
+            check_deterministic,
+            num_data,
+            batch_size_fn,
+            dtype=dtype,
+            batch_size=batch_size,
+        )
+
+    def _factor(self, f: Tensor, terms: Terms, draws: Draws | None) -> OutputFactor:
+        return self._likelihood.exact(f, terms.weights)
+
+
+class EmpiricalFisherLinearOperator(_FisherOperator):
+    r"""The empirical Fisher matrix of a model as a SciPy ``LinearOperator``.
+
+    .. math::
+
+        F = \frac{1}{c} \sum_{n,t} w_{nt}\, g_{nt}\, g_{nt}^\top,
+        \qquad g_{nt} = J_{nt}^\top s(y_{nt}),
+
+    with the scores at the observed targets in place of an expectation over the model's own. It is the second moment of
+    the gradients of single loss terms (of single data for ``rows="datum"``), and in general neither the Fisher nor an
+    approximation of it. Label smoothing and soft targets change s.
+
+    Parameters
+    ----------
+    model_func, loss_func, params, data, progressbar, check_deterministic, num_data, batch_size_fn, dtype, batch_size
+        As for `FisherMCLinearOperator`.
+    rows : {"term", "datum"}
+        Whether each loss term has a row of its own in the score matrix, or the gradients of a datum's terms are summed
+        into one.
+
+    See Also
+    --------
+    FisherMCLinearOperator : its page describes the arguments, attributes and errors.
+
+    References
+    ----------
+    F. Kunstner, L. Balles, P. Hennig, Limitations of the empirical Fisher approximation for natural gradient descent,
+    NeurIPS 2019.
+    """
+
+    def _factor(self, f: Tensor, terms: Terms, draws: Draws | None) -> OutputFactor:
+        return self._likelihood.observed(f, terms)
 
 
 def _check_finite(f: Tensor, batch: Batch) -> None:

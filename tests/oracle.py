@@ -3,6 +3,8 @@
 Nothing of the library is imported here. Everything is written for being obviously right, not fast.
 """
 
+import copy
+
 import numpy as np
 import torch
 from torch import nn
@@ -102,3 +104,60 @@ def exact_fisher(model, loss, params, data):
             ).double()
             F = F + (1.0 if w is None else float(w[t])) * (J.T @ B @ J).numpy()
     return F / divisor if loss.reduction == "mean" else F
+
+
+def gauss_newton(model, loss, params, data):
+    """Jᵀ H J with H the Hessian in the outputs of torch's own loss over the whole data set in one batch."""
+    raw = model(torch.cat([X for X, _ in data]))
+    H = torch.autograd.functional.hessian(lambda f: loss(f, torch.cat([y for _, y in data])), raw.detach())
+    n = raw.numel()
+    J = torch.stack([gradient(entry, params) for entry in raw.reshape(-1)]).double()
+    return (J.T @ H.reshape(n, n).double() @ J).numpy()
+
+
+def empirical_fisher(model, loss, params, data, rows="term"):
+    """Σ w s sᵀ by the gradients of torch's own loss for single terms (or sums of them over single data).
+
+    A term of weight w has the gradient w s, so it is divided by √w; w is the ratio of the traces of the term's Hessian
+    with and without weights.
+    """
+    plain = type(loss)(reduction="sum")
+    weighted = copy.deepcopy(loss)
+    weighted.reduction = "sum"
+    F, divisor = 0.0, 0.0
+    for X, y in data:
+        for i in range(len(X)):
+            f, target = model(X[i : i + 1]), y[i : i + 1]
+            terms = flatten(loss, f)
+            targets = target.reshape(-1) if target.ndim == f.ndim - 1 else flatten(loss, target)
+            total = 0.0
+            for t in range(len(terms)):
+                g = observed_score(weighted, plain, terms[t : t + 1], targets[t : t + 1])
+                row = gradient((terms[t : t + 1] * g).sum(), params).double().numpy()
+                F = F + np.outer(row, row) if rows == "term" else F
+                total = total + row
+                divisor += mean_divisor(loss, targets[t : t + 1], terms[t])
+            F = F + np.outer(total, total) if rows == "datum" else F
+    return F / divisor if loss.reduction == "mean" else F
+
+
+def observed_score(weighted, plain, f, y):
+    """Return √w s of a single term."""
+    f = f.detach().requires_grad_()
+    g = torch.autograd.grad(weighted(f, y), f)[0]
+    H = torch.autograd.functional.hessian(lambda u: weighted(u, y), f.detach()).reshape(f.numel(), -1).diagonal()
+    hard = y if not y.is_floating_point() or isinstance(plain, nn.MSELoss) else torch.zeros_like(y)
+    if isinstance(plain, nn.CrossEntropyLoss):
+        hard = torch.zeros(1, dtype=torch.long)
+    B = torch.autograd.functional.hessian(lambda u: plain(u, hard), f.detach()).reshape(f.numel(), -1).diagonal()
+    w = (H / B).reshape(f.shape)
+    return torch.where(w > 0, g / w.sqrt(), 0).detach()
+
+
+def mean_divisor(loss, y, f):
+    if not isinstance(loss, nn.CrossEntropyLoss):
+        return f.numel()
+    if y.is_floating_point():
+        return 1.0
+    counts = float(y[0] != loss.ignore_index)
+    return counts * (1.0 if loss.weight is None else float(loss.weight[y[0]])) if counts else 0.0

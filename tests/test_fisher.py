@@ -281,12 +281,6 @@ def test_reductions_that_keep_the_terms(case, loss):
         build(case.model, LOSSES[loss](reduction="none"), data=case.data)
 
 
-@pytest.mark.parametrize("option", ["weight", "pos_weight"])
-def test_bce_weights_are_refused(case, option):
-    with pytest.raises(NotImplementedError, match=f"BCEWithLogitsLoss with {option} is not supported"):
-        build(case.model, nn.BCEWithLogitsLoss(**{option: torch.ones(3)}), data=case.data)
-
-
 @pytest.mark.parametrize(
     ("loss", "y", "message"),
     [
@@ -309,15 +303,6 @@ def test_targets_that_do_not_fit(case, loss, y, message):
     for check in (True, False):
         with pytest.raises(ValueError, match=message):
             build(case.model, loss, data=data, check_deterministic=check) @ np.ones(case.D)
-
-
-def test_combinations_of_cross_entropy_that_are_refused(case):
-    X, _ = case.data[0]
-    soft = torch.full((len(X), 3), 1 / 3, dtype=torch.float64)
-    with pytest.raises(NotImplementedError, match="class weights together with probabilities"):
-        build(case.model, nn.CrossEntropyLoss(weight=torch.ones(3)), data=[(X, soft)])
-    with pytest.raises(NotImplementedError, match="class weights and label_smoothing=0.1"):
-        build(case.model, nn.CrossEntropyLoss(weight=torch.ones(3), label_smoothing=0.1), data=case.data)
 
 
 def test_soft_targets_and_label_smoothing_do_not_change_the_fisher(case):
@@ -747,7 +732,7 @@ def test_subclasses_of_losses(case):
 
 @pytest.mark.parametrize("bad", [-1.0, np.nan, np.inf])
 def test_class_weights_that_are_no_weights(case, bad):
-    with pytest.raises(ValueError, match="class weights must be finite and at least 0, got"):
+    with pytest.raises(ValueError, match="the `weight` of the loss must be finite and at least 0, got"):
         build(case.model, nn.CrossEntropyLoss(weight=torch.tensor([1.0, bad, 1.0])), data=case.data)
 
 

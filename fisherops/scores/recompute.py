@@ -30,7 +30,9 @@ class Factor(Protocol):
 
 
 class RecomputedScores:
-    """G = Sᵀ J of one batch, (T·R) × D, where neither J nor G is kept.
+    """G = Sᵀ J of one batch, where neither J nor G is kept.
+
+    Its rows are ordered by group of terms and then by vector: (T / group · R) × D.
 
     Parameters
     ----------
@@ -38,21 +40,27 @@ class RecomputedScores:
     factor : Factor
     size : int
         Number of data in the batch.
+    group : int
+        Successive terms whose scores are summed into one row: 1, or the number of terms of a datum.
     """
 
-    def __init__(self, jacobian: BatchJacobian, factor: Factor, size: int) -> None:
+    def __init__(self, jacobian: BatchJacobian, factor: Factor, size: int, group: int = 1) -> None:
         self._jacobian = jacobian
         self._factor = factor
         self._size = size
+        self._group = group
 
     def apply(self, V: Tensor) -> Tensor:
-        """Multiply G: (D, K) → (T·R, K)."""
-        return self._factor.adjoint(self._jacobian.jvp(V)).flatten(1).T
+        """Multiply G: (D, K) → (T / group · R, K)."""
+        scores = self._factor.adjoint(self._jacobian.jvp(V))
+        K, T, R = scores.shape
+        return scores.view(K, T // self._group, self._group, R).sum(2).flatten(1).T
 
     def apply_transposed(self, W: Tensor) -> Tensor:
-        """Multiply Gᵀ: (T·R, K) → (D, K)."""
-        return self._jacobian.vjp(self._factor.apply(W.T.reshape(W.shape[1], -1, self._factor.rank)))
+        """Multiply Gᵀ: (T / group · R, K) → (D, K)."""
+        scores = W.T.reshape(W.shape[1], -1, self._factor.rank).repeat_interleave(self._group, dim=1)
+        return self._jacobian.vjp(self._factor.apply(scores))
 
     def rows(self) -> Iterator[Tensor]:
         """List G in blocks of rows (r, D)."""
-        return list_rows(self._jacobian, self._factor.columns(), self._size)
+        return list_rows(self._jacobian, self._factor.columns(), self._size, self._group)

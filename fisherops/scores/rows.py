@@ -16,8 +16,8 @@ from fisherops.scores.jacobian import BatchJacobian
 _BLOCK_BYTES = 2**26
 
 
-def list_rows(jacobian: BatchJacobian, columns: Tensor, size: int) -> Iterator[Tensor]:
-    """List G in blocks of rows (r, D), ordered by term and then by vector.
+def list_rows(jacobian: BatchJacobian, columns: Tensor, size: int, group: int) -> Iterator[Tensor]:
+    """List G in blocks of rows (r, D), ordered by group of terms and then by vector.
 
     Where the data of the batch do not depend on each other, all rows of a block cost about one backward pass;
     each block is checked against plain reverse mode, and where that fails a row costs one backward pass.
@@ -29,12 +29,16 @@ def list_rows(jacobian: BatchJacobian, columns: Tensor, size: int) -> Iterator[T
         The vectors of the output factor, (T, R, C).
     size : int
         Number of data in the batch.
+    group : int
+        Successive terms whose scores are summed into one row.
     """
     how = jacobian.differentiation
     T, R, C = columns.shape
-    per_datum = T * R // size if T % size == 0 else 0
+    columns = columns.view(T // group, group, R, C)
+    rows = T // group * R
+    per_datum = rows // size if rows % (size * R) == 0 else 0
     separable = per_datum > 0 and jacobian.depends and _can_be_cut(jacobian.X, size)
-    for start, stop in _spans(T * R, per_datum, C * per_datum // R + how.parameters.numel, columns.itemsize):
+    for start, stop in _spans(rows, per_datum, C * T // size + how.parameters.numel, columns.itemsize):
 
         def by_backward(start: int = start, stop: int = stop) -> Tensor:
             return _by_backward(jacobian, columns, start, stop)
@@ -70,14 +74,16 @@ def _by_datum(jacobian: BatchJacobian, columns: Tensor, size: int, start: int, s
     """Differentiate each datum by itself, all at once."""
     how = jacobian.differentiation
     X = jacobian.X
-    T, R, C = columns.shape
-    terms = T // size
-    first, last = start // (terms * R), -(-stop // (terms * R))
-    within = torch.arange(start - first * terms * R, min(stop - first * terms * R, terms * R), device=columns.device)
-    term, vector = within // R, within % R
-    own = columns.view(size, terms, R, C)[first:last]
-    cotangents = columns.new_zeros(last - first, len(within), terms, C)
-    cotangents[:, torch.arange(len(within), device=columns.device), term] = own[:, term, vector]
+    groups, group, R, C = columns.shape
+    own_groups = groups // size
+    rows = own_groups * R
+    first, last = start // rows, -(-stop // rows)
+    within = torch.arange(start - first * rows, min(stop - first * rows, rows), device=columns.device)
+    own = columns.view(size, own_groups, group, R, C)[first:last]
+    cotangents = columns.new_zeros(last - first, len(within), own_groups, group, C)
+    number = torch.arange(len(within), device=columns.device)
+    cotangents[:, number, within // R] = own[:, within // R, :, within % R].transpose(0, 1)
+    cotangents = cotangents.flatten(2, 3)
 
     def one_datum(x: tuple[Tensor, ...], U: Tensor) -> dict[str, Tensor]:
         parts = iter(x)
@@ -94,23 +100,23 @@ def _by_datum(jacobian: BatchJacobian, columns: Tensor, size: int, start: int, s
 
 def _by_backward(jacobian: BatchJacobian, columns: Tensor, start: int, stop: int) -> Tensor:
     """Differentiate the batch once for each row."""
-    T, R, C = columns.shape
-    at_once = max(1, _BLOCK_BYTES // (T * C * columns.itemsize))
+    groups, group, R, C = columns.shape
+    at_once = max(1, _BLOCK_BYTES // (groups * group * C * columns.itemsize))
     blocks = []
     for begin in range(start, stop, at_once):
         index = torch.arange(begin, min(begin + at_once, stop), device=columns.device)
-        U = columns.new_zeros(len(index), T, C)
-        U[torch.arange(len(index), device=columns.device), index // R] = columns[index // R, index % R]
-        blocks.append(jacobian.vjp(U).T)
+        U = columns.new_zeros(len(index), groups, group, C)
+        U[torch.arange(len(index), device=columns.device), index // R] = columns[index // R, :, index % R]
+        blocks.append(jacobian.vjp(U.flatten(1, 2)).T)
     return torch.cat(blocks)
 
 
 def _matches(block: Tensor, jacobian: BatchJacobian, columns: Tensor, start: int, stop: int) -> bool:
     """Compare a weighted sum of the rows with one plain backward pass; weights in [1, 2] let no row vanish."""
-    T, R, _ = columns.shape
-    weights = torch.zeros(T * R, dtype=block.dtype, device=block.device)
+    groups, _, R, _ = columns.shape
+    weights = torch.zeros(groups * R, dtype=block.dtype, device=block.device)
     weights[start:stop] = torch.linspace(1, 2, stop - start, dtype=block.dtype, device=block.device)
-    U = torch.einsum("trc,tr->tc", columns, weights.view(T, R))
+    U = torch.einsum("gtrc,gr->gtc", columns, weights.view(groups, R)).flatten(0, 1)
     plain = jacobian.vjp(U[None])[:, 0]
     difference = (weights[start:stop] @ block - plain).norm()
     return bool(difference <= jacobian.differentiation.tolerance * plain.norm())
