@@ -415,7 +415,7 @@ class FisherLinearOperator(_FisherOperator):
     >>> import torch, fisherops as fo
     >>> X, y = torch.ones(10, 1), torch.zeros(10, 1)
     >>> op = fo.FisherLinearOperator(torch.nn.Linear(1, 1), torch.nn.MSELoss(), data=(X, y))
-    >>> op.todense()
+    >>> op.todense().round(3)
     array([[2., 2.],
            [2., 2.]], dtype=float32)
     """
