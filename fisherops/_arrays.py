@@ -65,8 +65,12 @@ def enter(x: Any) -> tuple[Tensor, Leave]:
 
 def scalar(x: Any) -> Any | None:
     """Return `x` as a Python number if it is a number or a 0-d array of any library, else None."""
-    if isinstance(x, np.generic):
+    if isinstance(x, np.longdouble | np.clongdouble):
+        x = complex(x) if isinstance(x, np.clongdouble) else float(x)  # they are their own items
+    elif isinstance(x, np.generic):
         x = x.item()
+    elif isinstance(x, Tensor):
+        x = None if x.is_nested or x.ndim else x.detach().item()
     elif getattr(x, "shape", None) == () and array_api_compat.is_array_api_obj(x):
         if _is_jax_tracer(x):
             raise TypeError(_TRACER)
@@ -141,8 +145,10 @@ def _enter_torch(x: Tensor) -> tuple[Tensor, Leave]:
 
 def _result_dtype(dtype: torch.dtype, y: Tensor) -> torch.dtype:
     """Return the dtype of a result for an input of `dtype`: its own if it is inexact and can hold the result."""
-    inexact = dtype.is_floating_point or dtype.is_complex
-    return dtype if inexact and (dtype.is_complex or not y.is_complex()) else y.dtype
+    if not (dtype.is_floating_point or dtype.is_complex):
+        return y.dtype
+    # A complex result of a real input has the input's precision.
+    return torch.promote_types(dtype, torch.complex64) if y.is_complex() else dtype
 
 
 # ---- NumPy ---------------------------------------------------------------------------------------------
@@ -170,8 +176,10 @@ def _enter_numpy(x: Any) -> tuple[Tensor, Leave]:
 
     def leave(y: Tensor) -> Any:
         out = y.resolve_conj().resolve_neg().cpu().contiguous().numpy()
-        if dtype.kind == "c" or (dtype.kind == "f" and out.dtype.kind == "f"):
-            out = out.astype(dtype.newbyteorder("="), copy=False)
+        if dtype.kind in "fc":
+            native = dtype.newbyteorder("=")
+            promotes = out.dtype.kind == "c" and dtype.kind == "f"
+            out = out.astype(np.result_type(native, np.complex64) if promotes else native, copy=False)
         return np.asmatrix(out) if is_matrix else out
 
     return from_dlpack(array), leave
@@ -190,7 +198,7 @@ def _enter_array_api(x: Any) -> tuple[Tensor, Leave]:
         raise TypeError(_TRACER)
     xp = array_api_compat.array_namespace(x)
     try:
-        tensor = from_dlpack(x)
+        tensor = _share(x)
     except Exception as error:
         if array_api_compat.is_cupy_array(x) and not torch.cuda.is_available():
             return _enter_cupy_by_host(x)
@@ -198,9 +206,11 @@ def _enter_array_api(x: Any) -> tuple[Tensor, Leave]:
             f"got {_describe(x)} of dtype {x.dtype}, which cannot be taken to torch ({error}): {_TAKEN} are taken."
         ) from error
     device = array_api_compat.device(x)
+    inexact = xp.isdtype(x.dtype, ("real floating", "complex floating"))
 
     def leave(y: Tensor) -> Any:
-        y = y.to(device=tensor.device, dtype=_result_dtype(tensor.dtype, y)).contiguous().resolve_conj().resolve_neg()
+        dtype = _result_dtype(tensor.dtype, y) if inexact else y.dtype
+        y = y.to(device=tensor.device, dtype=dtype).contiguous().resolve_conj().resolve_neg()
         if array_api_compat.is_cupy_array(x):
             # CuPy reads the result on its own stream; torch must not reuse the memory before it is done there.
             pointer = xp.cuda.get_current_stream().ptr
@@ -209,6 +219,16 @@ def _enter_array_api(x: Any) -> tuple[Tensor, Leave]:
         return array_api_compat.to_device(xp.from_dlpack(y), device)
 
     return tensor, leave
+
+
+def _share(x: Any) -> Tensor:
+    """Take an array to torch by DLPack, by one copy where its strides are negative: torch aborts the process there."""
+    if array_api_compat.is_cupy_array(x):
+        xp = array_api_compat.array_namespace(x)
+        return from_dlpack(xp.ascontiguousarray(x) if any(stride < 0 for stride in x.strides) else x)
+    if array_api_compat.is_jax_array(x) or x.__dlpack_device__()[0] != 1:
+        return from_dlpack(x)
+    return _enter_numpy(np.from_dlpack(x))[0]
 
 
 def _enter_cupy_by_host(x: Any) -> tuple[Tensor, Leave]:

@@ -17,7 +17,8 @@ from fisherops._checks import integer
 from fisherops._tree import leaves, map_arrays
 
 _EXPECTED = (
-    "Pass a list of batches [(X, y), ...], a DataLoader, another re-iterable of pairs, or one pair of arrays (X, y)."
+    "Pass a list of batches [(X, y), ...] or [(X, y, index), ...], a DataLoader, another re-iterable of them, or one "
+    "pair of arrays (X, y)."
 )
 
 
@@ -28,6 +29,8 @@ class Batch(NamedTuple):
     X: Any
     y: Tensor
     size: int
+    places: Tensor
+    """The place of each datum in the data set, (size,)."""
 
 
 class Data:
@@ -51,6 +54,8 @@ class Data:
         The number of data that the source is said to have, checked on every pass.
     verify : bool
         Whether the contents of each batch are compared with those of the first pass.
+    ordered : bool
+        Whether the order of the data matters even where batches (X, y, index) say which data they hold.
     progressbar : bool
         Whether passes show a tqdm bar on stderr.
 
@@ -71,6 +76,7 @@ class Data:
         batch_size_fn: Callable[[Any], int] | None,
         num_data: int | None,
         verify: bool,
+        ordered: bool,
         progressbar: bool,
     ) -> None:
         self._device = device
@@ -79,8 +85,10 @@ class Data:
         self._size_of = batch_size_fn
         self._said_num_data = None if num_data is None else integer("num_data", num_data, 1)
         self._verify = verify
+        self._ordered = ordered
         self._progressbar = progressbar
         self._prints: list[_Print] = []
+        self._sum_of_places = 0
         self.num_data: int | None = None
         self._source = _as_source(source, batch_size)
 
@@ -98,7 +106,7 @@ class Data:
         """
         first_pass = self.num_data is None
         prints: list[_Print] = [] if first_pass else self._prints
-        total = count = 0
+        total = count = sum_of_places = 0
         total_batches = None if first_pass else len(self._prints)
         with tqdm(
             self._source,
@@ -109,15 +117,21 @@ class Data:
             disable=not self._progressbar,
         ) as bar:
             for index, item in enumerate(bar):
-                X, y, size = self._unpack(index, item)
+                X, y, size, places = self._unpack(index, item)
+                free = places is not None and not self._ordered
+                contents = (X, y) if places is None else (X, y, places)
                 if first_pass:
-                    prints.append(_Print((X, y), size, self._verify))
+                    prints.append(_Print(contents, size, self._verify and not free))
                 elif index >= len(prints):
                     raise RuntimeError(_changed(f"the first pass read {len(prints)} batches, this one has more"))
-                elif not prints[index].matches((X, y), size):
+                elif not free and not prints[index].matches(contents, size):
                     raise RuntimeError(_changed(f"batch {index} is not the one that the first pass read"))
+                if places is None:
+                    places = torch.arange(total, total + size, device="cpu")
+                sum_of_places += int(places.sum())
                 count, total = index + 1, total + size
-                yield Batch(index, self._ready(X, self._convert), self._ready(y, False), size)
+                ready = self._ready(X, self._convert), self._ready(y, False)
+                yield Batch(index, *ready, size, places.to(self._device))
         if count < len(prints):
             raise RuntimeError(_changed(f"the first pass read {len(prints)} batches, this one only {count}"))
         if count == 0:
@@ -127,13 +141,17 @@ class Data:
                 f"`num_data` is {self._said_num_data}, but the data has {total}: leave it out, or correct it. "
                 "(A `batch_size_fn` that counts wrongly also causes this.)"
             )
-        self._prints, self.num_data = prints, total
+        if not first_pass and (total, sum_of_places) != (self.num_data, self._sum_of_places):
+            raise RuntimeError(_changed(f"the first pass read {self.num_data} data, this one other ones ({total})"))
+        self._prints, self.num_data, self._sum_of_places = prints, total, sum_of_places
 
-    def _unpack(self, index: int, item: Any) -> tuple[Any, Tensor, int]:
-        if not isinstance(item, tuple | list) or len(item) != 2:
+    def _unpack(self, index: int, item: Any) -> tuple[Any, Tensor, int, Tensor | None]:
+        if not isinstance(item, tuple | list) or len(item) not in (2, 3):
             length = f" of length {len(item)}" if isinstance(item, tuple | list) else ""
-            raise TypeError(f"batch {index} must be a pair (X, y), got {type(item).__name__}{length}. {_EXPECTED}")
-        X, y = item
+            raise TypeError(
+                f"batch {index} must be a pair (X, y), or (X, y, index), got {type(item).__name__}{length}. {_EXPECTED}"
+            )
+        X, y, *places = item
         if not _arrays.is_array(y):
             raise TypeError(f"the targets y of batch {index} must be a tensor or array, got {type(y).__name__}.")
         y = self._tensor(y, f"y of batch {index}")
@@ -154,7 +172,20 @@ class Data:
             raise ValueError(
                 f"batch {index} has size {size}: every batch must have at least one datum. Leave empty batches out."
             )
-        return X, y, size
+        return X, y, size, self._places(index, places[0], size) if places else None
+
+    def _places(self, index: int, places: Any, size: int) -> Tensor:
+        if not _arrays.is_array(places):
+            raise TypeError(f"the indices of batch {index} must be a tensor or array, got {type(places).__name__}.")
+        t = _arrays.to_tensor(places, f"index of batch {index}").cpu()
+        if t.is_floating_point() or t.is_complex() or t.dtype == torch.bool or tuple(t.shape) != (size,):
+            raise ValueError(
+                f"the indices of batch {index} must be {size} integers, one for each datum, got shape "
+                f"{tuple(t.shape)} of {t.dtype}."
+            )
+        if int(t.min()) < 0 or int(t.max()) >= 2**32:
+            raise ValueError(f"the indices of batch {index} must be in [0, 2**32), got {t.min()} to {t.max()}.")
+        return t.long()
 
     def _tensor(self, a: Any, name: str) -> Tensor:
         if isinstance(a, Tensor):

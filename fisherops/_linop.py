@@ -168,12 +168,12 @@ class TorchLinearOperator(LinearOperator):
             return torch.complex(parts[:, :K].contiguous(), parts[:, K:].contiguous())
         if K == 0:
             return torch.zeros(M, 0, dtype=self._torch_dtype, device=self.device)
-        return self._apply(V.to(self._torch_dtype))
+        return self._apply(V.to(self._torch_dtype)).to(self._torch_dtype)
 
     def todense(self) -> np.ndarray[Any, Any]:
         """Return the matrix as a NumPy array of shape (M, N); costs N products."""
-        N = self.shape[1]
-        blocks = []
+        M, N = self.shape
+        blocks = [torch.zeros(M, 0, dtype=self._torch_dtype)]
         for start in range(0, N, _BLOCK):
             width = min(_BLOCK, N - start)
             identity = torch.zeros(N, width, dtype=self._torch_dtype, device=self.device)
@@ -395,8 +395,9 @@ class _Foreign(TorchLinearOperator):
         self._A = A
 
     def _apply(self, V: Tensor) -> Tensor:
-        # IdentityOperator returns its input, hence the copy.
-        return torch.tensor(self._A.matmat(V.cpu().numpy()), dtype=self._torch_dtype, device=self.device)
+        # Copies both ways: a foreign operator may write to what it is given, and IdentityOperator returns it.
+        result = np.array(self._A.matmat(np.array(V.cpu().numpy())), dtype=self.dtype)
+        return torch.from_numpy(result).to(self.device)
 
     def _transpose(self) -> TorchLinearOperator:
         return _Foreign(self._A.T, self.device)

@@ -69,6 +69,11 @@ def as_function(model_func: Any, parameters: Parameters, functional: bool) -> Mo
     ValueError
         If a plain callable is to be evaluated in another precision than its parameters have.
     """
+    if isinstance(model_func, torch.jit.ScriptModule | nn.DataParallel):
+        raise TypeError(
+            f"`model_func` is a {type(model_func).__name__}, which cannot be evaluated at other parameter values: pass "
+            "the module that it was made from."
+        )
     if isinstance(model_func, nn.Module):
         return _ModuleFunction(model_func, parameters)
     if not callable(model_func):

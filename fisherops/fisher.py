@@ -13,9 +13,9 @@ from torch import Tensor
 from fisherops import likelihoods
 from fisherops._checks import integer
 from fisherops._data import Batch, Data
-from fisherops._draws import StreamDraws
+from fisherops._draws import CounterSampler, StreamSampler
 from fisherops._linop import TorchLinearOperator
-from fisherops._model import as_function, fixed_randomness, isolated
+from fisherops._model import ModelFunction, as_function, fixed_randomness, isolated
 from fisherops._params import Parameters, as_dtype, select
 from fisherops._sums import CompensatedSum
 from fisherops._tree import leaves, map_arrays
@@ -26,8 +26,41 @@ from fisherops.scores import Differentiation, RecomputedScores
 _COLUMNS = 32
 
 
+class _Evaluation:
+    """The model as a function of parameters and inputs, with its outputs checked and in the compute precision."""
+
+    def __init__(self, model: ModelFunction, parameters: Parameters, deterministic: bool) -> None:
+        self._model = model
+        self._parameters = parameters
+        self._deterministic = deterministic
+        self.clones_inputs = True
+        """Whether inputs are copied, because the model may write into them."""
+
+    def __call__(self, point: Mapping[str, Tensor], X: Any) -> Tensor:
+        if self.clones_inputs:
+            X = map_arrays(Tensor.clone, X)
+        if self._deterministic:
+            f = self._model(point, X)
+        else:
+            with fixed_randomness(self._parameters.device, 1):
+                f = self._model(point, X)
+        if not isinstance(f, Tensor):
+            raise TypeError(
+                f"the model must return one tensor, got {type(f).__name__}: wrap it, for example "
+                "`model_func=lambda X: model(**X).logits` with `params=list(model.parameters())`."
+            )
+        if not f.is_floating_point():
+            raise TypeError(f"the model must return real floating-point outputs, got {f.dtype}.")
+        if f.ndim == 0:
+            raise ValueError("the model must return outputs with a batch axis, got a 0-d tensor.")
+        return f.to(self._parameters.dtype)
+
+
 class _FisherOperator(TorchLinearOperator):
     """F = (1/c) Σ_b G_bᵀ G_b over the batches b of a data set; subclasses choose the output factor."""
+
+    _ordered = False
+    """Whether F depends on the order of the data."""
 
     def __init__(
         self,
@@ -47,9 +80,11 @@ class _FisherOperator(TorchLinearOperator):
         if rows not in ("term", "datum"):
             raise ValueError(f"`rows` must be 'term' or 'datum', got {rows!r}.")
         self._rows = rows
+        self._needs_terms_by_datum = rows == "datum"
         self._likelihood = likelihoods.of_loss(loss_func)
         self._parameters = Parameters(select(model_func, params), as_dtype(dtype))
         self._model = as_function(model_func, self._parameters, functional=isinstance(params, Mapping))
+        self._evaluate = _Evaluation(self._model, self._parameters, check_deterministic)
         self._differentiation = Differentiation(self._evaluate, self._likelihood.flatten, self._parameters)
         self._data = Data(
             data,
@@ -60,18 +95,19 @@ class _FisherOperator(TorchLinearOperator):
             batch_size_fn=batch_size_fn,
             num_data=num_data,
             verify=check_deterministic,
+            ordered=self._ordered,
             progressbar=progressbar,
         )
         D = self._parameters.numel
         super().__init__((D, D), self._parameters.dtype, self._parameters.device)
         self._checked = check_deterministic
-        self._writes_inputs = True  # unless the check finds that the model leaves its inputs alone
+        self._reached: frozenset[str] = frozenset()
         if check_deterministic:
             self._check_deterministic()
 
     # ---- What a subclass says -----------------------------------------------------------------
 
-    def _start_draws(self) -> Draws | None:
+    def _start_sampler(self) -> StreamSampler | CounterSampler | None:
         """Return the sampler for one pass over the data, if any is needed."""
         return None
 
@@ -128,47 +164,18 @@ class _FisherOperator(TorchLinearOperator):
             stack.callback(batches.close)
             yield batches
 
-    def _evaluate(self, point: Mapping[str, Tensor], X: Any) -> Tensor:
-        if self._writes_inputs:
-            X = map_arrays(Tensor.clone, X)
-        if self._checked:
-            f = self._model(point, X)
-        else:
-            with fixed_randomness(self.device, 1):
-                f = self._model(point, X)
-        if not isinstance(f, Tensor):
-            raise TypeError(
-                f"the model must return one tensor, got {type(f).__name__}: wrap it, for example "
-                "`model_func=lambda X: model(**X).logits` with `params=list(model.parameters())`."
-            )
-        if not f.is_floating_point():
-            raise TypeError(f"the model must return real floating-point outputs, got {f.dtype}.")
-        if f.ndim == 0:
-            raise ValueError("the model must return outputs with a batch axis, got a 0-d tensor.")
-        return f.to(self._parameters.dtype)
-
     def _terms(self, output_shape: torch.Size, batch: Batch) -> Terms:
         try:
             return self._likelihood.terms(output_shape, batch.y)
         except ValueError as error:
             raise ValueError(f"batch {batch.number}: {error}") from None
 
-    def _terms_per_row(self, f: Tensor, batch: Batch) -> int:
-        if self._rows == "term":
-            return 1
-        if len(f) % batch.size:
-            raise ValueError(
-                f"batch {batch.number} has {len(f)} loss terms for {batch.size} data, so they do not belong to data in "
-                "equal numbers: use rows='term'."
-            )
-        return len(f) // batch.size
-
     # ---- Checks -------------------------------------------------------------------------------
 
     def _check_deterministic(self) -> None:
         """Evaluate the model twice and read the data twice, with other random numbers each time."""
         point = self._parameters.point()
-        self._writes_inputs = writes = False
+        self._evaluate.clones_inputs = writes = False
         with isolated(self.device), torch.no_grad(), self._model.refuse_faults():
             with closing(self._data.batches(f"{type(self).__name__} check")) as batches:
                 for batch in batches:
@@ -193,7 +200,7 @@ class _FisherOperator(TorchLinearOperator):
             ):
                 for _ in batches:
                     pass
-        self._writes_inputs = writes
+        self._evaluate.clones_inputs = writes
 
 
 class _Pass:
@@ -207,18 +214,28 @@ class _Pass:
 
     def __iter__(self) -> Iterator[RecomputedScores]:
         op = self._op
-        draws = op._start_draws()
+        sampler = op._start_sampler()
         point = op._parameters.point()
-        divisor, depends = 0.0, False
+        divisor, reached = 0.0, frozenset[str]()
         for batch in self._batches:
             jacobian = op._differentiation.at(point, batch.X)
-            depends = depends or jacobian.depends
+            reached |= jacobian.reached
             _check_finite(jacobian.outputs, batch)
             terms = op._terms(jacobian.output_shape, batch)
             divisor += float(terms.divisor)
-            factor = op._factor(jacobian.outputs, terms, draws)
-            yield RecomputedScores(jacobian, factor, batch.size, op._terms_per_row(jacobian.outputs, batch))
-        if not depends:
+            if op._needs_terms_by_datum:
+                _check_terms_by_datum(jacobian.outputs, batch)
+            group = len(jacobian.outputs) // batch.size if op._rows == "datum" else 1
+            factor = op._factor(jacobian.outputs, terms, sampler.batch(batch.places) if sampler else None)
+            yield RecomputedScores(jacobian, factor, batch.size, group)
+        lost = op._reached - reached
+        if lost and reached:
+            raise RuntimeError(
+                f"the model's output no longer depends on the parameters {sorted(lost)}: they were replaced by other "
+                "tensors, or the model was changed. Make a new operator."
+            )
+        op._reached = op._reached | reached
+        if not reached:
             raise ValueError(
                 "the model's output does not depend on any of `params`, so its Fisher is zero: check that the "
                 "parameters are those that the model uses, and that it does not detach them."
@@ -263,10 +280,10 @@ class FisherMCLinearOperator(_FisherOperator):
     params : list of Parameter, mapping of str to Tensor, or None
         What to differentiate by; D is the number of their elements, in their order. None takes every parameter of the
         module that requires grad. Those that the model does not use have zero rows and columns in F.
-    data : iterable of (X, y), or a pair of arrays (X, y)
-        Mini-batches, read anew for every product, always in the same order: a list, a ``DataLoader`` without
-        shuffling, any re-iterable. Or two arrays (NumPy or torch) with one row per datum. Batches are moved to the
-        parameters' device; NumPy floats are converted to the compute precision.
+    data : iterable of (X, y) or (X, y, index), or a pair of arrays (X, y)
+        Mini-batches, read anew for every product, always in the same order (but see `sampler`): a list, a
+        ``DataLoader`` without shuffling, any re-iterable. Or two arrays with one row per datum. Batches are moved to
+        the parameters' device; NumPy floats are converted to the compute precision.
     progressbar : bool
         Whether each pass over the data shows a tqdm bar on stderr.
     check_deterministic : bool
@@ -286,8 +303,13 @@ class FisherMCLinearOperator(_FisherOperator):
         Whether each loss term has rows of its own in the score matrix (what other libraries compute), or the would-be
         gradients of a datum's terms are summed into one row for each draw: the score of the datum's joint likelihood.
         Both have the same expectation.
-    sampler : {"stream"}
-        "stream" draws batch after batch from one generator, so the matrix depends on how the data are split and
+    sampler : {"counter", "stream"}
+        "counter": each draw is a function of (seed, datum, term, sample, class) alone, by Philox4x32-10 and inverse
+        distribution functions. So F does not depend on how the data are split into batches, nor on the device or the
+        precision (up to rounding, which may change a draw near a boundary), and the first m of M samples are those of
+        ``mc_samples=m``. A datum is known by its place in the data, or by `index` where batches are (X, y, index); then
+        their order does not matter either, and a loader may shuffle.
+        "stream": draws batch after batch from one generator, so the matrix depends on how the data are split and
         ordered, on the device and, for MSE and BCE, on the precision. For the same seed it is the matrix of
         ``FisherMCLinearOperator`` of curvlinops-for-pytorch 3.0.1.
     dtype : {None, "float32", "float64"} or dtype
@@ -353,14 +375,15 @@ class FisherMCLinearOperator(_FisherOperator):
         batch_size_fn: Callable[[Any], int] | None = None,
         *,
         rows: str = "term",
-        sampler: str = "stream",
+        sampler: str = "counter",
         dtype: Any = None,
         batch_size: int | None = None,
     ) -> None:
         self._seed = integer("seed", seed, -(2**63), 2**64 - 1)
         self._mc_samples = integer("mc_samples", mc_samples, 1)
-        if sampler != "stream":
-            raise ValueError(f"`sampler` must be 'stream', got {sampler!r}.")
+        if sampler not in ("counter", "stream"):
+            raise ValueError(f"`sampler` must be 'counter' or 'stream', got {sampler!r}.")
+        self._ordered = sampler == "stream"
         super().__init__(
             model_func,
             loss_func,
@@ -374,9 +397,10 @@ class FisherMCLinearOperator(_FisherOperator):
             dtype=dtype,
             batch_size=batch_size,
         )
+        self._needs_terms_by_datum = rows == "datum" or sampler == "counter"
 
-    def _start_draws(self) -> Draws:
-        return StreamDraws(self._seed, self.device)
+    def _start_sampler(self) -> StreamSampler | CounterSampler:
+        return StreamSampler(self._seed, self.device) if self._ordered else CounterSampler(self._seed)
 
     def _factor(self, f: Tensor, terms: Terms, draws: Draws | None) -> OutputFactor:
         assert draws is not None
@@ -484,6 +508,14 @@ class EmpiricalFisherLinearOperator(_FisherOperator):
 
     def _factor(self, f: Tensor, terms: Terms, draws: Draws | None) -> OutputFactor:
         return self._likelihood.observed(f, terms)
+
+
+def _check_terms_by_datum(f: Tensor, batch: Batch) -> None:
+    if len(f) % batch.size:
+        raise ValueError(
+            f"batch {batch.number} has {len(f)} loss terms for {batch.size} data, so they do not belong to data in "
+            "equal numbers: use rows='term', and sampler='stream' for a Monte-Carlo Fisher."
+        )
 
 
 def _check_finite(f: Tensor, batch: Batch) -> None:

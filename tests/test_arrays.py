@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from libraries import JAX, LIBRARIES, NUMPY, STRICT, TORCH
 from models import make_case
+from scipy.sparse.linalg import LinearOperator, aslinearoperator
 from test_linop import EXPRESSIONS, MATRIX_PRODUCTS, VECTOR_PRODUCTS, Matrix, dense_product
 from tolerances import assert_same
 from torch import nn
@@ -158,6 +159,55 @@ def test_float64_input_to_a_float32_operator_is_accurate_to_float32():
     error = np.abs(op @ x - F.astype(float) @ x).max() / np.abs(F @ x).max()
     assert (op @ x).dtype == np.float64
     assert 1e-12 < error < 1e-5
+
+
+@pytest.mark.parametrize("library", LIBRARIES, ids=str)
+def test_a_real_vector_on_a_complex_operator_keeps_its_precision(op, F, library):
+    for dtype in ("float32", "float64"):
+        if library is JAX and dtype == "float64":
+            continue
+        result = (1j * op) @ library.make(x_of(dtype=np.dtype(dtype)))
+        assert library.read(result).dtype == (np.complex128 if dtype == "float64" else np.complex64)
+        assert_same(library.read(result), 1j * (F @ x_of(dtype=np.dtype(dtype))), np.float32)
+
+
+def test_integers_take_the_dtype_of_a_product_of_mixed_precisions():
+    low, high = Matrix(torch.randn(4, 4)), Matrix(torch.randn(4, 4).double())
+    for product in (low @ high, high @ low, (low @ high).T, low @ ((1 + 1j) * high)):
+        assert (product @ np.ones(4, int)).dtype == product.dtype
+        assert (product @ np.ones((4, 0), int)).dtype == product.dtype
+
+
+def test_arrays_with_negative_strides_of_any_library():
+    op = Watch(torch.float32)
+    for x in (STRICT.make(x_of())[::-1], array_api_strict.flip(STRICT.make(x_of(2))), JAX.make(x_of())[::-1]):
+        result = op @ x
+        library = STRICT if isinstance(x, STRICT.array_type) else JAX
+        np.testing.assert_array_equal(library.read(result), 2 * np.asarray(library.read(x)))
+
+
+def test_a_foreign_operator_that_writes_into_its_input_reaches_nobody_else(op, F):
+    class Doubling(LinearOperator):
+        def __init__(self):
+            super().__init__(np.float32, (D, D))
+
+        def _matmat(self, X):
+            X *= 2
+            return X
+
+    x = x_of()
+    x.flags.writeable = False
+    assert_same((op + Doubling() + op) @ x, 2 * F @ x + 2 * x, np.float32)
+    np.testing.assert_array_equal(x, x_of())
+    assert_same((op @ aslinearoperator(np.eye(D, dtype="g"))) @ x, F @ x, np.float32)
+
+
+def test_extended_precision_scalars(op):
+    assert (op * np.longdouble(2)).dtype == op.dtype
+    assert_same((op * np.clongdouble(2j)).todense(), 2j * op.todense(), np.float32)
+    with pytest.raises(TypeError, match="`damping` must be a real number"):
+        op.damped(np.clongdouble(1 + 1j))
+    assert (op * nn.Parameter(torch.tensor(2.0))).dtype == op.dtype
 
 
 @pytest.mark.parametrize("library", LIBRARIES, ids=str)

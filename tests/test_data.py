@@ -142,8 +142,8 @@ def test_a_generator_is_refused(case):
         (5, "`data` must be iterable, got int"),
         (torch.zeros(4, 3), "`data` must hold inputs and targets, got one Tensor"),
         ({"X": 1}, "`data` must hold inputs and targets, got one dict"),
-        ([torch.zeros(4, 3)], r"batch 0 must be a pair \(X, y\), got Tensor"),
-        ([(torch.zeros(4, 3), torch.zeros(4).long(), torch.zeros(4))], r"batch 0 must be a pair.*tuple of length 3"),
+        ([torch.zeros(4, 3)], r"batch 0 must be a pair \(X, y\), or .* got Tensor"),
+        ([(torch.zeros(4, 3), torch.zeros(4).long(), torch.zeros(4), 1)], r"batch 0 must be a pair.*tuple of length 4"),
         ([(torch.zeros(4, 3), None)], "targets y of batch 0 must be a tensor or array, got NoneType"),
         ([(torch.zeros(4, 3), [0, 1, 2, 0])], "targets y of batch 0 must be a tensor or array, got list"),
         ((object(), torch.zeros(4)), "the inputs X of the pair must be arrays, got object"),
@@ -315,7 +315,7 @@ def test_packed_sequences():
     sequences = [torch.randn(n, 2) for n in (4, 3, 1)]
     X = nn.utils.rnn.pack_sequence(sequences)
     model, y = Packed(), torch.zeros(3, 2)
-    op = fo.FisherMCLinearOperator(model, nn.MSELoss(), data=[(X, y)])
+    op = fo.FisherMCLinearOperator(model, nn.MSELoss(), data=[(X, y)], sampler="stream")
     import oracle
 
     expected = oracle.monte_carlo_fisher(model, nn.MSELoss(), list(model.parameters()), [(X, y)])

@@ -2,7 +2,9 @@
 
 import copy
 import functools
+import gc
 import pickle
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -23,7 +25,9 @@ def case():
 
 
 def build(model, loss=None, params=None, data=None, **options):
-    return fo.FisherMCLinearOperator(model, loss or nn.CrossEntropyLoss(), params, data, **options)
+    return fo.FisherMCLinearOperator(
+        model, loss or nn.CrossEntropyLoss(), params, data, **{"sampler": "stream", **options}
+    )
 
 
 # ---- Models and parameters -------------------------------------------------------------------------
@@ -361,7 +365,7 @@ def test_one_dimensional_outputs_are_single_terms():
         ({"seed": 2**64}, ValueError, "`seed` must be from"),
         ({"mc_samples": 0}, ValueError, "`mc_samples` must be at least 1, got 0"),
         ({"mc_samples": True}, TypeError, "`mc_samples` must be an integer, got True"),
-        ({"sampler": "x"}, ValueError, "`sampler` must be 'stream', got 'x'"),
+        ({"sampler": "x"}, ValueError, "`sampler` must be 'counter' or 'stream', got 'x'"),
     ],
 )
 def test_arguments_of_sampling(case, options, error, message):
@@ -672,6 +676,34 @@ def test_parameters_that_are_replaced_are_found(case):
         closure @ np.ones(case.D)
 
 
+def test_one_replaced_parameter_of_a_closure_is_found(case):
+    op = build(lambda X: case.model(X), params=case.params, data=case.data)
+    op @ np.ones(case.D)
+    case.model[0].weight = nn.Parameter(case.model[0].weight.detach().clone())
+    with pytest.raises(RuntimeError, match=r"no longer depends on the parameters \['0'\]"):
+        op @ np.ones(case.D)
+
+
+def test_an_operator_is_freed_at_once(case):
+    op = build(case.model, data=case.data)
+    op @ np.ones(case.D)
+    gc.collect()
+    gc.disable()
+    try:
+        reference = weakref.ref(op)
+        del op
+        assert reference() is None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_models_that_cannot_be_evaluated_at_other_values(case):
+    for model in (torch.jit.trace(case.model, case.data[0][0]), nn.DataParallel(case.model)):
+        with pytest.raises(TypeError, match="pass the module that it was made from"):
+            build(model, data=case.data)
+
+
 def test_frozen_parameters_that_are_replaced_are_followed(case):
     head = list(case.model[2].parameters())
     op = build(case.model, params=head, data=case.data)
@@ -759,8 +791,6 @@ def test_a_mapping_of_another_precision_than_the_module(case):
 
 
 def test_products_do_not_keep_memory(case):
-    import gc
-
     op = build(case.model, data=case.data)
     op @ np.ones(case.D)
     gc.collect()

@@ -24,7 +24,7 @@ cases = st.builds(
 
 
 def operator(case, **options):
-    return fo.FisherMCLinearOperator(case.model, case.loss, data=case.data, **options)
+    return fo.FisherMCLinearOperator(case.model, case.loss, data=case.data, **{"sampler": "stream", **options})
 
 
 def vectors(case, *shape, seed=0):
@@ -112,7 +112,9 @@ def test_ten_thousand_batches_keep_the_digits_of_one(dtype):
     model = torch.nn.Linear(3, 1, bias=False, dtype=dtype)
     X = torch.randn(10_000, 3, dtype=dtype)
     data = [(X[i : i + 1], X[i : i + 1, :1]) for i in range(len(X))]
-    op = fo.FisherMCLinearOperator(model, torch.nn.MSELoss(reduction="sum"), data=data, check_deterministic=False)
+    op = fo.FisherMCLinearOperator(
+        model, torch.nn.MSELoss(reduction="sum"), data=data, check_deterministic=False, sampler="stream"
+    )
     generator = torch.Generator().manual_seed(2147483647)
     noise = torch.stack([torch.randn((1, 1, 1), generator=generator, dtype=dtype) for _ in X]).reshape(-1, 1)
     G = (noise.numpy().astype(np.longdouble) * X.numpy()) * np.sqrt(np.longdouble(2))

@@ -16,7 +16,7 @@ from fisherops.scores import rows as rows_module
 
 
 def operator(model, data, loss=None, **options):
-    return fo.FisherMCLinearOperator(model, loss or nn.MSELoss(), data=data, **options)
+    return fo.FisherMCLinearOperator(model, loss or nn.MSELoss(), data=data, **{"sampler": "stream", **options})
 
 
 def check_against_the_definition(model, data, loss=None):
@@ -221,6 +221,33 @@ def test_a_wrong_rule_that_appears_in_a_later_batch_is_found():
 
     model = Later(SquareWrongJvp.apply)
     check_against_the_definition(model, data_for(model, 3, n=4) + data_for(model, 3, n=5))
+
+
+class DataDependentJvp(torch.autograd.Function):
+    """The identity, with a jvp that is wrong for large inputs."""
+
+    @staticmethod
+    def forward(x):
+        return x.clone()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.factor = 3.0 if inputs[0].abs().max() > 50 else 1.0
+
+    @staticmethod
+    def backward(ctx, g):
+        return g
+
+    @staticmethod
+    def jvp(ctx, t):
+        return t * ctx.factor
+
+
+def test_a_rule_that_is_wrong_for_some_data_is_found():
+    model = Custom(DataDependentJvp.apply)
+    X = torch.randn(12, 3, dtype=torch.float64)
+    X[7] = 1000.0
+    check_against_the_definition(model, [(x, torch.zeros(4, 2, dtype=torch.float64)) for x in X.split(4)])
 
 
 class Product(torch.autograd.Function):

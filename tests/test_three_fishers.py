@@ -115,7 +115,9 @@ def test_summed_rows_are_sums_of_rows(case, samples):
     terms = len(drawn) // samples // sum(len(X) for X, _ in case.data)
     G = np.stack([g for _, g in drawn]).reshape(-1, terms, samples, case.D).sum(1).reshape(-1, case.D)
     expected = G.T @ G / samples / (divisor if case.loss.reduction == "mean" else 1)
-    op = fo.FisherMCLinearOperator(case.model, case.loss, data=case.data, rows="datum", mc_samples=samples)
+    op = fo.FisherMCLinearOperator(
+        case.model, case.loss, data=case.data, rows="datum", mc_samples=samples, sampler="stream"
+    )
     check(op, expected, case.dtype)
 
 
@@ -135,7 +137,7 @@ def test_more_samples_than_classes_cost_no_more_vectors(loss):
         factor = likelihood.sample(f, None, samples, Fixed)
         assert factor.rank == min(samples, 3)
     expected = oracle.monte_carlo_fisher(case.model, case.loss, case.params, case.data, samples=50)
-    op = fo.FisherMCLinearOperator(case.model, case.loss, data=case.data, mc_samples=50)
+    op = fo.FisherMCLinearOperator(case.model, case.loss, data=case.data, mc_samples=50, sampler="stream")
     check(op, expected, case.dtype)
 
 
@@ -146,7 +148,7 @@ def test_factors_multiply_as_their_columns_say(loss, T, C, samples, weighted):
     g = torch.Generator().manual_seed(T + 10 * C)
     f = torch.randn(T, C, generator=g, dtype=torch.float64)
     weights = torch.rand(T, 1, generator=g, dtype=torch.float64) if weighted and loss != "mse" else None
-    draws = fo.fisher.StreamDraws(0, torch.device("cpu"))
+    draws = fo.fisher.StreamSampler(0, torch.device("cpu"))
     y = torch.randint(C, (T,), generator=g) if loss == "ce" else torch.rand(T, C, generator=g, dtype=torch.float64)
     terms = likelihoods.Terms(weights, T, y)
     for factor in (

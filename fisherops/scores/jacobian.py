@@ -58,7 +58,6 @@ class Differentiation:
         self.mode: _Mode | None = None
         self.tolerance = torch.finfo(parameters.dtype).eps ** 0.5
         """Relative difference between two ways to compute the same that rounding explains."""
-        self._trusted: set[frozenset[str]] = set()
         self._vectorizes: dict[str, bool] = {}
 
     def flat(self, point: Mapping[str, Tensor], X: Any) -> Tensor:
@@ -87,11 +86,11 @@ class Differentiation:
     def settle(self, jacobian: BatchJacobian) -> None:
         """Make sure that the mode works on a batch and agrees with reverse mode there.
 
-        Done for the first batch, and again where custom autograd functions appear that were not seen before; torch's
-        own rules are trusted once they have agreed.
+        Torch's own rules are trusted once they have agreed; batches that go through custom autograd functions, whose
+        rules may depend on the data, are all looked at.
         """
         custom = jacobian.custom_functions()
-        if self.mode is not None and custom in self._trusted:
+        if self.mode is not None and (not custom or jacobian.difference_from_reverse(self.mode) <= self.tolerance):
             return
         self.tolerance = max(self.tolerance, jacobian.rounding())
         failures = []
@@ -111,7 +110,6 @@ class Differentiation:
                 )
             if difference <= self.tolerance:
                 self.mode = mode
-                self._trusted.add(custom)
                 return
             failures.append(f"{mode.name}: it differs from reverse mode by {difference:.2%}, so a derivative is wrong")
         raise NotImplementedError(
@@ -131,8 +129,8 @@ class BatchJacobian:
         f, (T, C), without a graph.
     output_shape : torch.Size
         Shape of the outputs before they were arranged as (T, C).
-    depends : bool
-        Whether the outputs of this batch depend on the parameters at all.
+    reached : frozenset of str
+        The parameters that the outputs of this batch depend on.
     """
 
     def __init__(self, differentiation: Differentiation, point: Mapping[str, Tensor], X: Any) -> None:
@@ -140,21 +138,21 @@ class BatchJacobian:
         self.point = point
         self.X = X
         self.build_graph(differentiation.mode or _MODES[0])
-        if self.depends:
+        if self.reached:
             differentiation.settle(self)
         # From the kernels that were settled on: draws must see the same outputs in every product.
         self.outputs = self._graph[0].detach()
 
     def jvp(self, V: Tensor) -> Tensor:
         """Multiply J with columns: (D, K) → (K, T, C)."""
-        if not self.depends:
+        if not self.reached:
             return self.outputs.new_zeros(V.shape[1], *self.outputs.shape)
         assert self.differentiation.mode is not None
         return self._jvp(V, self.differentiation.mode)
 
     def vjp(self, U: Tensor) -> Tensor:
         """Multiply Jᵀ: (K, T, C) → (D, K)."""
-        if not self.depends:
+        if not self.reached:
             return U.new_zeros(self.differentiation.parameters.numel, len(U))
         f, leaves = self._graph
         gradients = self._batched_grad([f], leaves, [U])
@@ -182,7 +180,7 @@ class BatchJacobian:
                     "tensor computed from it beforehand. Pass the nn.Module itself, or a callable (params, X) -> f "
                     "with `params` a mapping."
                 )
-        self.depends = any(id(leaf) in reached for leaf in leaves.values())
+        self.reached = frozenset(name for name, leaf in leaves.items() if id(leaf) in reached)
 
     def difference_from_reverse(self, mode: _Mode) -> float:
         """Compare ⟨u, J v⟩ with ⟨Jᵀu, v⟩ for random u, v, relative to ‖J v‖.

@@ -37,7 +37,7 @@ def list_rows(jacobian: BatchJacobian, columns: Tensor, size: int, group: int) -
     columns = columns.view(T // group, group, R, C)
     rows = T // group * R
     per_datum = rows // size if rows % (size * R) == 0 else 0
-    separable = per_datum > 0 and jacobian.depends and _can_be_cut(jacobian.X, size)
+    separable = per_datum > 0 and bool(jacobian.reached) and _can_be_cut(jacobian.X, size)
     for start, stop in _spans(rows, per_datum, C * T // size + how.parameters.numel, columns.itemsize):
 
         def by_backward(start: int = start, stop: int = stop) -> Tensor:

@@ -1,0 +1,65 @@
+"""Philox4x32-10: random numbers that are a function of a counter and a key alone.
+
+References
+----------
+J. K. Salmon, M. A. Moraes, R. O. Dror, D. E. Shaw, Parallel random numbers: as easy as 1, 2, 3, SC '11,
+doi:10.1145/2063384.2063405.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+_MASK = 0xFFFFFFFF
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_WEYL = (0x9E3779B9, 0xBB67AE85)
+_ROUNDS = 10
+
+
+Words = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def words(counter: Words, key: tuple[int, int]) -> Words:
+    """Return four random 32-bit words for each counter.
+
+    Parameters
+    ----------
+    counter : tuple of four torch.Tensor
+        The 32-bit words of the counters, int64 tensors that broadcast to each other.
+    key : tuple of two int
+        The 32-bit words of the key.
+
+    Returns
+    -------
+    tuple of four torch.Tensor
+        int64 tensors with values in [0, 2³²).
+    """
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(_ROUNDS):
+        high0, low0 = _multiply(c0, _MULTIPLIERS[0])
+        high1, low1 = _multiply(c2, _MULTIPLIERS[1])
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
+    return c0, c1, c2, c3
+
+
+def uniform(counter: Words, key: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Return two float64 uniform numbers in the open interval (0, 1) for each counter.
+
+    Each is (k + ½) 2⁻⁵² for one of 2⁵² values of k: exact in float64, symmetric about ½, never 0 or 1.
+    """
+    w0, w1, w2, w3 = words(counter, key)
+    return _open_unit(w0, w1), _open_unit(w2, w3)
+
+
+def _open_unit(high: Tensor, low: Tensor) -> Tensor:
+    k = (high << 20) | (low >> 12)
+    return (k.double() + 0.5) * 2.0**-52
+
+
+def _multiply(x: Tensor, m: int) -> tuple[Tensor, Tensor]:
+    """Return the high and the low word of x · m, without leaving 63 bits."""
+    lower = (x & 0xFFFF) * m
+    upper = (x >> 16) * m + (lower >> 16)
+    return upper >> 16, ((upper & 0xFFFF) << 16) | (lower & 0xFFFF)
