@@ -7,7 +7,6 @@ import array_api_strict
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 import torch
 
 
@@ -41,5 +40,3 @@ STRICT = Library(
 )
 JAX = Library("jax", jax.Array, jnp.asarray, np.asarray, lambda x: x.unsafe_buffer_pointer(), writable=False)
 LIBRARIES = [NUMPY, TORCH, STRICT, JAX]
-
-gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
