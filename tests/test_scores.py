@@ -223,6 +223,30 @@ def test_a_wrong_rule_that_appears_in_a_later_batch_is_found():
     check_against_the_definition(model, data_for(model, 3, n=4) + data_for(model, 3, n=5))
 
 
+class LegacySquare(torch.autograd.Function):
+    """x² in the old style, without setup_context, which forward mode refuses."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx, g):
+        return 2 * ctx.saved_tensors[0] * g
+
+
+def test_a_function_without_forward_mode_may_appear_in_a_later_batch():
+    class Later(Custom):
+        def forward(self, X):
+            h = self.inner(X)
+            return self.outer(h * h if len(X) == 4 else self.function(h))
+
+    model = Later(LegacySquare.apply)
+    op = check_against_the_definition(model, data_for(model, 3, n=4) + data_for(model, 3, n=5))
+    assert mode(op) == "double-backward"
+
+
 class DataDependentJvp(torch.autograd.Function):
     """The identity, with a jvp that is wrong for large inputs."""
 

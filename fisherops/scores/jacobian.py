@@ -90,13 +90,15 @@ class Differentiation:
         rules may depend on the data, are all looked at.
         """
         custom = jacobian.custom_functions()
-        if self.mode is not None and (not custom or jacobian.difference_from_reverse(self.mode) <= self.tolerance):
+        if self.mode is not None and not custom:
             return
         self.tolerance = max(self.tolerance, jacobian.rounding())
         failures = []
-        for mode in _MODES:
+        # The present mode first; the graph of the batch is already built for it.
+        for mode in sorted(_MODES, key=lambda mode: mode is not self.mode):
             try:
-                jacobian.build_graph(mode)
+                if mode is not self.mode:
+                    jacobian.build_graph(mode)
                 difference = jacobian.difference_from_reverse(mode)
             except torch.OutOfMemoryError:
                 raise
