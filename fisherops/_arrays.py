@@ -214,7 +214,7 @@ def _enter_array_api(x: Any) -> tuple[Tensor, Leave]:
         if array_api_compat.is_cupy_array(x):
             # CuPy reads the result on its own stream; torch must not reuse the memory before it is done there.
             pointer = xp.cuda.get_current_stream().ptr
-            y.record_stream(torch.cuda.ExternalStream(pointer, device=y.device))  # type: ignore[no-untyped-call]
+            y.record_stream(torch.cuda.ExternalStream(pointer, device=y.device))
             return xp.from_dlpack(y)
         return array_api_compat.to_device(xp.from_dlpack(y), device)
 

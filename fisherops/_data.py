@@ -27,7 +27,7 @@ class Batch(NamedTuple):
 
     number: int
     X: Any
-    y: Tensor
+    y: Any
     size: int
     places: Tensor
     """The place of each datum in the data set, (size,)."""
@@ -145,29 +145,32 @@ class Data:
             raise RuntimeError(_changed(f"the first pass read {self.num_data} data, this one other ones ({total})"))
         self._prints, self.num_data, self._sum_of_places = prints, total, sum_of_places
 
-    def _unpack(self, index: int, item: Any) -> tuple[Any, Tensor, int, Tensor | None]:
+    def _unpack(self, index: int, item: Any) -> tuple[Any, Any, int, Tensor | None]:
         if not isinstance(item, tuple | list) or len(item) not in (2, 3):
             length = f" of length {len(item)}" if isinstance(item, tuple | list) else ""
             raise TypeError(
                 f"batch {index} must be a pair (X, y), or (X, y, index), got {type(item).__name__}{length}. {_EXPECTED}"
             )
         X, y, *places = item
-        if not _arrays.is_array(y):
-            raise TypeError(f"the targets y of batch {index} must be a tensor or array, got {type(y).__name__}.")
-        y = self._tensor(y, f"y of batch {index}")
+        if not leaves(y):
+            raise TypeError(
+                f"the targets y of batch {index} must be a tensor or array, or a mapping or tuple of them, got "
+                f"{type(y).__name__}."
+            )
+        y = map_arrays(lambda a: self._tensor(a, f"y of batch {index}"), y)
         X = map_arrays(lambda a: self._tensor(a, f"X of batch {index}"), X)
         if self._size_of is not None:
             size = self._size_of(X)
             if isinstance(size, bool) or not hasattr(size, "__index__"):
                 raise TypeError(f"`batch_size_fn` must return an integer, got {size!r} for batch {index}.")
             size = size.__index__()
-        elif y.ndim == 0:
+        elif (first := leaves(y)[0]).ndim == 0:
             raise ValueError(
                 f"the targets y of batch {index} have no batch axis (0-d), so the batch size is unknown: "
                 "add the axis, or pass `batch_size_fn`."
             )
         else:
-            size = y.shape[0]
+            size = first.shape[0]
         if size < 1:
             raise ValueError(
                 f"batch {index} has size {size}: every batch must have at least one datum. Leave empty batches out."
@@ -207,7 +210,7 @@ class Data:
 
 def _as_source(source: Any, batch_size: int | None) -> Iterable[Any]:
     batch_size = None if batch_size is None else integer("batch_size", batch_size, 1)
-    if isinstance(source, tuple | list) and len(source) == 2 and _arrays.is_array(source[1]):
+    if _is_pair(source):
         return _slices(source[0], source[1], batch_size)
     if batch_size is not None:
         raise ValueError(
@@ -226,20 +229,31 @@ def _as_source(source: Any, batch_size: int | None) -> Iterable[Any]:
     return source  # type: ignore[no-any-return]
 
 
+def _is_pair(source: Any) -> bool:
+    """Whether the data are (X, y) at once, and not two batches (X, y)."""
+    if not isinstance(source, tuple | list) or len(source) != 2:
+        return False
+    X, y = source
+    nested = (
+        isinstance(y, Mapping | tuple | list) and bool(leaves(y)) and (_arrays.is_array(X) or isinstance(X, Mapping))
+    )
+    return _arrays.is_array(y) or nested
+
+
 def _slices(X: Any, y: Any, batch_size: int | None) -> list[tuple[Any, Any]]:
     """Cut a pair of arrays into batches, which are views."""
-    inputs = leaves(X)
+    inputs, targets = leaves(X), leaves(y)
     if not inputs:
         raise TypeError(f"the inputs X of the pair must be arrays, got {type(X).__name__}. {_EXPECTED}")
-    if any(len(a.shape) == 0 or a.shape[0] != y.shape[0] for a in [*inputs, y] if len(y.shape)) or not len(y.shape):
-        raise ValueError(
-            "the arrays X and y must have one row for each datum, got shapes "
-            f"{[tuple(a.shape) for a in inputs]} and {tuple(y.shape)}."
-        )
-    N = y.shape[0]
+    lengths = {a.shape[0] if len(a.shape) else -1 for a in [*inputs, *targets]}
+    if len(lengths) > 1 or -1 in lengths:
+        shapes = [str([tuple(a.shape) for a in arrays]) for arrays in (inputs, targets)]
+        raise ValueError(f"the arrays X and y must have one row for each datum, got shapes {' and '.join(shapes)}.")
+    (N,) = lengths
     step = batch_size or max(N, 1)
     cuts = [slice(start, min(start + step, N)) for start in range(0, N, step)]
-    return [(map_arrays(operator.itemgetter((cut, ...)), X), y[cut, ...]) for cut in cuts]
+    rows = [operator.itemgetter((cut, ...)) for cut in cuts]
+    return [(map_arrays(own, X), map_arrays(own, y)) for own in rows]
 
 
 class _Print:

@@ -1,15 +1,22 @@
 """Random draws for the Monte-Carlo Fisher: where a likelihood's random numbers come from.
 
 A sampler lasts for one pass over the data and gives the draws of each batch. Draws answer what a likelihood asks for:
-``normal``, ``categorical`` and ``bernoulli``, with a leading axis of samples.
+``uniform``, ``normal``, ``categorical``, ``bernoulli``, ``poisson`` or whatever else torch can draw, with a leading axis of
+samples.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from fisherops import _philox
+from fisherops._randomness import fixed_randomness
+
+# Of the 32 bits that number the terms of a datum, those for terms of one head where a model has several.
+_TERM_BITS = 24
 
 
 class StreamSampler:
@@ -46,6 +53,29 @@ class StreamSampler:
         """Draw zeros and ones (samples, ...) for probabilities of any shape."""
         return probabilities.expand(samples, *probabilities.shape).bernoulli(generator=self._generator)
 
+    def uniform(self, like: Tensor, samples: int) -> Tensor:
+        """Draw float64 numbers in (0, 1), (samples, ...) for `like` of any shape."""
+        shape = (samples, *like.shape)
+        integers = torch.randint(2**52, shape, generator=self._generator, device=like.device)
+        return (integers.double() + 0.5) * 2.0**-52
+
+    def poisson(self, rate: Tensor, samples: int) -> Tensor:
+        """Draw counts (samples, ...) for rates of any shape."""
+        _check_rate(rate)
+        return torch.poisson(rate.expand(samples, *rate.shape), generator=self._generator)
+
+    def generated(self, f: Tensor, sample: Callable[[Tensor], Tensor]) -> Tensor:
+        """Draw by a function that uses torch's global generator."""
+        with fixed_randomness(f.device, 0) as generators:
+            generators[-1].set_state(self._generator.get_state())
+            drawn = sample(f)
+            self._generator.set_state(generators[-1].get_state())
+        return drawn
+
+    def head(self, number: int) -> StreamSampler:  # noqa: ARG002 (no two draws are the same)
+        """Return draws for another head of the model."""
+        return self
+
 
 class CounterSampler:
     """Draws that are a function of (seed, datum, term, sample, class) alone.
@@ -70,33 +100,78 @@ class CounterSampler:
 class CounterDraws:
     """The draws of one batch; its terms are ordered by datum."""
 
-    def __init__(self, key: tuple[int, int], index: Tensor) -> None:
-        self._key, self._index = key, index
+    def __init__(self, key: tuple[int, int], index: Tensor, head: int = 0) -> None:
+        self._key, self._index, self._head = key, index, head
 
     def normal(self, like: Tensor, samples: int) -> Tensor:
         """Draw standard normal numbers (samples, T, C) of the dtype of `like` (T, C)."""
-        normal: Tensor = torch.special.ndtri(self._uniform(like.shape[0], like.shape[1], samples))
+        normal: Tensor = torch.special.ndtri(self.uniform(like, samples))
         return normal.to(like.dtype)
 
     def categorical(self, probabilities: Tensor, samples: int) -> Tensor:
         """Draw class indices (samples, T) for probabilities (T, C)."""
-        T, C = probabilities.shape
         cumulative = probabilities.cumsum(1, dtype=torch.float64)
         # The last class must not be drawn for want of digits in the sum, nor one of probability 0.
-        targets = self._uniform(T, 1, samples)[..., 0].T * cumulative[:, -1:]
+        targets = self.uniform(probabilities[:, :1], samples)[..., 0].T * cumulative[:, -1:]
+        C = probabilities.shape[1]
         return torch.searchsorted(cumulative, targets.contiguous(), right=True).clamp_(max=C - 1).T
 
     def bernoulli(self, probabilities: Tensor, samples: int) -> Tensor:
         """Draw zeros and ones (samples, T, C) for probabilities (T, C)."""
-        uniform = self._uniform(probabilities.shape[0], probabilities.shape[1], samples)
-        return (uniform < probabilities).to(probabilities.dtype)
+        return (self.uniform(probabilities, samples) < probabilities).to(probabilities.dtype)
 
-    def _uniform(self, T: int, C: int, samples: int) -> Tensor:
-        """Return numbers in (0, 1), (samples, T, C)."""
-        terms, device = T // len(self._index), self._index.device
+    def poisson(self, rate: Tensor, samples: int) -> Tensor:
+        """Draw counts (samples, T, C) for rates (T, C)."""
+        _check_rate(rate)
+        return _poisson_quantile(self.uniform(rate, samples), rate.double()).to(rate.dtype)
+
+    def generated(self, f: Tensor, sample: Callable[[Tensor], Tensor]) -> Tensor:
+        """Draw by a function that uses torch's global generator, seeded for each datum."""
+        zero = torch.zeros_like(self._index)
+        first_term = zero + (self._head << _TERM_BITS)
+        # A counter that `uniform` does not use: its last word counts pairs of classes.
+        high, low, *_ = _philox.words((self._index, first_term, zero, zero + 0xFFFFFFFF), self._key)
+        seeds = ((high << 31) ^ low).tolist()
+        drawn = []
+        with fixed_randomness(f.device, 0) as generators:
+            for part, seed in zip(f.chunk(len(seeds)), seeds, strict=True):
+                generators[-1].manual_seed(seed)
+                drawn.append(sample(part))
+        return torch.cat(drawn, 1)
+
+    def head(self, number: int) -> CounterDraws:
+        """Return draws for another head of the model."""
+        return CounterDraws(self._key, self._index, number)
+
+    def uniform(self, like: Tensor, samples: int) -> Tensor:
+        """Draw float64 numbers in (0, 1), (samples, T, C) for `like` (T, C)."""
+        (T, C), device = like.shape, self._index.device
+        terms = T // len(self._index)
         datum = self._index.repeat_interleave(terms)[:, None]
-        term = torch.arange(terms, device=device).repeat(len(self._index))[:, None]
+        term = torch.arange(terms, device=device).repeat(len(self._index))[:, None] + (self._head << _TERM_BITS)
         sample = torch.arange(samples, device=device)[:, None, None]
         pair = torch.arange(-(-C // 2), device=device)
         numbers = torch.stack(_philox.uniform((datum, term, sample, pair), self._key), -1)
         return numbers.expand(samples, T, -(-C // 2), 2).flatten(2)[..., :C]
+
+
+def _check_rate(rate: Tensor) -> None:
+    wrong = ~((rate > 0) & (rate < 2.0**53))
+    if wrong.any():
+        raise ValueError(f"Poisson rates must be above 0 and below 2**53, got {rate[wrong][0].item()}.")
+
+
+def _poisson_quantile(u: Tensor, rate: Tensor) -> Tensor:
+    """Return the smallest counts k with P(Y ≤ k) ≥ u, from a Cornish-Fisher guess corrected by single steps."""
+    normal: Tensor = torch.special.ndtri(u)
+    k = (rate + rate.sqrt() * normal + (normal.square() - 1) / 6).floor().clamp(min=0)
+    rate = rate.expand(k.shape)
+    for _ in range(1000):
+        too_low = torch.special.gammaincc(k + 1, rate) < u
+        # P(Y ≤ k − 1); gammaincc(0, λ) is 0
+        too_high = ~too_low & (k > 0) & (torch.special.gammaincc(k, rate) >= u)
+        step = too_low.double() - too_high.double()
+        if not step.any():
+            break
+        k = k + step
+    return k

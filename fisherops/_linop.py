@@ -146,6 +146,12 @@ class TorchLinearOperator(LinearOperator):
                 f"got a sparse matrix of shape {x.shape}, and its product would be dense: pass `x.toarray()`."
             )
         X, leave = _arrays.enter(x)
+        self._check_shape(X, name, vector, rows)
+        columns = X.unsqueeze(1) if X.ndim == 1 else X.T if rows else X
+        Y = self._times(columns.to(self.device).resolve_conj().resolve_neg())
+        return leave(Y.squeeze(1) if X.ndim == 1 else Y.T if rows else Y)
+
+    def _check_shape(self, X: Tensor, name: str, vector: bool | None = None, rows: bool = False) -> None:
         N = self.shape[1]
         allowed_ndim = (1, 2) if vector is not False else (2,)
         length = X.shape[-1 if rows else 0] if X.ndim else None
@@ -156,9 +162,6 @@ class TorchLinearOperator(LinearOperator):
                 f"dimension mismatch in {name}: got an array of shape {tuple(X.shape)}, "
                 f"an operator of shape {shape} takes {expected.format(N)} here."
             )
-        columns = X.unsqueeze(1) if X.ndim == 1 else X.T if rows else X
-        Y = self._times(columns.to(self.device).resolve_conj().resolve_neg())
-        return leave(Y.squeeze(1) if X.ndim == 1 else Y.T if rows else Y)
 
     def _times(self, V: Tensor) -> Tensor:
         """Multiply with a torch matrix of any dtype: its columns in the operator's dtype, complex ones in parts."""

@@ -9,12 +9,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributions import Distribution
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules import batchnorm, dropout
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 
 from fisherops._params import Parameters
+from fisherops._randomness import fixed_randomness
 
 # Torch's random state, forward-mode level and kernel flags belong to the process, not to a thread.
 _LOCK = threading.RLock()
@@ -237,25 +239,23 @@ def isolated(device: torch.device) -> Iterator[None]:
         fixed_randomness(device, 0),
         torch.inference_mode(False),
         torch.autocast(device.type, enabled=False),
+        _unvalidated_distributions(),
     ):
         yield
 
 
 @contextmanager
-def fixed_randomness(device: torch.device, seed: int) -> Iterator[None]:
-    """Fix torch's global random numbers inside, and leave their state untouched outside."""
-    # Only the generators used here: torch.manual_seed would also seed those of other devices, and not restore them.
-    generators = [torch.default_generator]
-    if device.type == "cuda":
-        generators.append(torch.cuda.default_generators[device.index])
-    states = [generator.get_state() for generator in generators]
+def _unvalidated_distributions() -> Iterator[None]:
+    """Let models make torch.distributions inside of torch's transforms, where values cannot be looked at.
+
+    Likelihoods look at them outside.
+    """
+    before = Distribution._validate_args
+    Distribution.set_default_validate_args(False)
     try:
-        for generator in generators:
-            generator.manual_seed(seed)
         yield
     finally:
-        for generator, state in zip(generators, states, strict=True):
-            generator.set_state(state)
+        Distribution.set_default_validate_args(before)
 
 
 def _fault(module: nn.Module) -> str | None:

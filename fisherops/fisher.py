@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Mapping
+import copy
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from typing import Any
 
@@ -10,16 +11,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fisherops import likelihoods
+from fisherops import _arrays, likelihoods
 from fisherops._checks import integer
 from fisherops._data import Batch, Data
 from fisherops._draws import CounterSampler, StreamSampler
 from fisherops._linop import TorchLinearOperator
-from fisherops._model import ModelFunction, as_function, fixed_randomness, isolated
+from fisherops._model import ModelFunction, as_function, isolated
 from fisherops._params import Parameters, as_dtype, select
+from fisherops._randomness import fixed_randomness
 from fisherops._sums import CompensatedSum
 from fisherops._tree import leaves, map_arrays
-from fisherops.likelihoods import Draws, OutputFactor, Terms
+from fisherops.likelihoods import Draws, Likelihood, OutputFactor, Terms
 from fisherops.scores import Differentiation, RecomputedScores
 
 # Columns of one product that are differentiated together; each holds the activations of a batch.
@@ -27,33 +29,22 @@ _COLUMNS = 32
 
 
 class _Evaluation:
-    """The model as a function of parameters and inputs, with its outputs checked and in the compute precision."""
+    """The model as a function of parameters and inputs, with fixed random numbers and inputs left as they are."""
 
-    def __init__(self, model: ModelFunction, parameters: Parameters, deterministic: bool) -> None:
+    def __init__(self, model: ModelFunction, device: torch.device, deterministic: bool) -> None:
         self._model = model
-        self._parameters = parameters
+        self._device = device
         self._deterministic = deterministic
         self.clones_inputs = True
         """Whether inputs are copied, because the model may write into them."""
 
-    def __call__(self, point: Mapping[str, Tensor], X: Any) -> Tensor:
+    def __call__(self, point: Mapping[str, Tensor], X: Any) -> Any:
         if self.clones_inputs:
             X = map_arrays(Tensor.clone, X)
         if self._deterministic:
-            f = self._model(point, X)
-        else:
-            with fixed_randomness(self._parameters.device, 1):
-                f = self._model(point, X)
-        if not isinstance(f, Tensor):
-            raise TypeError(
-                f"the model must return one tensor, got {type(f).__name__}: wrap it, for example "
-                "`model_func=lambda X: model(**X).logits` with `params=list(model.parameters())`."
-            )
-        if not f.is_floating_point():
-            raise TypeError(f"the model must return real floating-point outputs, got {f.dtype}.")
-        if f.ndim == 0:
-            raise ValueError("the model must return outputs with a batch axis, got a 0-d tensor.")
-        return f.to(self._parameters.dtype)
+            return self._model(point, X)
+        with fixed_randomness(self._device, 1):
+            return self._model(point, X)
 
 
 class _FisherOperator(TorchLinearOperator):
@@ -61,6 +52,8 @@ class _FisherOperator(TorchLinearOperator):
 
     _ordered = False
     """Whether F depends on the order of the data."""
+    _samples = 1
+    """M, what sums over draws are divided by."""
 
     def __init__(
         self,
@@ -84,7 +77,7 @@ class _FisherOperator(TorchLinearOperator):
         self._likelihood = likelihoods.of_loss(loss_func)
         self._parameters = Parameters(select(model_func, params), as_dtype(dtype))
         self._model = as_function(model_func, self._parameters, functional=isinstance(params, Mapping))
-        self._evaluate = _Evaluation(self._model, self._parameters, check_deterministic)
+        self._evaluate = _Evaluation(self._model, self._parameters.device, check_deterministic)
         self._differentiation = Differentiation(self._evaluate, self._likelihood.flatten, self._parameters)
         self._data = Data(
             data,
@@ -102,6 +95,7 @@ class _FisherOperator(TorchLinearOperator):
         super().__init__((D, D), self._parameters.dtype, self._parameters.device)
         self._checked = check_deterministic
         self._reached: frozenset[str] = frozenset()
+        self._c: Tensor | None = None
         if check_deterministic:
             self._check_deterministic()
 
@@ -111,8 +105,8 @@ class _FisherOperator(TorchLinearOperator):
         """Return the sampler for one pass over the data, if any is needed."""
         return None
 
-    def _factor(self, f: Tensor, terms: Terms, draws: Draws | None) -> OutputFactor:
-        """Return S for flattened outputs (T, C)."""
+    def _factor(self, q: Likelihood, f: Tensor, terms: Terms, draws: Draws | None) -> OutputFactor:
+        """Return S for flattened outputs (T, C), without weights and normalization."""
         raise NotImplementedError
 
     # ---- Products -----------------------------------------------------------------------------
@@ -126,7 +120,7 @@ class _FisherOperator(TorchLinearOperator):
                     scores.apply_transposed(scores.apply(columns)).T for columns in torch.split(V, _COLUMNS, dim=1)
                 ]
                 total.add((torch.cat(blocks) if len(blocks) > 1 else blocks[0]).T)
-        return _check_result(total.value().div_(batches.divisor), V)
+        return _check_result(total.value(), V)
 
     def todense(self) -> np.ndarray[Any, Any]:
         """Return F as a NumPy array of shape (D, D), from the rows of G."""
@@ -149,26 +143,71 @@ class _FisherOperator(TorchLinearOperator):
             for scores in batches:
                 for rows in scores.rows():
                     total.add(function(rows))
-        return _check_result(total.value().div_(batches.divisor))
+        return _check_result(total.value())
 
     # ---- One pass over the data ---------------------------------------------------------------
 
     @contextmanager
-    def _pass(self, description: str) -> Iterator[_Pass]:
+    def _pass(self, description: str, compressed: bool = True) -> Iterator[Iterator[RecomputedScores]]:
         """Read all batches once, as blocks of G."""
         with isolated(self.device), ExitStack() as stack:
             self._model.check_unchanged()
             if self._checked:
                 stack.enter_context(self._model.refuse_faults())
-            batches = _Pass(self, self._data.batches(f"{type(self).__name__} {description}"))
-            stack.callback(batches.close)
+            if self._c is None:
+                self._c = self._sum_divisors()
+            batches = stack.enter_context(self._batches(description))
+            yield self._scores(batches, self._c, compressed)
+
+    def _scores(self, batches: Iterator[Batch], c: Tensor, compressed: bool) -> Iterator[RecomputedScores]:
+        sampler = self._start_sampler()
+        point = self._parameters.point()
+        divisors, reached = _Divisors(self._likelihood), frozenset[str]()
+        for batch in batches:
+            jacobian = self._differentiation.at(point, batch.X)
+            reached |= jacobian.reached
+            f = jacobian.outputs
+            _check_finite(f, batch)
+            terms = self._terms(jacobian.output, batch)
+            divisors.add(terms)
+            if self._needs_terms_by_datum:
+                _check_terms_by_datum(f, batch)
+            q = self._likelihood.bind(jacobian.output)
+            factor = self._factor(q, f, terms, sampler.batch(batch.places) if sampler else None)
+            factor = factor.scaled(q.scale(f, terms, c * self._samples))
+            if self._rows == "datum":
+                factor = factor.summed(factor.blocks // batch.size)
+            yield RecomputedScores(jacobian, factor.compressed() if compressed else factor, batch.size)
+        self._check_reached(reached)
+        if not torch.allclose(divisors.total(), c, rtol=1e-6):
+            raise RuntimeError(
+                "what reduction='mean' divides by changed from one pass to the next: the weights of the loss were "
+                "changed. Make a new operator."
+            )
+
+    @contextmanager
+    def _batches(self, description: str) -> Iterator[Iterator[Batch]]:
+        with closing(self._data.batches(f"{type(self).__name__} {description}")) as batches:
             yield batches
 
-    def _terms(self, output_shape: torch.Size, batch: Batch) -> Terms:
+    def _terms(self, output: Any, batch: Batch) -> Terms:
         try:
-            return self._likelihood.terms(output_shape, batch.y)
-        except ValueError as error:
-            raise ValueError(f"batch {batch.number}: {error}") from None
+            return self._likelihood.terms(output, batch.y)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"batch {batch.number}: {error}") from None
+
+    def _sum_divisors(self) -> Tensor:
+        """Return c by a pass over the data that only evaluates the model."""
+        divisors = _Divisors(self._likelihood)
+        if divisors.needed:
+            point = self._parameters.point()
+            # The pass that follows must find the same random numbers: a loader may shuffle by them.
+            with torch.no_grad(), fixed_randomness(self.device, 0), self._batches("normalization") as batches:
+                for batch in batches:
+                    output = self._evaluate(point, batch.X)
+                    _check_finite(self._likelihood.flatten(output), batch)
+                    divisors.add(self._terms(output, batch))
+        return divisors.total()
 
     # ---- Checks -------------------------------------------------------------------------------
 
@@ -176,17 +215,19 @@ class _FisherOperator(TorchLinearOperator):
         """Evaluate the model twice and read the data twice, with other random numbers each time."""
         point = self._parameters.point()
         self._evaluate.clones_inputs = writes = False
+        divisors = _Divisors(self._likelihood)
+        flat = self._differentiation.flat
         with isolated(self.device), torch.no_grad(), self._model.refuse_faults():
-            with closing(self._data.batches(f"{type(self).__name__} check")) as batches:
+            with self._batches("check") as batches:
                 for batch in batches:
                     X = map_arrays(Tensor.clone, batch.X)
-                    f = self._evaluate(point, X)
+                    output = self._evaluate(point, X)
                     writes = writes or any(t._version > 0 for t in leaves(X))
+                    f = self._likelihood.flatten(output)
                     _check_finite(f, batch)
-                    self._likelihood.flatten(f)
-                    self._terms(f.shape, batch)
+                    divisors.add(self._terms(output, batch))
                     with fixed_randomness(self.device, 2):
-                        again = self._evaluate(point, map_arrays(Tensor.clone, batch.X))
+                        again = flat(point, map_arrays(Tensor.clone, batch.X))
                     tolerance = torch.finfo(f.dtype).eps ** 0.5 * f.abs().max()
                     if again.shape != f.shape or not (again - f).abs().max() <= tolerance:
                         raise RuntimeError(
@@ -194,60 +235,48 @@ class _FisherOperator(TorchLinearOperator):
                             "the randomness off (`model.eval()`, no functional dropout in training mode), or pass "
                             "check_deterministic=False to take it with fixed random numbers."
                         )
-            with (
-                fixed_randomness(self.device, 2),
-                closing(self._data.batches(f"{type(self).__name__} check")) as batches,
-            ):
+            with fixed_randomness(self.device, 2), self._batches("check") as batches:
                 for _ in batches:
                     pass
         self._evaluate.clones_inputs = writes
+        self._c = divisors.total()
 
-
-class _Pass:
-    """One reading of the data: iterate over it for blocks of G, and find c in `divisor` at the end."""
-
-    def __init__(self, op: _FisherOperator, batches: Generator[Batch]) -> None:
-        self._op = op
-        self._batches = batches
-        self.divisor = 1.0
-        self.close = batches.close
-
-    def __iter__(self) -> Iterator[RecomputedScores]:
-        op = self._op
-        sampler = op._start_sampler()
-        point = op._parameters.point()
-        divisor, reached = 0.0, frozenset[str]()
-        for batch in self._batches:
-            jacobian = op._differentiation.at(point, batch.X)
-            reached |= jacobian.reached
-            _check_finite(jacobian.outputs, batch)
-            terms = op._terms(jacobian.output_shape, batch)
-            divisor += float(terms.divisor)
-            if op._needs_terms_by_datum:
-                _check_terms_by_datum(jacobian.outputs, batch)
-            group = len(jacobian.outputs) // batch.size if op._rows == "datum" else 1
-            factor = op._factor(jacobian.outputs, terms, sampler.batch(batch.places) if sampler else None)
-            yield RecomputedScores(jacobian, factor, batch.size, group)
-        lost = op._reached - reached
+    def _check_reached(self, reached: frozenset[str]) -> None:
+        """Compare the parameters that the outputs depend on with those of earlier passes."""
+        lost = self._reached - reached
         if lost and reached:
             raise RuntimeError(
                 f"the model's output no longer depends on the parameters {sorted(lost)}: they were replaced by other "
                 "tensors, or the model was changed. Make a new operator."
             )
-        op._reached = op._reached | reached
+        self._reached = self._reached | reached
         if not reached:
             raise ValueError(
                 "the model's output does not depend on any of `params`, so its Fisher is zero: check that the "
                 "parameters are those that the model uses, and that it does not detach them."
             )
-        if op._likelihood.reduction == "sum":
-            return
-        if divisor == 0:
+
+
+class _Divisors:
+    """The sum over the data of what ``reduction="mean"`` divides by, for each head of the model."""
+
+    def __init__(self, likelihood: Likelihood) -> None:
+        self._mean = torch.tensor([reduction == "mean" for reduction in likelihood.reductions], device="cpu")
+        self._sum = torch.zeros(len(self._mean), dtype=torch.float64, device="cpu")
+        self.needed = bool(self._mean.any())
+
+    def add(self, terms: Terms) -> None:
+        """Add those of one batch."""
+        self._sum = self._sum + torch.as_tensor(terms.divisor, dtype=torch.float64, device="cpu")
+
+    def total(self) -> Tensor:
+        """Return c for each head: 1 where the reduction is a sum."""
+        if (self._mean & (self._sum == 0)).any():
             raise ValueError(
                 "every loss term of the data is ignored or has weight 0, so reduction='mean' divides by zero: "
                 "check `ignore_index` and the class weights, or use reduction='sum'."
             )
-        self.divisor = divisor
+        return torch.where(self._mean, self._sum, torch.ones_like(self._sum))
 
 
 class FisherMCLinearOperator(_FisherOperator):
@@ -379,8 +408,8 @@ class FisherMCLinearOperator(_FisherOperator):
         dtype: Any = None,
         batch_size: int | None = None,
     ) -> None:
-        self._seed = integer("seed", seed, -(2**63), 2**64 - 1)
-        self._mc_samples = integer("mc_samples", mc_samples, 1)
+        self._seed = _seed(seed)
+        self._samples = integer("mc_samples", mc_samples, 1)
         if sampler not in ("counter", "stream"):
             raise ValueError(f"`sampler` must be 'counter' or 'stream', got {sampler!r}.")
         self._ordered = sampler == "stream"
@@ -402,9 +431,71 @@ class FisherMCLinearOperator(_FisherOperator):
     def _start_sampler(self) -> StreamSampler | CounterSampler:
         return StreamSampler(self._seed, self.device) if self._ordered else CounterSampler(self._seed)
 
-    def _factor(self, f: Tensor, terms: Terms, draws: Draws | None) -> OutputFactor:
+    def resample(self, seed: int) -> FisherMCLinearOperator:
+        """Return the operator with other draws for the same model and data; what was learnt about those is shared.
+
+        Parameters
+        ----------
+        seed : int
+            As of the operator.
+
+        Returns
+        -------
+        FisherMCLinearOperator
+            The operator that would have been made with this seed, without checking model and data again.
+        """
+        other = copy.copy(self)
+        other._seed = _seed(seed)
+        return other
+
+    def standard_error(self, v: Any) -> Any:
+        r"""Estimate the standard error of vᵀFv that the draws cause, from the spread of the M samples of each row.
+
+        .. math::
+
+            \widehat{\mathrm{se}}^2 = \frac{1}{c^2} \sum_{n,t} \frac{1}{M (M - 1)}
+                \sum_{m=1}^{M} \big(x_{ntm} - \bar x_{nt}\big)^2,
+            \qquad x_{ntm} = w_{nt} \big(s(\tilde y_{ntm})^\top J_{nt} v\big)^2
+
+        It is the error against the exact Fisher of the same data: vᵀFv is a sum over many independent terms, so it lies
+        within 1.96 standard errors of its expectation in about 95 % of cases. With ``rows="datum"`` n, t is a datum.
+
+        Parameters
+        ----------
+        v : array
+            (D,) or (D, K), of any library that products take; real.
+
+        Returns
+        -------
+        float or array
+            A number for (D,); for (D, K) an array (K,) of the library of `v`.
+
+        Raises
+        ------
+        ValueError
+            If M = 1, or the shape does not fit.
+        """
+        if self._samples < 2:
+            raise ValueError(
+                "the standard error is estimated from the spread of the samples, and mc_samples is 1: use mc_samples=2 "
+                "or more."
+            )
+        x, leave = _arrays.enter(v)
+        self._check_shape(x, "standard_error")
+        if x.is_complex():
+            raise TypeError("the standard error of a quadratic form takes a real vector, got a complex one.")
+        V = x.reshape(len(x), -1).to(self.device, self._torch_dtype)
+        total = CompensatedSum()
+        with self._pass("standard error", compressed=False) as batches:
+            for scores in batches:
+                forms = scores.apply(V).square().view(-1, self._samples, V.shape[1])
+                total.add(forms.double().var(1).sum(0) * self._samples)
+        error = _check_result(total.value(), V).sqrt().to(self._torch_dtype)
+        return float(error) if x.ndim == 1 else leave(error)
+
+    def _factor(self, q: Likelihood, f: Tensor, terms: Terms, draws: Draws | None) -> OutputFactor:
         assert draws is not None
-        return self._likelihood.sample(f, terms.weights, self._mc_samples, draws)
+        return q.scores(f, q.sample(f, self._samples, draws))
 
 
 class FisherLinearOperator(_FisherOperator):
@@ -472,8 +563,8 @@ class FisherLinearOperator(_FisherOperator):
             batch_size=batch_size,
         )
 
-    def _factor(self, f: Tensor, terms: Terms, draws: Draws | None) -> OutputFactor:
-        return self._likelihood.exact(f, terms.weights)
+    def _factor(self, q: Likelihood, f: Tensor, terms: Terms, draws: Draws | None) -> OutputFactor:
+        return q.exact(f)
 
 
 class EmpiricalFisherLinearOperator(_FisherOperator):
@@ -506,8 +597,12 @@ class EmpiricalFisherLinearOperator(_FisherOperator):
     NeurIPS 2019.
     """
 
-    def _factor(self, f: Tensor, terms: Terms, draws: Draws | None) -> OutputFactor:
-        return self._likelihood.observed(f, terms)
+    def _factor(self, q: Likelihood, f: Tensor, terms: Terms, draws: Draws | None) -> OutputFactor:
+        return q.scores(f, q.observed(terms))
+
+
+def _seed(seed: int) -> int:
+    return integer("seed", seed, -(2**63), 2**64 - 1)
 
 
 def _check_terms_by_datum(f: Tensor, batch: Batch) -> None:

@@ -144,8 +144,14 @@ def test_a_generator_is_refused(case):
         ({"X": 1}, "`data` must hold inputs and targets, got one dict"),
         ([torch.zeros(4, 3)], r"batch 0 must be a pair \(X, y\), or .* got Tensor"),
         ([(torch.zeros(4, 3), torch.zeros(4).long(), torch.zeros(4), 1)], r"batch 0 must be a pair.*tuple of length 4"),
-        ([(torch.zeros(4, 3), None)], "targets y of batch 0 must be a tensor or array, got NoneType"),
-        ([(torch.zeros(4, 3), [0, 1, 2, 0])], "targets y of batch 0 must be a tensor or array, got list"),
+        (
+            [(torch.zeros(4, 3), None)],
+            "targets y of batch 0 must be a tensor or array, or a mapping or tuple of them, got NoneType",
+        ),
+        (
+            [(torch.zeros(4, 3), [0, 1, 2, 0])],
+            "targets y of batch 0 must be a tensor or array, or a mapping or tuple of them, got list",
+        ),
         ((object(), torch.zeros(4)), "the inputs X of the pair must be arrays, got object"),
         ([(np.array(["a"] * 4), torch.zeros(4).long())], "X of batch 0.*of dtype <U1"),
     ],
@@ -165,8 +171,8 @@ def test_data_of_the_wrong_type(case, data, message):
             [(torch.zeros(2, 3), torch.zeros(2).long()), (torch.zeros(0, 3), torch.zeros(0).long())],
             "batch 1 has size 0",
         ),
-        ((torch.zeros(4, 3), torch.zeros(5).long()), r"one row for each datum, got shapes \[\(4, 3\)\] and \(5,\)"),
-        ((torch.zeros(4, 3), torch.tensor(1)), r"one row for each datum, got shapes \[\(4, 3\)\] and \(\)"),
+        ((torch.zeros(4, 3), torch.zeros(5).long()), r"one row for each datum, got shapes \[\(4, 3\)\] and \[\(5,\)\]"),
+        ((torch.zeros(4, 3), torch.tensor(1)), r"one row for each datum, got shapes \[\(4, 3\)\] and \[\(\)\]"),
         ([(torch.zeros(4, 3), torch.tensor(1))], r"targets y of batch 0 have no batch axis \(0-d\)"),
     ],
 )

@@ -12,6 +12,7 @@ from torch import nn
 
 import fisherops as fo
 from fisherops import likelihoods
+from fisherops.likelihoods.factors import Combined
 
 cases = st.builds(
     make_case,
@@ -91,9 +92,10 @@ def test_weights_and_soft_targets(name, architecture, reduction, targets):
     assert np.abs(many - exact.todense()).max() <= 6 / np.sqrt(20_000) * np.abs(exact.todense()).max() * 5
 
 
+@pytest.mark.parametrize("samples", [2, 7])
 @pytest.mark.parametrize("loss", sorted(LOSSES))
-def test_summed_rows_are_unbiased_and_fewer(loss):
-    """Over seeds, the traces of both kinds of rows have the same mean (5 standard errors)."""
+def test_summed_rows_are_unbiased(loss, samples):
+    """Over seeds, quadratic forms of both kinds of rows have the exact mean (5 standard errors), M > C or not."""
     case = make_case("recurrent", loss, sizes=(3, 2))
     exact = fo.FisherLinearOperator(case.model, case.loss, data=case.data)
     v = np.random.default_rng(0).standard_normal(case.D)
@@ -102,13 +104,19 @@ def test_summed_rows_are_unbiased_and_fewer(loss):
         forms = []
         for seed in range(300):
             op = fo.FisherMCLinearOperator(
-                case.model, case.loss, data=case.data, rows=rows, seed=seed, mc_samples=2, check_deterministic=False
+                case.model,
+                case.loss,
+                data=case.data,
+                rows=rows,
+                seed=seed,
+                mc_samples=samples,
+                check_deterministic=False,
             )
             forms.append(v @ (op @ v))
         assert abs(np.mean(forms) - expected) <= 5 * np.std(forms) / np.sqrt(300)
 
 
-@given(cases, st.integers(1, 3))
+@given(cases, st.integers(1, 6))
 def test_summed_rows_are_sums_of_rows(case, samples):
     """rows="datum" is Σ_n Σ_m (Σ_t g_ntm)(Σ_t g_ntm)ᵀ with the draws of rows="term"."""
     drawn, divisor = oracle.score_rows(case.model, case.loss, case.params, case.data, samples=samples)
@@ -134,32 +142,57 @@ def test_more_samples_than_classes_cost_no_more_vectors(loss):
 
     for samples in (1, 3, 4, 50):
         torch.manual_seed(0)
-        factor = likelihood.sample(f, None, samples, Fixed)
-        assert factor.rank == min(samples, 3)
+        factor = likelihood.scores(f, likelihood.sample(f, samples, Fixed))
+        assert factor.rank == samples
+        assert factor.compressed().rank == min(samples, 3)
     expected = oracle.monte_carlo_fisher(case.model, case.loss, case.params, case.data, samples=50)
     op = fo.FisherMCLinearOperator(case.model, case.loss, data=case.data, mc_samples=50, sampler="stream")
     check(op, expected, case.dtype)
 
 
-@given(st.sampled_from(sorted(LOSSES)), st.integers(1, 4), st.integers(1, 5), st.integers(1, 7), st.booleans())
-def test_factors_multiply_as_their_columns_say(loss, T, C, samples, weighted):
-    """S W, Sᵀ U and the listed columns are one matrix, for every factor of every likelihood."""
+@given(
+    st.sampled_from(sorted(LOSSES)), st.integers(1, 4), st.integers(1, 5), st.integers(1, 7), st.booleans(), st.data()
+)
+def test_factors_multiply_as_their_columns_say(loss, T, C, samples, weighted, data):
+    """S W, Sᵀ U and the listed columns are one matrix, for every factor of every likelihood, and combinations of them."""
     likelihood = likelihoods.of_loss(LOSSES[loss]())
     g = torch.Generator().manual_seed(T + 10 * C)
     f = torch.randn(T, C, generator=g, dtype=torch.float64)
-    weights = torch.rand(T, 1, generator=g, dtype=torch.float64) if weighted and loss != "mse" else None
     draws = fo.fisher.StreamSampler(0, torch.device("cpu"))
-    y = torch.randint(C, (T,), generator=g) if loss == "ce" else torch.rand(T, C, generator=g, dtype=torch.float64)
-    terms = likelihoods.Terms(weights, T, y)
-    for factor in (
-        likelihood.sample(f, weights, samples, draws), likelihood.exact(f, weights), likelihood.observed(f, terms)
-    ):  # fmt: skip
+    parts = [likelihood.scores(f, likelihood.sample(f, samples, draws)), likelihood.exact(f)]
+    expected = [part.columns() for part in parts]
+    if weighted:
+        scale = torch.rand(T, 1, generator=g, dtype=torch.float64)
+        parts = [part.scaled(scale) for part in parts]
+        expected = [columns * scale.unsqueeze(1) for columns in expected]
+    for part, columns in zip(parts, expected, strict=True):
+        torch.testing.assert_close(part.columns(), columns)
+        small, outer = part.compressed(), torch.einsum("brp,brq->bpq", columns, columns)
+        assert small.rank <= C
+        torch.testing.assert_close(torch.einsum("brp,brq->bpq", small.columns(), small.columns()), outer)
+    blocks = data.draw(st.sampled_from([b for b in range(1, T + 1) if T % b == 0]))
+    group = T // blocks
+    summed = parts[0].summed(group)
+    together = parts[0].columns().view(blocks, group, samples, C).transpose(1, 2).flatten(2)
+    torch.testing.assert_close(summed.columns(), together)
+    joined = Combined(parts, blocks, shared=False)
+    torch.testing.assert_close(joined.columns(), block_diagonal(parts, blocks))
+    for factor in (*parts, *(part.compressed() for part in parts), summed, joined, joined.compressed()):
         columns = factor.columns()
-        assert columns.shape == (T, factor.rank, C)
-        W = torch.randn(2, T, factor.rank, generator=g, dtype=torch.float64)
-        U = torch.randn(2, T, C, generator=g, dtype=torch.float64)
+        assert columns.shape == (factor.blocks, factor.rank, factor.outputs)
+        W = torch.randn(2, factor.blocks, factor.rank, generator=g, dtype=torch.float64)
+        U = torch.randn(2, factor.blocks, factor.outputs, generator=g, dtype=torch.float64)
         torch.testing.assert_close(factor.apply(W), torch.einsum("trc,ktr->ktc", columns, W))
         torch.testing.assert_close(factor.adjoint(U), torch.einsum("trc,ktc->ktr", columns, U))
+        scale = torch.rand(factor.blocks, factor.outputs, generator=g, dtype=torch.float64)
+        scale = scale if loss != "ce" else scale[:, :1]
+        torch.testing.assert_close(factor.scaled(scale).columns(), columns * scale.unsqueeze(1))
+
+
+def block_diagonal(parts, blocks):
+    """The columns of several factors, block by block."""
+    listed = [part.columns().view(blocks, -1, *part.columns().shape[1:]) for part in parts]
+    return torch.stack([torch.block_diag(*(c for columns in listed for c in columns[b])) for b in range(blocks)])
 
 
 def test_the_exact_fisher_of_many_classes_is_never_written_out():

@@ -17,7 +17,7 @@ from fisherops._model import plain_kernels
 from fisherops._params import Parameters
 
 Result = TypeVar("Result")
-Function = Callable[[Mapping[str, Tensor], Any], Tensor]
+Function = Callable[[Mapping[str, Tensor], Any], Any]
 
 
 class _Mode(NamedTuple):
@@ -45,13 +45,13 @@ class Differentiation:
     Parameters
     ----------
     function : callable
-        ``(point, X) -> f`` with outputs of any shape.
+        ``(point, X) -> output``, whatever the model returns.
     flatten : callable
-        Arranges outputs as (T, C), one row for each loss term.
+        Arranges an output as a tensor (T, C), one row for each loss term.
     parameters : Parameters
     """
 
-    def __init__(self, function: Function, flatten: Callable[[Tensor], Tensor], parameters: Parameters) -> None:
+    def __init__(self, function: Function, flatten: Callable[[Any], Tensor], parameters: Parameters) -> None:
         self.function = function
         self.flatten = flatten
         self.parameters = parameters
@@ -62,7 +62,7 @@ class Differentiation:
 
     def flat(self, point: Mapping[str, Tensor], X: Any) -> Tensor:
         """Evaluate the model: outputs (T, C)."""
-        return self.flatten(self.function(point, X))
+        return self.flatten(self.function(point, X)).to(self.parameters.dtype)
 
     def at(self, point: Mapping[str, Tensor], X: Any) -> BatchJacobian:
         """Evaluate the model on a batch at `point`, ready to multiply with its Jacobian."""
@@ -129,8 +129,8 @@ class BatchJacobian:
     ----------
     outputs : torch.Tensor
         f, (T, C), without a graph.
-    output_shape : torch.Size
-        Shape of the outputs before they were arranged as (T, C).
+    output : object
+        What the model returned, with a graph.
     reached : frozenset of str
         The parameters that the outputs of this batch depend on.
     """
@@ -170,9 +170,9 @@ class BatchJacobian:
         """
         leaves = {name: value.detach().requires_grad_() for name, value in self.point.items()}
         with torch.enable_grad(), mode.kernels():
-            f = self.differentiation.function(leaves, self.X)
-            self.output_shape = f.shape
-            self._graph: tuple[Tensor, list[Tensor]] = self.differentiation.flatten(f), list(leaves.values())
+            self.output = self.differentiation.function(leaves, self.X)
+            f = self.differentiation.flatten(self.output).to(self.differentiation.parameters.dtype)
+            self._graph: tuple[Tensor, list[Tensor]] = f, list(leaves.values())
         reached = {id(node.variable) for node in self._nodes() if hasattr(node, "variable")}
         for name, tensor in self.differentiation.parameters.tensors.items():
             if id(tensor) in reached:
@@ -217,7 +217,7 @@ class BatchJacobian:
 
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
             leaves = {name: value.detach().requires_grad_() for name, value in self.point.items()}
-            seen.add(self.differentiation.function(leaves, self.X).dtype)
+            seen.add(self.differentiation.flatten(self.differentiation.function(leaves, self.X)).dtype)
         coarse = [10 * torch.finfo(dtype).eps for dtype in seen & {torch.float16, torch.bfloat16}]
         parameters = self.differentiation.parameters
         tf32 = torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32

@@ -12,27 +12,32 @@ from fisherops.scores.rows import list_rows
 
 
 class Factor(Protocol):
-    """What G needs to know of the output factor S: C × R for each of T terms."""
+    """What G needs to know of the output factor S: block-diagonal, with B blocks of P × R.
 
+    The outputs (T, C) of a batch, as one row of numbers, are those of the blocks one after the other.
+    """
+
+    blocks: int
+    outputs: int
     rank: int
 
     def apply(self, W: Tensor) -> Tensor:
-        """Multiply S: (K, T, R) → (K, T, C)."""
+        """Multiply S: (K, B, R) → (K, B, P)."""
         ...
 
     def adjoint(self, U: Tensor) -> Tensor:
-        """Multiply Sᵀ: (K, T, C) → (K, T, R)."""
+        """Multiply Sᵀ: (K, B, P) → (K, B, R)."""
         ...
 
     def columns(self) -> Tensor:
-        """List the vectors, (T, R, C)."""
+        """List the vectors, (B, R, P)."""
         ...
 
 
 class RecomputedScores:
     """G = Sᵀ J of one batch, where neither J nor G is kept.
 
-    Its rows are ordered by group of terms and then by vector: (T / group · R) × D.
+    Its rows are ordered by block of S and then by vector: (B · R) × D.
 
     Parameters
     ----------
@@ -40,27 +45,25 @@ class RecomputedScores:
     factor : Factor
     size : int
         Number of data in the batch.
-    group : int
-        Successive terms whose scores are summed into one row: 1, or the number of terms of a datum.
     """
 
-    def __init__(self, jacobian: BatchJacobian, factor: Factor, size: int, group: int = 1) -> None:
+    def __init__(self, jacobian: BatchJacobian, factor: Factor, size: int) -> None:
         self._jacobian = jacobian
         self._factor = factor
         self._size = size
-        self._group = group
 
     def apply(self, V: Tensor) -> Tensor:
-        """Multiply G: (D, K) → (T / group · R, K)."""
-        scores = self._factor.adjoint(self._jacobian.jvp(V))
-        K, T, R = scores.shape
-        return scores.view(K, T // self._group, self._group, R).sum(2).flatten(1).T
+        """Multiply G: (D, K) → (B · R, K)."""
+        factor = self._factor
+        U = self._jacobian.jvp(V).reshape(V.shape[1], factor.blocks, factor.outputs)
+        return factor.adjoint(U).flatten(1).T
 
     def apply_transposed(self, W: Tensor) -> Tensor:
-        """Multiply Gᵀ: (T / group · R, K) → (D, K)."""
-        scores = W.T.reshape(W.shape[1], -1, self._factor.rank).repeat_interleave(self._group, dim=1)
-        return self._jacobian.vjp(self._factor.apply(scores))
+        """Multiply Gᵀ: (B · R, K) → (D, K)."""
+        factor = self._factor
+        U = factor.apply(W.T.reshape(W.shape[1], factor.blocks, factor.rank))
+        return self._jacobian.vjp(U.reshape(W.shape[1], *self._jacobian.outputs.shape))
 
     def rows(self) -> Iterator[Tensor]:
         """List G in blocks of rows (r, D)."""
-        return list_rows(self._jacobian, self._factor.columns(), self._size, self._group)
+        return list_rows(self._jacobian, self._factor.columns(), self._size)

@@ -16,8 +16,8 @@ from fisherops.scores.jacobian import BatchJacobian
 _BLOCK_BYTES = 2**26
 
 
-def list_rows(jacobian: BatchJacobian, columns: Tensor, size: int, group: int) -> Iterator[Tensor]:
-    """List G in blocks of rows (r, D), ordered by group of terms and then by vector.
+def list_rows(jacobian: BatchJacobian, columns: Tensor, size: int) -> Iterator[Tensor]:
+    """List G in blocks of rows (r, D), ordered by block of S and then by vector.
 
     Where the data of the batch do not depend on each other, all rows of a block cost about one backward pass;
     each block is checked against plain reverse mode, and where that fails a row costs one backward pass.
@@ -26,19 +26,16 @@ def list_rows(jacobian: BatchJacobian, columns: Tensor, size: int, group: int) -
     ----------
     jacobian : BatchJacobian
     columns : torch.Tensor
-        The vectors of the output factor, (T, R, C).
+        The vectors of the output factor, (B, R, P).
     size : int
         Number of data in the batch.
-    group : int
-        Successive terms whose scores are summed into one row.
     """
     how = jacobian.differentiation
-    T, R, C = columns.shape
-    columns = columns.view(T // group, group, R, C)
-    rows = T // group * R
+    B, R, P = columns.shape
+    rows = B * R
     per_datum = rows // size if rows % (size * R) == 0 else 0
     separable = per_datum > 0 and bool(jacobian.reached) and _can_be_cut(jacobian.X, size)
-    for start, stop in _spans(rows, per_datum, C * T // size + how.parameters.numel, columns.itemsize):
+    for start, stop in _spans(rows, per_datum, P * B // size + how.parameters.numel, columns.itemsize):
 
         def by_backward(start: int = start, stop: int = stop) -> Tensor:
             return _by_backward(jacobian, columns, start, stop)
@@ -74,16 +71,16 @@ def _by_datum(jacobian: BatchJacobian, columns: Tensor, size: int, start: int, s
     """Differentiate each datum by itself, all at once."""
     how = jacobian.differentiation
     X = jacobian.X
-    groups, group, R, C = columns.shape
-    own_groups = groups // size
-    rows = own_groups * R
+    B, R, P = columns.shape
+    own_blocks = B // size
+    rows = own_blocks * R
     first, last = start // rows, -(-stop // rows)
     within = torch.arange(start - first * rows, min(stop - first * rows, rows), device=columns.device)
-    own = columns.view(size, own_groups, group, R, C)[first:last]
-    cotangents = columns.new_zeros(last - first, len(within), own_groups, group, C)
+    own = columns.view(size, own_blocks, R, P)[first:last]
+    cotangents = columns.new_zeros(last - first, len(within), own_blocks, P)
     number = torch.arange(len(within), device=columns.device)
-    cotangents[:, number, within // R] = own[:, within // R, :, within % R].transpose(0, 1)
-    cotangents = cotangents.flatten(2, 3)
+    cotangents[:, number, within // R] = own[:, within // R, within % R]
+    cotangents = cotangents.reshape(last - first, len(within), -1, jacobian.outputs.shape[1])
 
     def one_datum(x: tuple[Tensor, ...], U: Tensor) -> dict[str, Tensor]:
         parts = iter(x)
@@ -100,23 +97,23 @@ def _by_datum(jacobian: BatchJacobian, columns: Tensor, size: int, start: int, s
 
 def _by_backward(jacobian: BatchJacobian, columns: Tensor, start: int, stop: int) -> Tensor:
     """Differentiate the batch once for each row."""
-    groups, group, R, C = columns.shape
-    at_once = max(1, _BLOCK_BYTES // (groups * group * C * columns.itemsize))
+    B, R, P = columns.shape
+    at_once = max(1, _BLOCK_BYTES // (B * P * columns.itemsize))
     blocks = []
     for begin in range(start, stop, at_once):
         index = torch.arange(begin, min(begin + at_once, stop), device=columns.device)
-        U = columns.new_zeros(len(index), groups, group, C)
-        U[torch.arange(len(index), device=columns.device), index // R] = columns[index // R, :, index % R]
-        blocks.append(jacobian.vjp(U.flatten(1, 2)).T)
+        U = columns.new_zeros(len(index), B, P)
+        U[torch.arange(len(index), device=columns.device), index // R] = columns[index // R, index % R]
+        blocks.append(jacobian.vjp(U.reshape(len(index), *jacobian.outputs.shape)).T)
     return torch.cat(blocks)
 
 
 def _matches(block: Tensor, jacobian: BatchJacobian, columns: Tensor, start: int, stop: int) -> bool:
     """Compare a weighted sum of the rows with one plain backward pass; weights in [1, 2] let no row vanish."""
-    groups, _, R, _ = columns.shape
-    weights = torch.zeros(groups * R, dtype=block.dtype, device=block.device)
+    B, R, _ = columns.shape
+    weights = torch.zeros(B * R, dtype=block.dtype, device=block.device)
     weights[start:stop] = torch.linspace(1, 2, stop - start, dtype=block.dtype, device=block.device)
-    U = torch.einsum("gtrc,gr->gtc", columns, weights.view(groups, R)).flatten(0, 1)
-    plain = jacobian.vjp(U[None])[:, 0]
+    U = torch.einsum("brp,br->bp", columns, weights.view(B, R))
+    plain = jacobian.vjp(U.reshape(1, *jacobian.outputs.shape))[:, 0]
     difference = (weights[start:stop] @ block - plain).norm()
     return bool(difference <= jacobian.differentiation.tolerance * plain.norm())

@@ -1,0 +1,250 @@
+"""What a likelihood is: the distribution of the targets given the outputs, in output space alone."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from fisherops.likelihoods.factors import DenseFactor, OutputFactor
+
+
+class Draws(Protocol):
+    """Random numbers for the loss terms of one batch; every answer has a leading axis of samples.
+
+    With ``sampler="counter"`` the numbers of a term are its own, whatever batch it is in, and a second call gives the same
+    numbers again: where more are needed, ask for more columns at once.
+    """
+
+    def uniform(self, like: Tensor, samples: int) -> Tensor:
+        """Draw float64 numbers in the open interval (0, 1), (samples, T, C) for `like` (T, C)."""
+        ...
+
+    def normal(self, like: Tensor, samples: int) -> Tensor:
+        """Draw standard normal numbers (samples, T, C) of the dtype of `like` (T, C)."""
+        ...
+
+    def categorical(self, probabilities: Tensor, samples: int) -> Tensor:
+        """Draw class indices (samples, T) for probabilities (T, C)."""
+        ...
+
+    def bernoulli(self, probabilities: Tensor, samples: int) -> Tensor:
+        """Draw zeros and ones (samples, T, C) for probabilities (T, C)."""
+        ...
+
+    def poisson(self, rate: Tensor, samples: int) -> Tensor:
+        """Draw counts (samples, T, C) for rates (T, C)."""
+        ...
+
+    def generated(self, f: Tensor, sample: Callable[[Tensor], Tensor]) -> Tensor:
+        """Draw by ``sample(f)``, which uses torch's global generators: (samples, t, ...) for any rows (t, C) of `f`.
+
+        With ``sampler="counter"`` it is called for one datum after the other, each with a seed of its own.
+        """
+        ...
+
+    def head(self, number: int) -> Draws:
+        """Return other draws for the same data, those of another head of the model."""
+        ...
+
+
+class Terms(NamedTuple):
+    """What the targets of a batch say about its T loss terms."""
+
+    weights: Tensor | None
+    """Observation weights w ≥ 0, (T, 1), or (T, C) where each output element has its own; None if all are 1."""
+    divisor: Any
+    """What ``reduction="mean"`` divides by, the part of this batch."""
+    observed: Any
+    """The targets as `Likelihood.scores` takes them, without the axis of samples."""
+
+
+class Likelihood(ABC):
+    """The distribution q(y | f) that a loss ℓ(f, y) = −log q(y | f) + const stands for.
+
+    A subclass says how to draw targets (`sample`) and how likely they are (`log_prob`); pass an instance of it as
+    `loss_func`. Scores are then found by automatic differentiation. Where outputs are not (batch, ..., C), or targets have
+    another shape than outputs, it also overrides `flatten` and `terms`; where the exact Fisher has a closed form, `exact`.
+
+    Parameters
+    ----------
+    reduction : {"mean", "sum"}
+        Whether the Fisher is that of the sum over the whole data set, or is divided by the number of targets (or what
+        `terms` says).
+
+    Examples
+    --------
+    Rayleigh-distributed targets, whose scale is predicted by its logarithm; the Fisher in f is 4:
+
+    >>> import torch, fisherops as fo
+    >>> from fisherops.likelihoods import DiagonalFactor, Likelihood
+    >>> class Rayleigh(Likelihood):
+    ...     def sample(self, f, samples, draws):
+    ...         return f.exp() * (-2 * draws.uniform(f, samples).log()).sqrt()
+    ...
+    ...     def log_prob(self, f, y):
+    ...         return (y.log() - 2 * f - (y / f.exp()) ** 2 / 2).sum(-1)
+    ...
+    ...     def exact(self, f):
+    ...         return DiagonalFactor(torch.full_like(f, 2))
+    >>> model, X, y = torch.nn.Linear(1, 1), torch.ones(10, 1), torch.ones(10, 1)
+    >>> fo.FisherLinearOperator(model, Rayleigh("mean"), data=(X, y)).trace()
+    8.0
+    """
+
+    def __init__(self, reduction: str = "mean") -> None:
+        if reduction not in ("mean", "sum"):
+            raise ValueError(
+                f"the loss has reduction={reduction!r}: a Fisher of a sum or a mean over the data is taken. "
+                "Use reduction='sum' or 'mean'."
+            )
+        self.reduction = reduction
+
+    # ---- What a subclass says -----------------------------------------------------------------
+
+    @abstractmethod
+    def sample(self, f: Tensor, samples: int, draws: Draws) -> Any:
+        """Draw targets ỹ ~ q(· | f).
+
+        Parameters
+        ----------
+        f : torch.Tensor
+            Flattened outputs, (T, C).
+        samples : int
+            M, draws per term.
+        draws : Draws
+            Where random numbers come from.
+
+        Returns
+        -------
+        torch.Tensor
+            (M, T, ...).
+        """
+
+    @abstractmethod
+    def log_prob(self, f: Tensor, y: Tensor) -> Tensor:
+        """Return log q(y | f) up to a constant, (..., T) for f (..., T, C) and y (..., T, ...)."""
+
+    def flatten(self, output: Any) -> Tensor:
+        """Arrange the model's output for a batch as (T, C), one row for each loss term.
+
+        Here: a tensor (batch, ..., C). Called inside of torch's transforms, so that values cannot be looked at.
+        """
+        return as_rows(checked_tensor(output))
+
+    def terms(self, output: Any, y: Any) -> Terms:
+        """Read the targets, and look at the output's values where not every value is allowed.
+
+        Here: targets in the shape of the output, finite, with weight 1.
+
+        Parameters
+        ----------
+        output : object
+            What the model returned.
+        y : torch.Tensor
+            Targets as they are in the data.
+
+        Raises
+        ------
+        ValueError
+            If targets or outputs have a shape or value that does not fit.
+        """
+        y = checked_targets(y)
+        if y.shape != output.shape:
+            raise ValueError(
+                f"the outputs have shape {tuple(output.shape)} and the targets {tuple(y.shape)}: for this loss they "
+                "must be equal (reshape or unsqueeze the targets)."
+            )
+        return Terms(None, output.numel(), as_rows(y))
+
+    def scores(self, f: Tensor, y: Any) -> OutputFactor:
+        """Return the vectors ∇_f(−log q(y | f)) for f (T, C) and targets (R, T, ...).
+
+        Here: by automatic differentiation of `log_prob`.
+        """
+        return DenseFactor(score_columns(self, f, y))
+
+    def exact(self, f: Tensor) -> OutputFactor:
+        """Return a square root of B = E[s sᵀ], the expectation over targets y ~ q(· | f), for f (T, C)."""
+        raise NotImplementedError(
+            f"the exact Fisher of {type(self).__name__} is not known in closed form: take its Monte-Carlo estimate, "
+            "FisherMCLinearOperator, or write the `exact` of a Likelihood."
+        )
+
+    # ---- What the library asks for; a subclass need not know ------------------------------------
+
+    def bind(self, output: Any) -> Likelihood:
+        """Return the likelihood for one batch, where the model's output has a structure that must be known."""
+        return self
+
+    def observed(self, terms: Terms) -> Any:
+        """Return the observed targets with an axis of one sample, as `scores` takes them."""
+        return terms.observed.unsqueeze(0)
+
+    @property
+    def reductions(self) -> tuple[str, ...]:
+        """The reduction of each head."""
+        return (self.reduction,)
+
+    def scale(self, f: Tensor, terms: Terms, c: Tensor) -> Tensor:
+        """Return √(w/c) in the dtype of f, broadcasting to it; c has one entry for each head."""
+        if terms.weights is None:
+            return (1 / c).sqrt().to(f).unsqueeze(1)
+        return (terms.weights / c.to(terms.weights.device)).sqrt().to(f.dtype)
+
+
+def as_rows(t: Tensor) -> Tensor:
+    """Arrange (batch, ..., C) as (T, C), and (batch,) as (T, 1)."""
+    return t.reshape(-1, t.shape[-1]) if t.ndim > 1 else t.reshape(-1, 1)
+
+
+def checked_tensor(output: Any) -> Tensor:
+    """Return an output that must be one tensor, or raise TypeError or ValueError."""
+    if not isinstance(output, Tensor):
+        raise TypeError(
+            f"the model must return one tensor for this loss, got {type(output).__name__}: wrap it, for example "
+            "`model_func=lambda X: model(**X).logits` with `params=list(model.parameters())`. For several outputs, pass "
+            "a mapping or tuple of losses; for a torch.distributions.Distribution, loss_func=None."
+        )
+    if not output.is_floating_point():
+        raise TypeError(f"the model must return real floating-point outputs, got {output.dtype}.")
+    if output.ndim == 0:
+        raise ValueError("the model must return outputs with a batch axis, got a 0-d tensor.")
+    return output
+
+
+def checked_targets(y: Any) -> Tensor:
+    """Return targets that must be one finite tensor, or raise TypeError or ValueError."""
+    if not isinstance(y, Tensor):
+        raise TypeError(f"the targets y must be a tensor or array for this loss, got {type(y).__name__}.")
+    if y.is_complex():
+        raise TypeError(f"the targets must be real, got {y.dtype}.")
+    if y.is_floating_point() and not y.isfinite().all():
+        refuse("the targets must be finite", y, ~y.isfinite(), "leave such data out, or correct them")
+    return y
+
+
+def refuse(rule: str, values: Tensor, wrong: Tensor, mend: str) -> None:
+    """Raise ValueError with the rule and the first value that breaks it; `wrong` covers leading axes of `values`."""
+    value = values.detach()[wrong][0].tolist()
+    raise ValueError(f"{rule}, got {value}: {mend}.")
+
+
+def score_columns(likelihood: Any, f: Tensor, y: Any) -> Tensor:
+    """Differentiate −log q by f, (T, R, C) for f (T, C) and targets (R, T, ...)."""
+    R = len(y)
+    with torch.enable_grad():
+        point = f.detach().expand(R, *f.shape).clone().requires_grad_()
+        value = likelihood.log_prob(point, y)
+        if tuple(value.shape) != (R, len(f)):
+            raise ValueError(
+                f"`log_prob` of {type(likelihood).__name__} must return one number for each term, shape "
+                f"{(R, len(f))}, got {tuple(value.shape)}: sum over the elements of a term."
+            )
+        if not value.requires_grad:
+            return f.new_zeros(len(f), R, f.shape[1])
+        (gradient,) = torch.autograd.grad(value.sum(), point)
+    return gradient.neg_().transpose(0, 1)
