@@ -14,6 +14,8 @@ import torch
 import torch.distributions as td
 from torch import Tensor
 from torch.distributions import constraints
+from torch.distributions.relaxed_bernoulli import LogitRelaxedBernoulli
+from torch.distributions.relaxed_categorical import ExpRelaxedCategorical
 from torch.special import i0e, i1e, polygamma
 
 from fisherops._checks import first_line
@@ -170,7 +172,7 @@ def _structure_of(dist: Any) -> _Structure:
         )
     if type(dist) is td.Independent:
         return _Independent(dist)
-    if type(dist) is td.TransformedDistribution:
+    if type(dist) in _BY_TRANSFORMATION:
         return _Transformed(dist)
     if type(dist) is td.MixtureSameFamily:
         return _Mixture(dist)
@@ -187,7 +189,7 @@ class _Named(_Structure):
         values = {name: _parameter(dist, name) for name in rules if name not in replaced}
         self._shapes = {name: value.shape[value.ndim - rules[name].event_dim :] for name, value in values.items()}
         self._sizes = [prod(shape) for shape in self._shapes.values()]
-        self._constants = {"total_count": dist.total_count} if self._kind is td.Multinomial else {}
+        self._constants = {name: _constant(dist, name) for name in _CONSTANTS.get(self._kind, ())}
         self._learned = {name for name, value in values.items() if value.requires_grad}
         self.size = sum(self._sizes)
         self.event_shape = dist.event_shape
@@ -222,7 +224,7 @@ class _Named(_Structure):
             )
 
     def pull(self, dist: Any, y: Tensor) -> Tensor:
-        if self._kind not in _ROOTS:
+        if self._kind not in _ROOTS and self._kind not in _FACTORS:
             _check_rebuilt(dist, self, y)
         return y
 
@@ -236,18 +238,14 @@ class _Named(_Structure):
         return super().scores(f, y)
 
     def exact(self, f: Tensor) -> OutputFactor:
-        root = _ROOTS.get(self._kind)
-        if root is None:
-            return super().exact(f)
         unknown = _WITHOUT_ROOT.get(self._kind, set()) & self._learned
         if unknown:
             raise NotImplementedError(_no_exact(f"a {self._kind.__name__} with predicted {min(unknown)}"))
-        if self._kind in (td.Categorical, td.OneHotCategorical, td.Multinomial):
-            count = f.new_full((1, 1), float(self._constants.get("total_count", 1)))
-            return CategoricalRoot(f.softmax(-1), count.sqrt())
-        if self._kind is td.MultivariateNormal:
-            return _NormalRoot(self._values(f)["scale_tril"])
-        S = root(self._values(f.double())).to(f.dtype)
+        if self._kind in _FACTORS:
+            return _FACTORS[self._kind](self._values(f), self._constants)
+        if self._kind not in _ROOTS:
+            return super().exact(f)
+        S = _ROOTS[self._kind](self._values(f.double())).to(f.dtype)
         return DiagonalFactor(S) if S.ndim == 2 else DenseFactor(S)
 
     def _values(self, f: Tensor) -> dict[str, Tensor]:
@@ -423,6 +421,16 @@ def _parameter(dist: Any, name: str) -> Tensor:
     return value if value.is_floating_point() else value.to(torch.get_default_dtype())
 
 
+def _constant(dist: Any, name: str) -> Any:
+    """Return an argument of the class that is no parameter: one number."""
+    value = getattr(dist, name)
+    if isinstance(value, Tensor):
+        if value.requires_grad or value.numel() != 1:
+            raise NotImplementedError(_cannot_rebuild(type(dist), f"its {name} is not one fixed number"))
+        return value.detach().reshape(())
+    return value
+
+
 def _check_rebuilt(dist: Any, structure: _Structure, y: Tensor) -> None:
     """Make sure that the coordinates say everything about a distribution of an unknown class.
 
@@ -478,6 +486,22 @@ _SAME_AS: dict[type, type] = {
     td.OneHotCategoricalStraightThrough: td.OneHotCategorical,
 }
 
+# Classes that are a transformed distribution, made of their base.
+_BY_TRANSFORMATION = (
+    td.TransformedDistribution,
+    td.LogisticNormal,
+    td.RelaxedBernoulli,
+    td.RelaxedOneHotCategorical,
+)
+
+# Arguments that are no parameters.
+_CONSTANTS: dict[type, tuple[str, ...]] = {
+    td.Multinomial: ("total_count",),
+    td.LKJCholesky: ("dim",),
+    LogitRelaxedBernoulli: ("temperature",),
+    ExpRelaxedCategorical: ("temperature",),
+}
+
 # Of several ways to name the same parameter, the first is taken.
 _PREFERRED = {"logits": {"probs"}, "scale_tril": {"covariance_matrix", "precision_matrix"}}
 
@@ -516,10 +540,6 @@ def _location_scale(location: float, scale: float) -> Callable[[Values], Tensor]
     return lambda v: _diagonal(sqrt(location) / v["scale"], sqrt(scale) / v["scale"])
 
 
-def _normal_vectors(v: Values) -> Tensor:
-    return torch.cat([1 / v["scale"], sqrt(2) / v["scale"]], -1)
-
-
 def _gamma(v: Values) -> Tensor:
     a, b = v["concentration"], v["rate"]
     first = _trigamma(a).sqrt()
@@ -540,9 +560,10 @@ def _student(v: Values) -> Tensor:
     n, s = v["df"], v["scale"]
     scale = (2 * n / (n + 3)).sqrt() / s
     mixed = -2 / ((n + 1) * (n + 3) * s) / scale
-    difference = (_trigamma(n / 2) - _trigamma((n + 1) / 2)) / 4
-    freedom = difference - (n + 5) / (2 * n * (n + 1) * (n + 3)) - mixed.square()
-    # Far out the terms cancel; the difference is then ...
+    difference = (_trigamma(n / 2) - _trigamma((n + 1) / 2)) / 4 - (n + 5) / (2 * n * (n + 1) * (n + 3))
+    # Far out the terms cancel; the expansion is that of what remains.
+    far = (1.5 - 3 / n + 3.5 / n**2 - 3 / n**3) / n**4
+    freedom = torch.where(n < 300, difference - mixed.square(), far)
     zero = torch.zeros_like(n)
     columns = [
         torch.stack([freedom.clamp(min=0).sqrt(), zero, zero], -1),
@@ -578,7 +599,6 @@ _ROOTS: dict[type, Callable[[Values], Tensor]] = {
     td.Cauchy: _location_scale(0.5, 0.5),
     td.HalfNormal: lambda v: _diagonal(sqrt(2) / v["scale"]),
     td.HalfCauchy: lambda v: _diagonal(sqrt(0.5) / v["scale"]),
-    td.LogisticNormal: _normal_vectors,
     td.Gumbel: _gumbel,
     td.Weibull: _weibull,
     td.StudentT: _student,
@@ -598,6 +618,20 @@ _ROOTS: dict[type, Callable[[Values], Tensor]] = {
         0 * v["logits"], (v["total_count"] * v["logits"].sigmoid() * (-v["logits"]).sigmoid()).sqrt()
     ),
     td.NegativeBinomial: lambda v: _diagonal(0 * v["logits"], (v["total_count"] * v["logits"].sigmoid()).sqrt()),
+}
+
+
+def _multinomial(v: Values, constants: dict[str, Any]) -> OutputFactor:
+    p = v["logits"].softmax(-1)
+    return CategoricalRoot(p, p.new_full((1, 1), sqrt(constants["total_count"])))
+
+
+# The same where the root is better not written out.
+_FACTORS: dict[type, Callable[[Values, dict[str, Any]], OutputFactor]] = {
+    td.Categorical: lambda v, _: CategoricalRoot(v["logits"].softmax(-1)),
+    td.OneHotCategorical: lambda v, _: CategoricalRoot(v["logits"].softmax(-1)),
+    td.Multinomial: _multinomial,
+    td.MultivariateNormal: lambda v, _: _NormalRoot(v["scale_tril"]),
 }
 
 
