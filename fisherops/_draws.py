@@ -1,8 +1,8 @@
 """Random draws for the Monte-Carlo Fisher: where a likelihood's random numbers come from.
 
 A sampler lasts for one pass over the data and gives the draws of each batch. Draws answer what a likelihood asks for:
-``uniform``, ``normal``, ``categorical``, ``bernoulli``, ``poisson`` or whatever else torch can draw, with a leading axis of
-samples.
+``uniform``, ``normal``, ``categorical``, ``bernoulli``, ``poisson`` or whatever else torch can draw, with a leading axis
+of samples.
 """
 
 from __future__ import annotations
@@ -164,9 +164,9 @@ def _check_rate(rate: Tensor) -> None:
 def _poisson_quantile(u: Tensor, rate: Tensor) -> Tensor:
     """Return the smallest counts k with P(Y ≤ k) ≥ u.
 
-    A Cornish-Fisher expansion is corrected by single steps. For rates above 10⁵, where torch's incomplete gamma function
-    is not accurate, it stands as it is: one count off in about one of 10⁵ draws, where one count in a thousand is less
-    than a standard deviation.
+    A Cornish-Fisher expansion is corrected by single steps. For rates above 10⁵, where torch's incomplete gamma
+    function is not accurate, it stands as it is: in one of 10⁴ draws it is one count off, when a standard deviation is
+    more than 300 counts.
     """
     z: Tensor = torch.special.ndtri(u)
     root = rate.sqrt()

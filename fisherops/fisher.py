@@ -167,8 +167,8 @@ class _FisherOperator(TorchLinearOperator):
             jacobian = self._differentiation.at(point, batch.X)
             reached |= jacobian.reached
             f = jacobian.outputs
-            _check_finite(f, batch)
             terms = self._terms(jacobian.output, batch)
+            _check_finite(f, batch)
             divisors.add(terms)
             if self._needs_terms_by_datum:
                 _check_terms_by_datum(f, batch)
@@ -205,7 +205,6 @@ class _FisherOperator(TorchLinearOperator):
             with torch.no_grad(), fixed_randomness(self.device, 0), self._batches("normalization") as batches:
                 for batch in batches:
                     output = self._evaluate(point, batch.X)
-                    _check_finite(self._likelihood.flatten(output), batch)
                     divisors.add(self._terms(output, batch))
         return divisors.total()
 
@@ -224,8 +223,8 @@ class _FisherOperator(TorchLinearOperator):
                     output = self._evaluate(point, X)
                     writes = writes or any(t._version > 0 for t in leaves(X))
                     f = self._likelihood.flatten(output)
-                    _check_finite(f, batch)
                     divisors.add(self._terms(output, batch))
+                    _check_finite(f, batch)
                     with fixed_randomness(self.device, 2):
                         again = flat(point, map_arrays(Tensor.clone, batch.X))
                     tolerance = torch.finfo(f.dtype).eps ** 0.5 * f.abs().max()
@@ -484,7 +483,9 @@ class FisherMCLinearOperator(_FisherOperator):
         self._check_shape(x, "standard_error")
         if x.is_complex():
             raise TypeError("the standard error of a quadratic form takes a real vector, got a complex one.")
-        V = x.reshape(len(x), -1).to(self.device, self._torch_dtype)
+        V = (x if x.ndim == 2 else x.unsqueeze(1)).to(self.device, self._torch_dtype)
+        if V.shape[1] == 0:
+            return leave(V[0].clone())
         total = CompensatedSum()
         with self._pass("standard error", compressed=False) as batches:
             for scores in batches:

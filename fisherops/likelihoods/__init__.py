@@ -1,7 +1,7 @@
 """Likelihoods in output space: what a loss says about the distribution of the targets.
 
-A likelihood knows tensors only: outputs f, targets y, and draws. Outputs are flattened to (T, C), one row for each loss term
-of the batch, so that the rest of the library sees no other shape. Write your own as a subclass of `Likelihood`.
+A likelihood knows tensors only: outputs f, targets y, and draws. Outputs are flattened to (T, C), one row for each loss
+term of the batch, so that the rest of the library sees no other shape. Write your own as a subclass of `Likelihood`.
 """
 
 from fisherops.likelihoods.base import Draws, Likelihood, Terms

@@ -15,8 +15,8 @@ from fisherops.likelihoods.factors import DenseFactor, OutputFactor
 class Draws(Protocol):
     """Random numbers for the loss terms of one batch; every answer has a leading axis of samples.
 
-    With ``sampler="counter"`` the numbers of a term are its own, whatever batch it is in, and a second call gives the same
-    numbers again: where more are needed, ask for more columns at once.
+    With ``sampler="counter"`` the numbers of a term are its own, whatever batch it is in, and a second call gives the
+    same numbers again: where more are needed, ask for more columns at once.
     """
 
     def uniform(self, like: Tensor, samples: int) -> Tensor:
@@ -66,8 +66,9 @@ class Likelihood(ABC):
     """The distribution q(y | f) that a loss ℓ(f, y) = −log q(y | f) + const stands for.
 
     A subclass says how to draw targets (`sample`) and how likely they are (`log_prob`); pass an instance of it as
-    `loss_func`. Scores are then found by automatic differentiation. Where outputs are not (batch, ..., C), or targets have
-    another shape than outputs, it also overrides `flatten` and `terms`; where the exact Fisher has a closed form, `exact`.
+    `loss_func`. Scores are then found by automatic differentiation. Where outputs are not (batch, ..., C), or targets
+    have another shape than outputs, it also overrides `flatten` and `terms`; where the exact Fisher has a closed form,
+    `exact`.
 
     Parameters
     ----------
@@ -206,8 +207,8 @@ def checked_tensor(output: Any) -> Tensor:
     if not isinstance(output, Tensor):
         raise TypeError(
             f"the model must return one tensor for this loss, got {type(output).__name__}: wrap it, for example "
-            "`model_func=lambda X: model(**X).logits` with `params=list(model.parameters())`. For several outputs, pass "
-            "a mapping or tuple of losses; for a torch.distributions.Distribution, loss_func=None."
+            "`model_func=lambda X: model(**X).logits` with `params=list(model.parameters())`. For several outputs, "
+            "pass a mapping or tuple of losses; for a torch.distributions.Distribution, loss_func=None."
         )
     if not output.is_floating_point():
         raise TypeError(f"the model must return real floating-point outputs, got {output.dtype}.")

@@ -137,7 +137,7 @@ class LogCategorical(Categorical):
             )
         total = output.logsumexp(1)
         # Half precision, and a model in low precision, stay well below this.
-        wrong = ~(total.abs() <= 0.05)
+        wrong = total.abs() > 0.05
         if wrong.any():
             total = total[wrong][0].exp().item()
             raise ValueError(

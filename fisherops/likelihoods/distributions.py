@@ -35,12 +35,15 @@ _EULER = 0.5772156649015329
 class DistributionLikelihood(Likelihood):
     """q(y | f) where the model returns q; what ``loss_func=None`` stands for.
 
-    Each element of the distribution's ``batch_shape`` is a loss term; ``Independent`` joins several to one. The terms are
-    of weight 1, and ``reduction="mean"`` divides by their number.
+    Each element of the distribution's ``batch_shape`` is a loss term; ``Independent`` joins several to one. The terms
+    are of weight 1, and ``reduction="mean"`` divides by their number.
 
-    Draws invert the distribution function where there is an inverse (Normal, LogNormal, Laplace, Cauchy, Exponential, Gumbel,
-    Weibull, Poisson, Bernoulli, Categorical, ..., and multivariate normals by their Cholesky factor). The others are
-    drawn by the distribution's own ``sample``, for one datum after the other.
+    Draws invert the distribution function where there is an inverse (Normal, LogNormal, Laplace, Cauchy, Exponential,
+    Gumbel, Weibull, Poisson, Geometric, Bernoulli, Categorical, ..., and multivariate normals by their Cholesky
+    factor). The others (Gamma, Beta, Dirichlet, StudentT, Binomial, NegativeBinomial, mixtures, ...) are drawn by the
+    distribution's own ``sample``. With ``sampler="counter"`` that is done datum by datum, each with a seed of its own:
+    such draws depend on nothing but the datum either, but they may differ between devices and precisions, and those of
+    M samples need not be the first of more.
 
     Parameters
     ----------
@@ -213,14 +216,13 @@ class _Named(_Structure):
             wrong = ~constraints.positive.check(value) if name == "rate" else ~_holds(rule, value)
             if wrong.any():
                 text = "positive" if name == "rate" else f"in {rule}"
-                refuse(
-                    f"the {name} of {type(dist).__name__} must be {text}", value, wrong, "correct the model's output"
-                )
+                what = f"the {name} of {type(dist).__name__} must be {text}"
+                refuse(what, value, wrong, "correct the model's output")
         moving = _SUPPORT_OF.get(self._kind, set()) & self._learned
         if moving:
             raise NotImplementedError(
-                f"the support of {self._kind.__name__} depends on its {min(moving)}, which the model predicts: its Fisher "
-                "information is not defined. Use a distribution whose support is fixed."
+                f"the support of {self._kind.__name__} depends on its {min(moving)}, which the model predicts: its "
+                "Fisher information is not defined. Use a distribution whose support is fixed."
             )
 
     def pull(self, dist: Any, y: Tensor) -> Tensor:
@@ -466,7 +468,10 @@ def _gradient(value: Tensor, parameters: list[Tensor]) -> Tensor:
 
 
 def _no_exact(what: str) -> str:
-    return f"the exact Fisher of {what} is not known in closed form: take its Monte-Carlo estimate, FisherMCLinearOperator."
+    return (
+        f"the exact Fisher of {what} is not known in closed form: take its Monte-Carlo estimate, "
+        "FisherMCLinearOperator."
+    )
 
 
 def _cannot_rebuild(kind: type, reason: str) -> str:
@@ -591,7 +596,7 @@ def _von_mises(v: Values) -> Tensor:
     return _diagonal((k * ratio).sqrt(), spread.clamp(min=0).sqrt())
 
 
-# Square roots of the Fisher information in the parameters as they are named, (T, C) if diagonal, else vectors (T, R, C).
+# Square roots of the Fisher information in the parameters as named, (T, C) if diagonal, else vectors (T, R, C).
 _ROOTS: dict[type, Callable[[Values], Tensor]] = {
     td.Normal: _location_scale(1, 2),
     td.LogNormal: _location_scale(1, 2),

@@ -19,7 +19,7 @@ def _dense(scores: Tensor, f: Tensor) -> DenseFactor:
 
 
 class _Location(Likelihood):
-    """A likelihood of residuals y − f, which are what stands for targets: y itself would lose their digits in large f."""
+    """A likelihood of residuals y − f, which stand for targets: y would lose their digits where f is large."""
 
     def terms(self, output: Any, y: Any) -> Terms:
         terms = super().terms(output, y)
@@ -75,9 +75,8 @@ class HeteroscedasticGaussian(Likelihood):
 
     def terms(self, output: Any, y: Any) -> Terms:
         mean, var = _mean_and_variance(output)
-        wrong = ~(var > 0)
-        if wrong.any():
-            refuse("the variance must be positive", var, wrong, "let the model return exp or softplus of a number")
+        if (var <= 0).any():
+            refuse("the variance must be positive", var, var <= 0, "let the model return exp or softplus of a number")
         terms = super().terms(mean, y)
         return terms._replace(observed=terms.observed.double() - as_rows(mean.detach()).double())
 
@@ -238,7 +237,7 @@ class BernoulliProbability(Bernoulli):
         return super().flatten(checked_tensor(output).logit())
 
     def terms(self, output: Any, y: Any) -> Terms:
-        outside = ~((output >= 0) & (output <= 1))
+        outside = (output < 0) | (output > 1)
         if outside.any():
             refuse(
                 "BCELoss takes probabilities in [0, 1] as outputs", output, outside,
@@ -272,8 +271,7 @@ class Poisson(Likelihood):
         terms = super().terms(output, y)
         if (y < 0).any():
             refuse("Poisson counts must be at least 0", y, y < 0, "correct the targets")
-        if not self._log_input and not (output + self._eps > 0).all():
-            wrong = ~(output + self._eps > 0)
+        if not self._log_input and (wrong := output + self._eps <= 0).any():
             refuse(
                 "PoissonNLLLoss(log_input=False) takes positive rates as outputs", output, wrong,
                 "end the model with exp or softplus, or use log_input=True",

@@ -1,7 +1,7 @@
 """Output factors: matrices S in output space with S Sᵀ = B, that multiply without being written out.
 
-S of a batch is block-diagonal. Its B blocks have P rows, the outputs that a block takes, and R columns, its vectors: one
-block is one loss term with P = C, unless :class:`Combined` joins several.
+S of a batch is block-diagonal. Its B blocks have P rows, the outputs that a block takes, and R columns, its vectors:
+one block is one loss term with P = C, unless :class:`Combined` joins several.
 """
 
 from __future__ import annotations
