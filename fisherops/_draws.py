@@ -1,8 +1,8 @@
 """Random draws for the Monte-Carlo Fisher: where a likelihood's random numbers come from.
 
 A sampler lasts for one pass over the data and gives the draws of each batch. Draws answer what a likelihood asks for:
-``uniform``, ``normal``, ``categorical``, ``bernoulli``, ``poisson`` or whatever else torch can draw, with a leading axis
-of samples.
+``uniform``, ``normal``, ``categorical``, ``bernoulli``, ``poisson`` or whatever else torch can draw, with a leading
+axis of samples.
 """
 
 from __future__ import annotations

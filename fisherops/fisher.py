@@ -300,11 +300,16 @@ class FisherMCLinearOperator(_FisherOperator):
     model_func : nn.Module or callable
         A module; a callable ``X -> f``; or, with `params` a mapping, a callable ``(params, X) -> f``. X is what `data`
         yields: a tensor, a mapping, a tuple or any object.
-    loss_func : nn.Module
-        ``MSELoss`` (outputs (batch, ..., C); a Gaussian of variance ½), ``CrossEntropyLoss`` (outputs
-        (batch, C, ...)) or ``BCEWithLogitsLoss`` (outputs (batch, ..., C); targets anywhere in [0, 1]), with all their
-        options: class weights, ``ignore_index``, ``weight`` and ``pos_weight`` weight the observations. Reduction
-        "mean" or "sum".
+    loss_func : nn.Module, Likelihood, mapping, tuple or None
+        A loss that stands for a likelihood, with reduction "mean" or "sum": ``MSELoss`` (a Gaussian of variance ½),
+        ``GaussianNLLLoss`` (the model returns (mean, var)), ``L1Loss``, ``HuberLoss``, ``SmoothL1Loss`` (the densities
+        ∝ exp(−loss)), ``PoissonNLLLoss``, ``BCEWithLogitsLoss``, ``BCELoss``, all for outputs (batch, ..., C); and
+        ``CrossEntropyLoss``, ``NLLLoss`` for outputs (batch, C, ...). All with their options: class weights,
+        ``ignore_index``, ``weight`` and ``pos_weight`` weight the observations. Or a likelihood of one's own, see
+        :class:`fisherops.likelihoods.Likelihood`. Or a mapping or tuple of these, for a model that returns one, with
+        targets alike; outputs without a loss are left out. Or None, for a model that returns a
+        ``torch.distributions.Distribution``: the Fisher of the sum of its ``log_prob`` over the data, see
+        :class:`fisherops.likelihoods.DistributionLikelihood`.
     params : list of Parameter, mapping of str to Tensor, or None
         What to differentiate by; D is the number of their elements, in their order. None takes every parameter of the
         module that requires grad. Those that the model does not use have zero rows and columns in F.
@@ -335,8 +340,9 @@ class FisherMCLinearOperator(_FisherOperator):
         "counter": each draw is a function of (seed, datum, term, sample, class) alone, by Philox4x32-10 and inverse
         distribution functions. So F does not depend on how the data are split into batches, nor on the device or the
         precision (up to rounding, which may change a draw near a boundary), and the first m of M samples are those of
-        ``mc_samples=m``. A datum is known by its place in the data, or by `index` where batches are (X, y, index); then
-        their order does not matter either, and a loader may shuffle.
+        ``mc_samples=m`` (but see `fisherops.likelihoods.DistributionLikelihood`). A datum is known by its place in the
+        data, or by `index` where batches are (X, y, index); then their order does not matter either, and a loader may
+        shuffle.
         "stream": draws batch after batch from one generator, so the matrix depends on how the data are split and
         ordered, on the device and, for MSE and BCE, on the precision. For the same seed it is the matrix of
         ``FisherMCLinearOperator`` of curvlinops-for-pytorch 3.0.1.
@@ -508,9 +514,11 @@ class FisherLinearOperator(_FisherOperator):
         \qquad B_{nt} = \mathbb{E}_{y \sim q(\cdot \mid f_{nt})} \big[ s(y)\, s(y)^\top \big],
 
     with closed-form square roots of B: √2 I for ``MSELoss``, diag √(σ(1 − σ)) for ``BCEWithLogitsLoss`` and
-    diag √p − p √pᵀ for ``CrossEntropyLoss``, which is never written out. For these losses it is the generalized
-    Gauss-Newton matrix of the (weighted) loss over the whole data set, and it does not depend on how the data are split
-    or ordered. It is the expectation of `FisherMCLinearOperator`.
+    diag √p − p √pᵀ for ``CrossEntropyLoss``, which is never written out. For these three (and ``NLLLoss``,
+    ``PoissonNLLLoss(log_input=True)``) it is the generalized Gauss-Newton matrix of the (weighted) loss over the whole
+    data set. It does not depend on how the data are split or ordered, and it is the expectation of
+    `FisherMCLinearOperator`. Where no closed form is known (and the targets are not finitely many), products raise
+    NotImplementedError.
 
     Parameters
     ----------
