@@ -1,7 +1,14 @@
 """The Fisher information matrix of a PyTorch model as a true SciPy ``LinearOperator``."""
 
 from fisherops.fisher import EmpiricalFisherLinearOperator, FisherLinearOperator, FisherMCLinearOperator
+from fisherops.scores import PlanWarning
 
 __version__ = "0.1.0"
 
-__all__ = ["EmpiricalFisherLinearOperator", "FisherLinearOperator", "FisherMCLinearOperator", "__version__"]
+__all__ = [
+    "EmpiricalFisherLinearOperator",
+    "FisherLinearOperator",
+    "FisherMCLinearOperator",
+    "PlanWarning",
+    "__version__",
+]

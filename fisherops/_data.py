@@ -90,6 +90,8 @@ class Data:
         self._prints: list[_Print] = []
         self._sum_of_places = 0
         self.num_data: int | None = None
+        self.order_is_free = False
+        """Whether batches say which data they hold, so that another pass may read them in another order."""
         self._source = _as_source(source, batch_size)
 
     def batches(self, description: str) -> Generator[Batch]:
@@ -118,7 +120,7 @@ class Data:
         ) as bar:
             for index, item in enumerate(bar):
                 X, y, size, places = self._unpack(index, item)
-                free = places is not None and not self._ordered
+                self.order_is_free = free = places is not None and not self._ordered
                 contents = (X, y) if places is None else (X, y, places)
                 if first_pass:
                     prints.append(_Print(contents, size, self._verify and not free))

@@ -35,6 +35,10 @@ class ModelFunction:
     def check_unchanged(self) -> None:
         """Raise RuntimeError if the model no longer has the parameters that were given."""
 
+    def state(self) -> tuple[Any, ...]:
+        """Return what is equal as long as no tensor that the model is known to use was replaced or changed in place."""
+        raise NotImplementedError
+
     @contextmanager
     def refuse_faults(self) -> Iterator[None]:
         """Raise ValueError if a layer evaluated inside is random or couples the data of a batch."""
@@ -111,6 +115,9 @@ class _ModuleFunction(ModelFunction):
         values |= {name: self._convert(buffer.clone()) for name, buffer in self._module.named_buffers()}
         return torch.func.functional_call(self._module, values | dict(point), (X,))
 
+    def state(self) -> tuple[Any, ...]:
+        return _versions([*self._module.parameters(), *self._module.buffers()])
+
     def check_unchanged(self) -> None:
         own = dict(self._module.named_parameters(remove_duplicate=False))
         replaced = [name for name, p in self._chosen.items() if own.get(name) is not p]
@@ -140,11 +147,16 @@ class _PureFunction(ModelFunction):
 
     def __init__(self, function: Callable[[dict[str, Tensor], Any], Any], parameters: Parameters) -> None:
         self._function = function
+        self._tensors = list(parameters.tensors.values())
+        self._modules: set[nn.Module] = set()
         self.converts = parameters.converts
 
     def __call__(self, point: Mapping[str, Tensor], X: Any) -> Any:
-        with _buffers_restored():
+        with _buffers_restored(self._modules):
             return self._function(dict(point), X)
+
+    def state(self) -> tuple[Any, ...]:
+        return _versions([*self._tensors, *_tensors_of(self._modules)])
 
 
 class _ClosureFunction(ModelFunction):
@@ -156,6 +168,10 @@ class _ClosureFunction(ModelFunction):
         self._function = function
         self._names = {id(t): name for name, t in parameters.tensors.items()}
         self._tensors = list(parameters.tensors.values())
+        self._modules: set[nn.Module] = set()
+
+    def state(self) -> tuple[Any, ...]:
+        return _versions([*self._tensors, *_tensors_of(self._modules)])
 
     def __call__(self, point: Mapping[str, Tensor], X: Any) -> Any:
         # While a graph is built, tensors that escape the substitution must show in it, see BatchJacobian.build_graph.
@@ -164,7 +180,7 @@ class _ClosureFunction(ModelFunction):
             for t in hidden:
                 stack.callback(t.requires_grad_, False)
                 t.requires_grad_()
-            stack.enter_context(_buffers_restored())
+            stack.enter_context(_buffers_restored(self._modules))
             stack.enter_context(_Substitution({key: point[name] for key, name in self._names.items()}))
             return self._function(X)
 
@@ -192,13 +208,14 @@ class _Substitution(TorchFunctionMode):
 
 
 @contextmanager
-def _buffers_restored() -> Iterator[None]:
-    """Let every module called inside work on copies of its buffers."""
+def _buffers_restored(modules: set[nn.Module]) -> Iterator[None]:
+    """Let every module called inside work on copies of its buffers, and note which they are."""
     thread = threading.get_ident()
     originals: dict[nn.Module, dict[str, Tensor]] = {}
 
     def swap(module: nn.Module, _inputs: Any) -> None:
         if threading.get_ident() == thread and module not in originals:
+            modules.add(module)
             originals[module] = dict(module.named_buffers(recurse=False))
             for name, buffer in originals[module].items():
                 setattr(module, name, buffer.clone())
@@ -211,6 +228,14 @@ def _buffers_restored() -> Iterator[None]:
         for module, buffers in originals.items():
             for name, buffer in buffers.items():
                 setattr(module, name, buffer)
+
+
+def _versions(tensors: list[Tensor]) -> tuple[Any, ...]:
+    return tuple((id(t), None if t.is_inference() else t._version) for t in tensors)
+
+
+def _tensors_of(modules: set[nn.Module]) -> list[Tensor]:
+    return [t for module in modules for t in (*module.parameters(recurse=False), *module.buffers(recurse=False))]
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -58,6 +59,12 @@ class Parameters:
     def converts(self) -> bool:
         """Whether some tensor has another dtype than the compute precision."""
         return any(t.dtype != self.dtype for t in self.tensors.values())
+
+    @property
+    def spans(self) -> dict[str, tuple[int, int]]:
+        """Where each parameter lies in the flat vector: the first place, and the first after it."""
+        ends = list(accumulate(self._sizes))
+        return {name: (end - size, end) for name, size, end in zip(self.shapes, self._sizes, ends, strict=True)}
 
     def point(self) -> dict[str, Tensor]:
         """Return the present values, in the compute precision and detached from the user's graph."""

@@ -16,16 +16,14 @@ from fisherops._checks import integer
 from fisherops._data import Batch, Data
 from fisherops._draws import CounterSampler, StreamSampler
 from fisherops._linop import TorchLinearOperator
+from fisherops._memory import as_bytes
 from fisherops._model import ModelFunction, as_function, isolated
 from fisherops._params import Parameters, as_dtype, select
 from fisherops._randomness import fixed_randomness
 from fisherops._sums import CompensatedSum
 from fisherops._tree import leaves, map_arrays
 from fisherops.likelihoods import Draws, Likelihood, OutputFactor, Terms
-from fisherops.scores import Differentiation, RecomputedScores
-
-# Columns of one product that are differentiated together; each holds the activations of a batch.
-_COLUMNS = 32
+from fisherops.scores import CACHES, Differentiation, Keeper, Plan, RecomputedScores, Scores
 
 
 class _Evaluation:
@@ -69,7 +67,11 @@ class _FisherOperator(TorchLinearOperator):
         rows: str = "term",
         dtype: Any = None,
         batch_size: int | None = None,
+        cache: str = "auto",
+        max_memory: int | str | None = None,
     ) -> None:
+        if cache not in CACHES:
+            raise ValueError(f"`cache` must be one of {', '.join(map(repr, CACHES))}, got {cache!r}.")
         if rows not in ("term", "datum"):
             raise ValueError(f"`rows` must be 'term' or 'datum', got {rows!r}.")
         self._rows = rows
@@ -91,6 +93,10 @@ class _FisherOperator(TorchLinearOperator):
             ordered=self._ordered,
             progressbar=progressbar,
         )
+        self._cache = cache
+        self._max_memory = as_bytes(max_memory, self._parameters.device)
+        self._keeper: Keeper | None = None
+        self._state: Any = None
         D = self._parameters.numel
         super().__init__((D, D), self._parameters.dtype, self._parameters.device)
         self._checked = check_deterministic
@@ -116,9 +122,7 @@ class _FisherOperator(TorchLinearOperator):
         with self._pass("product") as batches:
             for scores in batches:
                 # Columns lie one after the other in memory (hence .T), as `Parameters.split` gives and takes them.
-                blocks = [
-                    scores.apply_transposed(scores.apply(columns)).T for columns in torch.split(V, _COLUMNS, dim=1)
-                ]
+                blocks = [scores.product(columns).T for columns in torch.split(V, scores.columns, dim=1)]
                 total.add((torch.cat(blocks) if len(blocks) > 1 else blocks[0]).T)
         return _check_result(total.value(), V)
 
@@ -145,26 +149,76 @@ class _FisherOperator(TorchLinearOperator):
                     total.add(function(rows))
         return _check_result(total.value())
 
+    # ---- What is kept -------------------------------------------------------------------------
+
+    @property
+    def plan(self) -> Plan:
+        """What is kept between products, its memory and why; made by a pass over the data if there was none."""
+        if self._keeper is None or self._state != self._model.state():
+            with self._pass("plan") as batches:
+                for _ in batches:
+                    pass
+        assert self._keeper is not None
+        return self._keeper.plan
+
+    def refresh(self) -> None:
+        """Forget what is kept, and compute it anew in the next product.
+
+        Parameters and buffers that torch changes in place are noticed without it. Changes that torch does not see
+        (through ``.data``, through NumPy arrays that share memory, of other objects that the model looks at) need it.
+        """
+        self._keeper = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Graphs cannot be copied; what is kept is found again.
+        return {**self.__dict__, "_keeper": None, "_state": None}
+
     # ---- One pass over the data ---------------------------------------------------------------
 
     @contextmanager
-    def _pass(self, description: str, compressed: bool = True) -> Iterator[Iterator[RecomputedScores]]:
-        """Read all batches once, as blocks of G."""
-        with isolated(self.device), ExitStack() as stack:
+    def _pass(self, description: str, kept: bool = True) -> Iterator[Iterator[Scores]]:
+        """Go through G by batches: those that are kept, and the others by reading the data.
+
+        With ``kept=False`` vectors of the output factor are as they were drawn, and nothing is kept.
+        """
+        with isolated(self.device), torch.no_grad(), ExitStack() as stack:
             self._model.check_unchanged()
             if self._checked:
                 stack.enter_context(self._model.refuse_faults())
             if self._c is None:
                 self._c = self._sum_divisors()
+            keeper = self._keeper if kept and self._state == self._model.state() else None
+            if keeper is not None and keeper.complete:
+                yield iter(keeper.kept)  # type: ignore[arg-type]
+                return
             batches = stack.enter_context(self._batches(description))
-            yield self._scores(batches, self._c, compressed)
+            if not kept:
+                yield self._scores(batches, self._c, None)
+            elif keeper is not None:
+                yield self._scores(batches, self._c, keeper)
+            else:
+                self._keeper = None
+                keeper = Keeper(self._cache, self._max_memory)
+                yield self._scores(batches, self._c, keeper)
+                if self._data.order_is_free and not keeper.complete:
+                    keeper.forget("the batches come in another order each time, and not all of them fit")
+                self._keeper, self._state = keeper, self._model.state()
 
-    def _scores(self, batches: Iterator[Batch], c: Tensor, compressed: bool) -> Iterator[RecomputedScores]:
+    def _scores(self, batches: Iterator[Batch], c: Tensor, keeper: Keeper | None) -> Iterator[Scores]:
+        """Compute G of each batch that is not kept; a keeper that has nothing yet chooses the forms."""
         sampler = self._start_sampler()
         point = self._parameters.point()
         divisors, reached = _Divisors(self._likelihood), frozenset[str]()
+        chosen = None if keeper is None or not keeper.kept else list(keeper.kept)
         for batch in batches:
-            jacobian = self._differentiation.at(point, batch.X)
+            known = chosen[batch.number] if chosen is not None else None
+            if known is not None:
+                yield known
+                continue
+            choosing = keeper is not None and chosen is None
+            # What is kept must not change with the user's arrays.
+            X = map_arrays(Tensor.clone, batch.X) if choosing else batch.X
+            jacobian = self._differentiation.at(point, X)
             reached |= jacobian.reached
             f = jacobian.outputs
             terms = self._terms(jacobian.output, batch)
@@ -177,7 +231,14 @@ class _FisherOperator(TorchLinearOperator):
             factor = factor.scaled(q.scale(f, terms, c * self._samples))
             if self._rows == "datum":
                 factor = factor.summed(factor.blocks // batch.size)
-            yield RecomputedScores(jacobian, factor.compressed() if compressed else factor, batch.size)
+            if keeper is not None:
+                factor = factor.compressed()
+            if keeper is not None and choosing:
+                yield keeper.choose(jacobian, factor, batch.size)
+            else:
+                yield RecomputedScores(jacobian, factor, batch.size)
+        if chosen is not None and any(scores is not None for scores in chosen):
+            return  # not every batch was looked at
         self._check_reached(reached)
         if not torch.allclose(divisors.total(), c, rtol=1e-6):
             raise RuntimeError(
@@ -412,6 +473,8 @@ class FisherMCLinearOperator(_FisherOperator):
         sampler: str = "counter",
         dtype: Any = None,
         batch_size: int | None = None,
+        cache: str = "auto",
+        max_memory: int | str | None = None,
     ) -> None:
         self._seed = _seed(seed)
         self._samples = integer("mc_samples", mc_samples, 1)
@@ -430,6 +493,8 @@ class FisherMCLinearOperator(_FisherOperator):
             rows=rows,
             dtype=dtype,
             batch_size=batch_size,
+            cache=cache,
+            max_memory=max_memory,
         )
         self._needs_terms_by_datum = rows == "datum" or sampler == "counter"
 
@@ -451,6 +516,7 @@ class FisherMCLinearOperator(_FisherOperator):
         """
         other = copy.copy(self)
         other._seed = _seed(seed)
+        other._keeper = None
         return other
 
     def standard_error(self, v: Any) -> Any:
@@ -493,7 +559,7 @@ class FisherMCLinearOperator(_FisherOperator):
         if V.shape[1] == 0:
             return leave(V[0].clone())
         total = CompensatedSum()
-        with self._pass("standard error", compressed=False) as batches:
+        with self._pass("standard error", kept=False) as batches:
             for scores in batches:
                 forms = scores.apply(V).square().view(-1, self._samples, V.shape[1])
                 total.add(forms.double().var(1).sum(0) * self._samples)
@@ -557,6 +623,8 @@ class FisherLinearOperator(_FisherOperator):
         *,
         dtype: Any = None,
         batch_size: int | None = None,
+        cache: str = "auto",
+        max_memory: int | str | None = None,
     ) -> None:
         # Without `rows`: the terms of a datum are independent, so its joint likelihood has the same Fisher.
         super().__init__(
@@ -570,6 +638,8 @@ class FisherLinearOperator(_FisherOperator):
             batch_size_fn,
             dtype=dtype,
             batch_size=batch_size,
+            cache=cache,
+            max_memory=max_memory,
         )
 
     def _factor(self, q: Likelihood, f: Tensor, terms: Terms, draws: Draws | None) -> OutputFactor:

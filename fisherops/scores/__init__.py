@@ -1,10 +1,22 @@
 """The score matrix G, batch by batch: one file for each way to hold it.
 
-Every form offers the same for one batch: ``apply`` (G V), ``apply_transposed`` (Gᵀ W) and ``rows``, with the rows of G
-ordered by term (or datum) and then by vector of the output factor. Normalisation by c is not included.
+Every form offers the same for one batch: ``product`` (GᵀG V), ``apply`` (G V), ``apply_transposed`` (Gᵀ W), ``rows``,
+with the rows of G ordered by block of the output factor and then by vector.
 """
 
+from fisherops.scores.held import HeldScores
 from fisherops.scores.jacobian import BatchJacobian, Differentiation
+from fisherops.scores.plan import CACHES, Keeper, Plan, PlanWarning, Scores
 from fisherops.scores.recompute import RecomputedScores
 
-__all__ = ["BatchJacobian", "Differentiation", "RecomputedScores"]
+__all__ = [
+    "CACHES",
+    "BatchJacobian",
+    "Differentiation",
+    "HeldScores",
+    "Keeper",
+    "Plan",
+    "PlanWarning",
+    "RecomputedScores",
+    "Scores",
+]

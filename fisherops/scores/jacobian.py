@@ -139,11 +139,34 @@ class BatchJacobian:
         self.differentiation = differentiation
         self.point = point
         self.X = X
+        self._linear: tuple[Tensor, tuple[Tensor | None, ...]] | None = None
         self.build_graph(differentiation.mode or _MODES[0])
         if self.reached:
             differentiation.settle(self)
         # From the kernels that were settled on: draws must see the same outputs in every product.
         self.outputs = self._graph[0].detach()
+
+    @property
+    def graph(self) -> tuple[Tensor, dict[str, Tensor]]:
+        """The outputs with their graph, and the leaves that stand for the parameters in it."""
+        f, leaves = self._graph
+        return f, dict(zip(self.point, leaves, strict=True))
+
+    def linearize(self) -> None:
+        """Keep the derivative of u ↦ Jᵀu, if there is one, so that J v needs no evaluation of the model."""
+        f, leaves = self._graph
+        u = torch.zeros_like(f, requires_grad=True)
+        try:
+            with torch.enable_grad():
+                gradients = torch.autograd.grad(f, leaves, u, create_graph=True, allow_unused=True)
+            self._linear = u, gradients
+            if self.difference_from_reverse(self.differentiation.mode or _MODES[0]) <= self.differentiation.tolerance:
+                return
+        except torch.OutOfMemoryError:
+            raise
+        except (NotImplementedError, RuntimeError):
+            pass
+        self._linear = None
 
     def jvp(self, V: Tensor) -> Tensor:
         """Multiply J with columns: (D, K) → (K, T, C)."""
@@ -228,6 +251,8 @@ class BatchJacobian:
 
     def _jvp(self, V: Tensor, mode: _Mode) -> Tensor:
         tangents = self.differentiation.parameters.split(V)
+        if self._linear is not None:
+            return self._derivative(*self._linear, tangents)
         with torch.enable_grad(), mode.kernels():
             return self._forward(tangents) if mode.forward else self._double_backward(tangents)
 
@@ -251,6 +276,10 @@ class BatchJacobian:
         f, leaves = self._graph
         u = torch.zeros_like(f, requires_grad=True)
         gradients = torch.autograd.grad(f, leaves, u, create_graph=True, allow_unused=True)
+        return self._derivative(u, gradients, tangents)
+
+    def _derivative(self, u: Tensor, gradients: tuple[Tensor | None, ...], tangents: Mapping[str, Tensor]) -> Tensor:
+        """Differentiate ⟨Jᵀu, v⟩ by u."""
         used = [(g, t) for g, t in zip(gradients, tangents.values(), strict=True) if g is not None and g.requires_grad]
         if not used:
             raise RuntimeError("the backward pass is not differentiable")

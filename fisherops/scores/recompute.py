@@ -47,10 +47,17 @@ class RecomputedScores:
         Number of data in the batch.
     """
 
+    columns = 32
+    """Columns that are differentiated together; each holds the activations of a batch."""
+
     def __init__(self, jacobian: BatchJacobian, factor: Factor, size: int) -> None:
         self._jacobian = jacobian
         self._factor = factor
         self._size = size
+
+    def product(self, V: Tensor) -> Tensor:
+        """Multiply GᵀG: (D, K) → (D, K)."""
+        return self.apply_transposed(self.apply(V))
 
     def apply(self, V: Tensor) -> Tensor:
         """Multiply G: (D, K) → (B · R, K)."""

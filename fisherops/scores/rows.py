@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -32,7 +32,7 @@ def list_rows(jacobian: BatchJacobian, columns: Tensor, size: int) -> Iterator[T
     """
     how = jacobian.differentiation
     B, R, P = columns.shape
-    rows = B * R
+    rows, names = B * R, list(jacobian.point)
     per_datum = rows // size if rows % (size * R) == 0 else 0
     separable = per_datum > 0 and bool(jacobian.reached) and _can_be_cut(jacobian.X, size)
     for start, stop in _spans(rows, per_datum, P * B // size + how.parameters.numel, columns.itemsize):
@@ -41,12 +41,40 @@ def list_rows(jacobian: BatchJacobian, columns: Tensor, size: int) -> Iterator[T
             return _by_backward(jacobian, columns, start, stop)
 
         def by_datum(start: int = start, stop: int = stop) -> Tensor:
-            block = _by_datum(jacobian, columns, size, start, stop)
-            if not _matches(block, jacobian, columns, start, stop):
+            block = _by_datum(jacobian, columns, size, start, stop, names)
+            if not _matches(block, jacobian, columns, start, stop, names):
                 raise RuntimeError("the data of the batch depend on each other")
             return block
 
         yield how.vectorized("rows", by_datum, by_backward) if separable else by_backward()
+
+
+def rows_by_datum(jacobian: BatchJacobian, columns: Tensor, size: int, names: Sequence[str]) -> Tensor | None:
+    """Return the rows of G for some parameters, (B · R, d), or None if the data cannot be differentiated one by one.
+
+    Parameters
+    ----------
+    jacobian, columns, size
+        As for `list_rows`.
+    names : sequence of str
+        The parameters; the columns of the result are theirs, one after the other.
+    """
+    how = jacobian.differentiation
+    B, R, P = columns.shape
+    if B % size or not _can_be_cut(jacobian.X, size):
+        return None
+    numel = sum(jacobian.point[name].numel() for name in names)
+
+    def at_once() -> Tensor:
+        blocks = []
+        for start, stop in _spans(B * R, B // size * R, P * B // size + numel, columns.itemsize):
+            block = _by_datum(jacobian, columns, size, start, stop, names)
+            if not _matches(block, jacobian, columns, start, stop, names):
+                raise RuntimeError("the data of the batch depend on each other")
+            blocks.append(block)
+        return torch.cat(blocks)
+
+    return how.vectorized("rows", at_once, lambda: None)
 
 
 def _spans(rows: int, per_datum: int, numbers_per_row: int, itemsize: int) -> Iterator[tuple[int, int]]:
@@ -67,7 +95,9 @@ def _can_be_cut(X: Any, size: int) -> bool:
     return bool(inputs) and all(t.ndim and len(t) == size and t.layout is torch.strided for t in inputs)
 
 
-def _by_datum(jacobian: BatchJacobian, columns: Tensor, size: int, start: int, stop: int) -> Tensor:
+def _by_datum(
+    jacobian: BatchJacobian, columns: Tensor, size: int, start: int, stop: int, names: Sequence[str]
+) -> Tensor:
     """Differentiate each datum by itself, all at once."""
     how = jacobian.differentiation
     X = jacobian.X
@@ -85,14 +115,15 @@ def _by_datum(jacobian: BatchJacobian, columns: Tensor, size: int, start: int, s
     def one_datum(x: tuple[Tensor, ...], U: Tensor) -> dict[str, Tensor]:
         parts = iter(x)
         datum = map_arrays(lambda _: next(parts).unsqueeze(0), X)
-        pull = vjp(lambda point: how.flat(point, datum), dict(jacobian.point))[1]
+        chosen = {name: jacobian.point[name] for name in names}
+        pull = vjp(lambda point: how.flat({**jacobian.point, **point}, datum), chosen)[1]
         gradients: dict[str, Tensor] = vmap(pull)(U)[0]
         return gradients
 
     assert how.mode is not None
     with how.mode.kernels(), torch.no_grad():
         gradients = vmap(one_datum, randomness="same")(tuple(t[first:last] for t in leaves(X)), cotangents)
-    return how.parameters.join({name: g.flatten(0, 1) for name, g in gradients.items()}).T
+    return torch.cat([gradients[name].reshape(len(cotangents) * len(within), -1) for name in names], 1)
 
 
 def _by_backward(jacobian: BatchJacobian, columns: Tensor, start: int, stop: int) -> Tensor:
@@ -108,12 +139,16 @@ def _by_backward(jacobian: BatchJacobian, columns: Tensor, start: int, stop: int
     return torch.cat(blocks)
 
 
-def _matches(block: Tensor, jacobian: BatchJacobian, columns: Tensor, start: int, stop: int) -> bool:
+def _matches(
+    block: Tensor, jacobian: BatchJacobian, columns: Tensor, start: int, stop: int, names: Sequence[str]
+) -> bool:
     """Compare a weighted sum of the rows with one plain backward pass; weights in [1, 2] let no row vanish."""
     B, R, _ = columns.shape
     weights = torch.zeros(B * R, dtype=block.dtype, device=block.device)
     weights[start:stop] = torch.linspace(1, 2, stop - start, dtype=block.dtype, device=block.device)
     U = torch.einsum("brp,br->bp", columns, weights.view(B, R))
-    plain = jacobian.vjp(U.reshape(1, *jacobian.outputs.shape))[:, 0]
+    whole = jacobian.vjp(U.reshape(1, *jacobian.outputs.shape))[:, 0]
+    spans = jacobian.differentiation.parameters.spans
+    plain = torch.cat([whole[slice(*spans[name])] for name in names])
     difference = (weights[start:stop] @ block - plain).norm()
     return bool(difference <= jacobian.differentiation.tolerance * plain.norm())

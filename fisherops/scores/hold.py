@@ -1,0 +1,203 @@
+"""Building the rows of G for one batch from the graph of its outputs, with every piece checked."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fisherops.scores.graph import Use, find_uses
+from fisherops.scores.held import HeldScores, Span
+from fisherops.scores.jacobian import BatchJacobian
+from fisherops.scores.parts import LinearPart, Part, RowsPart
+from fisherops.scores.recompute import Factor
+from fisherops.scores.rows import rows_by_datum
+
+
+class CannotHoldError(Exception):
+    """Why rows of G cannot be held for a batch."""
+
+
+class RowsBuilder:
+    """The rows of G of one batch, before they are built.
+
+    Parameters
+    ----------
+    jacobian : BatchJacobian
+    factor : Factor
+    size : int
+        Number of data in the batch.
+
+    Raises
+    ------
+    CannotHoldError
+        If rows do not belong to data.
+    """
+
+    def __init__(self, jacobian: BatchJacobian, factor: Factor, size: int) -> None:
+        if factor.blocks % size:
+            raise CannotHoldError(f"{factor.blocks} terms do not belong to {size} data in equal numbers")
+        self._jacobian, self._factor, self._N = jacobian, factor, size
+        self._q = factor.blocks // size * factor.rank
+        self._f, self._leaves = jacobian.graph
+        with torch.no_grad():
+            self._uses = find_uses(self._f, self._leaves)
+
+    @property
+    def vectors(self) -> int:
+        """Rows for each datum, which is the number of backward passes to build them."""
+        return self._q
+
+    @property
+    def nbytes(self) -> int:
+        """Predicted memory of the rows in their cheapest form."""
+        total = 0
+        for name, uses in self._uses.items():
+            leaf = self._leaves[name]
+            dense = self._N * self._q * leaf.nbytes
+            total += dense if uses is None else min(dense, sum(use.nbytes(self._N, self._q, leaf) for use in uses))
+        return total
+
+    def build(self, form: str) -> tuple[HeldScores, list[str]]:
+        """Build the rows.
+
+        Parameters
+        ----------
+        form : {"auto", "scores", "factors"}
+            What to do with weights that are used linearly: the cheaper, dense rows, or factors.
+
+        Returns
+        -------
+        held : HeldScores
+        differentiated : list of str
+            Parameters whose rows were differentiated datum by datum, their uses being unknown or not as they seemed.
+
+        Raises
+        ------
+        CannotHoldError
+            If rows cannot be found by datum, or are not those of plain reverse mode.
+        """
+        columns = self._factor.columns()
+        gradients = self._backpropagated(columns)
+        parts: dict[str, list[Part]] = {}
+        rest: list[str] = []
+        with torch.no_grad():
+            w, truth = self._probe()
+            for name, uses in self._uses.items():
+                found = None if uses is None else self._checked_parts(uses, gradients, w, truth, name)
+                if found is None:
+                    rest.append(name)
+                else:
+                    parts[name] = found
+            if rest:
+                parts |= self._differentiated(columns, rest)
+            return self._assembled(parts, form), rest
+
+    def _backpropagated(self, columns: Tensor) -> dict[Use, Tensor]:
+        """Return b (q, ...) for all uses, by one batched backward pass that stops at them."""
+        uses = [use for found in self._uses.values() if found is not None for use in found]
+        if not uses:
+            return {}
+        edges = list({(use.edge.node, use.edge.output_nr): use.edge for use in uses}.values())
+        own = self._factor.blocks // self._N
+        U = columns.view(self._N, own, self._factor.rank, -1)
+        U = torch.einsum("norp,ox->ornxp", U, torch.eye(own, dtype=U.dtype, device=U.device))
+        U = U.reshape(self._q, *self._f.shape)
+        how = self._jacobian.differentiation
+
+        def grad(cotangent: Tensor, batched: bool) -> tuple[Tensor | None, ...]:
+            result: tuple[Tensor | None, ...] = torch.autograd.grad(
+                [self._f], edges, [cotangent], retain_graph=True, is_grads_batched=batched, allow_unused=True
+            )
+            return result
+
+        def one_by_one() -> tuple[Tensor | None, ...]:
+            passes = zip(*(grad(u, batched=False) for u in U), strict=True)
+            return tuple(None if b[0] is None else torch.stack(b) for b in passes)
+
+        found = one_by_one() if self._q == 1 else how.vectorized("factors", lambda: grad(U, batched=True), one_by_one)
+        known = {(e.node, e.output_nr): b for e, b in zip(edges, found, strict=True)}
+        by_use = {use: known[use.edge.node, use.edge.output_nr] for use in uses}
+        return {use: b.detach().to(columns.dtype) for use, b in by_use.items() if b is not None}
+
+    def _probe(self) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return random weights (1, N, q) of the rows, and their sum for each parameter by plain reverse mode."""
+        f = self._f
+        generator = torch.Generator(device=f.device).manual_seed(0)
+        w = torch.randn(1, self._factor.blocks, self._factor.rank, dtype=f.dtype, device=f.device, generator=generator)
+        sums = self._jacobian.vjp(self._factor.apply(w).reshape(1, *f.shape))[:, 0]
+        self._scale = 1e-3 * sums.norm()
+        spans = self._jacobian.differentiation.parameters.spans
+        return w.view(1, self._N, self._q), {name: sums[slice(*spans[name])] for name in self._uses}
+
+    def _checked_parts(
+        self, uses: list[Use], gradients: dict[Use, Tensor], w: Tensor, truth: dict[str, Tensor], name: str
+    ) -> list[Part] | None:
+        """Return the parts of a parameter, with the data on whichever axis gives the right sum, or None."""
+        used = [use for use in uses if use in gradients]
+        for data_second in (False, True):
+            parts = [use.part(gradients[use], self._N, data_second) for use in used]
+            known = [part for part in parts if part is not None]
+            if len(known) == len(parts) and self._agrees(known, w, truth[name]):
+                return known
+        return None
+
+    def _agrees(self, parts: list[Part], w: Tensor, truth: Tensor) -> bool:
+        total = torch.zeros_like(truth)
+        for part in parts:
+            total += part.apply_transposed(w)[0]
+        # A parameter may have no effect but rounding, such as a bias before a normalization.
+        tolerance = self._jacobian.differentiation.tolerance * (truth.norm() + self._scale)
+        return bool((total - truth).norm() <= tolerance)
+
+    def _differentiated(self, columns: Tensor, names: list[str]) -> dict[str, list[Part]]:
+        rows = rows_by_datum(self._jacobian, columns, self._N, names)
+        if rows is None:
+            raise CannotHoldError(f"the rows for {', '.join(names)} cannot be differentiated datum by datum")
+        pieces = rows.split([self._leaves[name].numel() for name in names], dim=1)
+        return {
+            name: [RowsPart(piece.reshape(self._N, self._q, -1))] for name, piece in zip(names, pieces, strict=True)
+        }
+
+    def _assembled(self, parts: dict[str, list[Part]], form: str) -> HeldScores:
+        parameters = self._jacobian.differentiation.parameters
+        dense: list[tuple[Span, Tensor]] = []
+        factors: list[tuple[Span, Part]] = []
+        for name, span in parameters.spans.items():
+            joined = _joined(parts.get(name, []))
+            if joined and (
+                form == "scores"
+                or all(isinstance(part, RowsPart) or (form == "auto" and part.dense_is_cheaper) for part in joined)
+            ):
+                rows = joined[0].dense()
+                for part in joined[1:]:
+                    rows = rows + part.dense()
+                dense.append((span, rows.flatten(0, 1)))
+            else:
+                factors += [(span, part) for part in joined]
+        rows = torch.cat([rows for _, rows in dense], 1) if dense else self._f.new_zeros(self._N * self._q, 0).detach()
+        return HeldScores(rows, _merged([span for span, _ in dense]), factors, self._N, parameters.numel)
+
+
+def _joined(parts: list[Part]) -> list[Part]:
+    """Join linear uses of the same parameter, such as those of the steps of a recurrent layer."""
+    result: list[Part] = []
+    for part in parts:
+        partner = next(
+            (k for k, known in enumerate(result) if isinstance(known, LinearPart) and known.joins(part)), None
+        )
+        if partner is None:
+            result.append(part)
+        else:
+            result[partner] = result[partner].joined(part)  # type: ignore[attr-defined]
+    return result
+
+
+def _merged(spans: list[Span]) -> list[Span]:
+    """Join spans that follow each other."""
+    merged: list[Span] = []
+    for start, stop in spans:
+        if merged and merged[-1][1] == start:
+            merged[-1] = (merged[-1][0], stop)
+        else:
+            merged.append((start, stop))
+    return merged

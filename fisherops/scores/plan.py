@@ -1,0 +1,150 @@
+"""What is kept of G between products: chosen for each batch by cost, within a bound on memory."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, field
+
+from fisherops.scores.graph import saved_bytes
+from fisherops.scores.held import HeldScores
+from fisherops.scores.hold import CannotHoldError, RowsBuilder
+from fisherops.scores.jacobian import BatchJacobian
+from fisherops.scores.recompute import Factor, RecomputedScores
+
+Scores = HeldScores | RecomputedScores
+
+CACHES = ("auto", "scores", "factors", "linearization", "none")
+
+# Rows of G for each datum, and so backward passes to build them, that "auto" takes.
+_MANY_VECTORS = 16
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What was chosen for one batch."""
+
+    size: int
+    form: str
+    nbytes: int
+    reason: str
+
+
+@dataclass
+class Plan:
+    """What an operator keeps between products; print it.
+
+    Attributes
+    ----------
+    cache : str
+        What was asked for.
+    max_memory : int
+        Bytes that may be kept.
+    entries : list of Entry
+        The choice for each batch, its memory and reason.
+    """
+
+    cache: str
+    max_memory: int
+    entries: list[Entry] = field(default_factory=list)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes kept."""
+        return sum(entry.nbytes for entry in self.entries)
+
+    def __str__(self) -> str:
+        lines = [
+            f"cache={self.cache!r}: {_bytes(self.nbytes)} of at most {_bytes(self.max_memory)} kept "
+            f"for {sum(entry.size for entry in self.entries)} data in {len(self.entries)} batches"
+        ]
+        groups: dict[tuple[str, str], list[Entry]] = {}
+        for entry in self.entries:
+            groups.setdefault((entry.form, entry.reason), []).append(entry)
+        for (form, reason), entries in groups.items():
+            lines.append(f"  {len(entries)} × {form}, {_bytes(sum(e.nbytes for e in entries))}: {reason}")
+        return "\n".join(lines)
+
+
+class Keeper:
+    """Chooses the form of each batch while a pass goes on, and keeps what fits.
+
+    Parameters
+    ----------
+    cache : str
+        One of `CACHES`.
+    max_memory : int
+        Bytes that may be kept.
+    """
+
+    def __init__(self, cache: str, max_memory: int) -> None:
+        self.plan = Plan(cache, max_memory)
+        self.kept: list[Scores | None] = []
+
+    @property
+    def complete(self) -> bool:
+        """Whether every batch is kept, so that products need no data."""
+        return all(scores is not None for scores in self.kept)
+
+    def choose(self, jacobian: BatchJacobian, factor: Factor, size: int) -> Scores:
+        """Return G of the next batch in the form chosen for it."""
+        cache, reason = self.plan.cache, "asked for"
+        left = self.plan.max_memory - self.plan.nbytes
+        if cache in ("auto", "scores", "factors") and jacobian.reached:
+            try:
+                return self._rows(jacobian, factor, size, left)
+            except CannotHoldError as error:
+                if cache != "auto":
+                    raise NotImplementedError(
+                        f"cache={cache!r} cannot be had for this model: {error}. Use cache='auto' or 'linearization'."
+                    ) from None
+                reason = str(error)
+        if cache in ("auto", "linearization") and jacobian.reached:
+            nbytes = 2 * saved_bytes(jacobian.graph[0])
+            if nbytes <= left:
+                jacobian.linearize()
+                return self._note(RecomputedScores(jacobian, factor, size), size, "linearization", nbytes, reason)
+            reason = f"{reason}; a linearization would take {_bytes(nbytes)}, and {_bytes(left)} are left"
+        return self._note(RecomputedScores(jacobian, factor, size), size, "none", 0, reason)
+
+    def forget(self, reason: str) -> None:
+        """Keep nothing."""
+        self.plan.entries = [Entry(entry.size, "none", 0, reason) for entry in self.plan.entries]
+        self.kept = [None] * len(self.kept)
+
+    def _rows(self, jacobian: BatchJacobian, factor: Factor, size: int, left: int) -> Scores:
+        builder = RowsBuilder(jacobian, factor, size)
+        if self.plan.cache == "auto" and builder.vectors > _MANY_VECTORS:
+            raise CannotHoldError(f"{builder.vectors} rows for each datum would cost as many backward passes")
+        if builder.nbytes > left:
+            reason = f"rows would take {_bytes(builder.nbytes)}, and {_bytes(left)} are left"
+            if self.plan.cache == "auto":
+                raise CannotHoldError(reason)
+            return self._note(RecomputedScores(jacobian, factor, size), size, "none", 0, reason)
+        try:
+            held, differentiated = builder.build(self.plan.cache)
+        except CannotHoldError as error:
+            warnings.warn(f"products will be slower than they could be: {error}.", PlanWarning, stacklevel=2)
+            raise
+        reason = "every parameter's rows by the operation that uses it"
+        if differentiated:
+            reason = (
+                f"rows of {', '.join(differentiated)} differentiated datum by datum, the others by their operations"
+            )
+        return self._note(held, size, held.description, held.nbytes, reason)
+
+    def _note(self, scores: Scores, size: int, form: str, nbytes: int, reason: str) -> Scores:
+        self.plan.entries.append(Entry(size, form, nbytes, reason))
+        self.kept.append(scores if form != "none" else None)
+        return scores
+
+
+class PlanWarning(UserWarning):
+    """The rows of G cannot be kept for this model, so that products take longer."""
+
+
+def _bytes(n: int) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if n < 1024:
+            return f"{n:.3g} {unit}"
+        n /= 1024  # type: ignore[assignment]
+    return f"{n:.3g} GiB"
