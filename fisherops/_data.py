@@ -173,6 +173,12 @@ class Data:
             )
         else:
             size = first.shape[0]
+            lengths = {t.shape[0] if t.ndim else None for t in leaves(y)}
+            if len(lengths) > 1:
+                raise ValueError(
+                    f"the targets of batch {index} must have one row for each datum, got shapes "
+                    f"{[tuple(t.shape) for t in leaves(y)]}: make them equally long, or pass `batch_size_fn`."
+                )
         if size < 1:
             raise ValueError(
                 f"batch {index} has size {size}: every batch must have at least one datum. Leave empty batches out."
@@ -187,6 +193,10 @@ class Data:
             raise ValueError(
                 f"the indices of batch {index} must be {size} integers, one for each datum, got shape "
                 f"{tuple(t.shape)} of {t.dtype}."
+            )
+        if len(t.unique()) < len(t):
+            raise ValueError(
+                f"the indices of batch {index} are not distinct: each must be the place of one datum in the data set."
             )
         if int(t.min()) < 0 or int(t.max()) >= 2**32:
             raise ValueError(f"the indices of batch {index} must be in [0, 2**32), got {t.min()} to {t.max()}.")

@@ -15,8 +15,8 @@ from torch import Tensor
 from fisherops import _philox
 from fisherops._randomness import fixed_randomness
 
-# Of the 32 bits that number the terms of a datum, those for terms of one head where a model has several.
-_TERM_BITS = 24
+# Of the 32 bits that number the samples, those for the samples of one head where a model has several.
+_SAMPLE_BITS = 24
 
 
 class StreamSampler:
@@ -49,9 +49,9 @@ class StreamSampler:
         """Draw class indices (samples, T) for probabilities (T, C)."""
         return probabilities.multinomial(samples, replacement=True, generator=self._generator).T
 
-    def bernoulli(self, probabilities: Tensor, samples: int) -> Tensor:
-        """Draw zeros and ones (samples, ...) for probabilities of any shape."""
-        return probabilities.expand(samples, *probabilities.shape).bernoulli(generator=self._generator)
+    def bernoulli(self, logits: Tensor, samples: int) -> Tensor:
+        """Draw zeros and ones (samples, ...) for logits of any shape."""
+        return logits.sigmoid().expand(samples, *logits.shape).bernoulli(generator=self._generator)
 
     def uniform(self, like: Tensor, samples: int) -> Tensor:
         """Draw float64 numbers in (0, 1), (samples, ...) for `like` of any shape."""
@@ -116,9 +116,10 @@ class CounterDraws:
         C = probabilities.shape[1]
         return torch.searchsorted(cumulative, targets.contiguous(), right=True).clamp_(max=C - 1).T
 
-    def bernoulli(self, probabilities: Tensor, samples: int) -> Tensor:
-        """Draw zeros and ones (samples, T, C) for probabilities (T, C)."""
-        return (self.uniform(probabilities, samples) < probabilities).to(probabilities.dtype)
+    def bernoulli(self, logits: Tensor, samples: int) -> Tensor:
+        """Draw zeros and ones (samples, T, C) for logits (T, C)."""
+        # In float32, probabilities next to 1 have no digits for what is left.
+        return (self.uniform(logits, samples) < logits.double().sigmoid()).to(logits.dtype)
 
     def poisson(self, rate: Tensor, samples: int) -> Tensor:
         """Draw counts (samples, T, C) for rates (T, C)."""
@@ -128,9 +129,8 @@ class CounterDraws:
     def generated(self, f: Tensor, sample: Callable[[Tensor], Tensor]) -> Tensor:
         """Draw by a function that uses torch's global generator, seeded for each datum."""
         zero = torch.zeros_like(self._index)
-        first_term = zero + (self._head << _TERM_BITS)
         # A counter that `uniform` does not use: its last word counts pairs of classes.
-        high, low, *_ = _philox.words((self._index, first_term, zero, zero + 0xFFFFFFFF), self._key)
+        high, low, *_ = _philox.words((self._index, zero, zero + self._head, zero + 0xFFFFFFFF), self._key)
         seeds = ((high << 31) ^ low).tolist()
         drawn = []
         with fixed_randomness(f.device, 0) as generators:
@@ -148,8 +148,13 @@ class CounterDraws:
         (T, C), device = like.shape, self._index.device
         terms = T // len(self._index)
         datum = self._index.repeat_interleave(terms)[:, None]
-        term = torch.arange(terms, device=device).repeat(len(self._index))[:, None] + (self._head << _TERM_BITS)
-        sample = torch.arange(samples, device=device)[:, None, None]
+        term = torch.arange(terms, device=device).repeat(len(self._index))[:, None]
+        if self._head >= 2 ** (32 - _SAMPLE_BITS) or samples > 2**_SAMPLE_BITS:
+            raise ValueError(
+                f"there are numbers for {2 ** (32 - _SAMPLE_BITS)} heads of {2**_SAMPLE_BITS} samples each, got "
+                f"head {self._head} and {samples} samples: use sampler='stream'."
+            )
+        sample = torch.arange(samples, device=device)[:, None, None] + (self._head << _SAMPLE_BITS)
         pair = torch.arange(-(-C // 2), device=device)
         numbers = torch.stack(_philox.uniform((datum, term, sample, pair), self._key), -1)
         return numbers.expand(samples, T, -(-C // 2), 2).flatten(2)[..., :C]
@@ -158,7 +163,10 @@ class CounterDraws:
 def _check_rate(rate: Tensor) -> None:
     wrong = ~((rate > 0) & (rate < 2.0**53))
     if wrong.any():
-        raise ValueError(f"Poisson rates must be above 0 and below 2**53, got {rate[wrong][0].item()}.")
+        raise ValueError(
+            f"counts can be drawn for Poisson rates above 0 and below 2**53, and the model predicts "
+            f"{rate[wrong][0].item()}: check its outputs."
+        )
 
 
 def _poisson_quantile(u: Tensor, rate: Tensor) -> Tensor:

@@ -321,7 +321,7 @@ def test_packed_sequences():
     sequences = [torch.randn(n, 2) for n in (4, 3, 1)]
     X = nn.utils.rnn.pack_sequence(sequences)
     model, y = Packed(), torch.zeros(3, 2)
-    op = fo.FisherMCLinearOperator(model, nn.MSELoss(), data=[(X, y)], sampler="stream")
+    op = fo.FisherMCLinearOperator(model, nn.MSELoss(), data=[(X, y)], sampler="stream", cache="linearization")
     import oracle
 
     expected = oracle.monte_carlo_fisher(model, nn.MSELoss(), list(model.parameters()), [(X, y)])
@@ -338,11 +338,19 @@ def test_a_source_that_is_empty_the_second_time_is_called_so(case):
 def test_arrays_changed_in_place_are_found(case, library):
     X, y = arrays(case)
     X = X.numpy() if library == "numpy" else X
-    op = fo.FisherMCLinearOperator(case.model, nn.CrossEntropyLoss(), data=(X, y), batch_size=4)
-    op @ np.ones(op.shape[0])
-    X[5] += 1
-    with pytest.raises(RuntimeError, match="batch 1 is not the one"):
-        op @ np.ones(op.shape[0])
+    op, plain = (
+        fo.FisherMCLinearOperator(case.model, nn.CrossEntropyLoss(), data=(X, y), batch_size=4, cache=cache)
+        for cache in ("auto", "none")
+    )
+    v = np.ones(op.shape[0], op.dtype)
+    first = op @ v, plain @ v
+    X += 1
+    with pytest.raises(RuntimeError, match="batch 0 is not the one"):
+        plain @ v
+    np.testing.assert_array_equal(op @ v, first[0])  # what is kept stays the same matrix
+    op.refresh()
+    with pytest.raises(RuntimeError, match="batch 0 is not the one"):
+        op @ v
 
 
 def test_the_progress_bar_is_on_stderr_and_silent_when_off(case, capfd):

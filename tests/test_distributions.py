@@ -270,7 +270,7 @@ def test_validation_is_as_the_user_left_it():
          r"batch 0: PoissonNLLLoss\(log_input=False\) takes positive rates as outputs, got -3.0: end the model with exp"),
         (nn.NLLLoss(), lambda z: z, torch.zeros(3).long(), "batch 0: NLLLoss takes log-probabilities as outputs, got some whose pr"),
         (nn.NLLLoss(), lambda z: z.log_softmax(1), torch.ones(3, 2), "batch 0: NLLLoss takes class indices of int64 as targets"),
-        (nn.BCELoss(), lambda z: 0 * z + 1.5, torch.ones(3, 2), r"batch 0: BCELoss takes probabilities in \[0, 1\] as outputs, got 1.5"),
+        (nn.BCELoss(), lambda z: 0 * z + 1.5, torch.ones(3, 2), r"batch 0: BCELoss takes probabilities between 0 and 1 as outputs, got 1.5"),
         (nn.MSELoss(), lambda z: z, torch.full((3, 2), torch.inf), "batch 0: the targets must be finite, got inf"),
         (nn.HuberLoss(), lambda z: z, torch.full((3, 2), torch.nan), "batch 0: the targets must be finite, got nan"),
         (nn.L1Loss(), lambda z: z, torch.ones(3, 1), r"batch 0: the outputs have shape \(3, 2\) and the targets \(3, 1\)"),

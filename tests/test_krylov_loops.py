@@ -42,7 +42,7 @@ def conjugate_gradients(A, b, iterations):
         q *= alpha  # in place, in the operator's result
         r -= q
         new = float(r @ r)
-        if new == 0:
+        if new < 1e-30 * float(b @ b):  # squares of smaller numbers vanish in float32
             break
         p *= new / rho
         p += r

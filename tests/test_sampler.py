@@ -135,7 +135,7 @@ def test_the_draws_have_their_distributions():
         for c in range(3):
             assert stats.kstest(normal[m, :, c], "norm").pvalue > 1e-6
     assert np.abs(np.corrcoef(normal.transpose(0, 2, 1).reshape(6, n)) - np.eye(6)).max() < 5.5 / np.sqrt(n)
-    heads = draws.bernoulli(torch.full((n, 2), 0.3), 1)[0].sum(0).numpy()
+    heads = draws.bernoulli(torch.full((n, 2), 0.3).logit(), 1)[0].sum(0).numpy()
     assert np.abs(heads - 0.3 * n).max() <= stats.norm.isf(1e-6) * np.sqrt(n * 0.21)
 
 

@@ -347,7 +347,13 @@ def test_a_model_that_couples_its_batch_has_its_rows_taken_from_the_whole_batch(
             return self.outer((h - h.mean(0)).tanh())
 
     model = Centred(None)
-    check_against_the_definition(model, data_for(model, 3))
+    with pytest.warns(
+        fo.PlanWarning, match="rows for inner.weight, inner.bias cannot be .*: the data of a batch depend"
+    ):
+        op = fo.FisherMCLinearOperator(model, nn.MSELoss(), data=data_for(model, 3))
+        assert "linearization" in str(op.plan)
+    with pytest.warns(fo.PlanWarning):
+        check_against_the_definition(model, data_for(model, 3))
 
 
 def test_a_model_whose_terms_do_not_come_in_data():

@@ -138,7 +138,7 @@ def test_more_samples_than_classes_cost_no_more_vectors(loss):
     class Fixed:
         normal = staticmethod(lambda like, samples: torch.randn(samples, *like.shape, dtype=like.dtype))
         categorical = staticmethod(lambda p, samples: p.multinomial(samples, replacement=True).T)
-        bernoulli = staticmethod(lambda p, samples: p.expand(samples, *p.shape).bernoulli())
+        bernoulli = staticmethod(lambda f, samples: f.sigmoid().expand(samples, *f.shape).bernoulli())
 
     for samples in (1, 3, 4, 50):
         torch.manual_seed(0)

@@ -31,8 +31,8 @@ class Draws(Protocol):
         """Draw class indices (samples, T) for probabilities (T, C)."""
         ...
 
-    def bernoulli(self, probabilities: Tensor, samples: int) -> Tensor:
-        """Draw zeros and ones (samples, T, C) for probabilities (T, C)."""
+    def bernoulli(self, logits: Tensor, samples: int) -> Tensor:
+        """Draw zeros and ones (samples, T, C) for logits (T, C)."""
         ...
 
     def poisson(self, rate: Tensor, samples: int) -> Tensor:
@@ -194,6 +194,11 @@ class Likelihood(ABC):
         """Return √(w/c) in the dtype of f, broadcasting to it; c has one entry for each head."""
         if terms.weights is None:
             return (1 / c).sqrt().to(f).unsqueeze(1)
+        if terms.weights.shape not in ((len(f), 1), f.shape):
+            raise ValueError(
+                f"the weights of `terms` must have shape {(len(f), 1)} or {tuple(f.shape)}, one for each term or "
+                f"output, got {tuple(terms.weights.shape)}."
+            )
         return (terms.weights / c.to(terms.weights.device)).sqrt().to(f.dtype)
 
 
@@ -223,6 +228,8 @@ def checked_targets(y: Any) -> Tensor:
         raise TypeError(f"the targets y must be a tensor or array for this loss, got {type(y).__name__}.")
     if y.is_complex():
         raise TypeError(f"the targets must be real, got {y.dtype}.")
+    if y.dtype == torch.bool:
+        return y.to(torch.uint8)
     if y.is_floating_point() and not y.isfinite().all():
         refuse("the targets must be finite", y, ~y.isfinite(), "leave such data out, or correct them")
     return y
@@ -246,6 +253,9 @@ def score_columns(likelihood: Any, f: Tensor, y: Any) -> Tensor:
                 f"{(R, len(f))}, got {tuple(value.shape)}: sum over the elements of a term."
             )
         if not value.requires_grad:
-            return f.new_zeros(len(f), R, f.shape[1])
+            raise ValueError(
+                f"`log_prob` of {type(likelihood).__name__} does not depend on the outputs f that it is given: compute "
+                "it from f in torch, without detaching."
+            )
         (gradient,) = torch.autograd.grad(value.sum(), point)
     return gradient.neg_().transpose(0, 1)

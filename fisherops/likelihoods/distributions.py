@@ -179,7 +179,7 @@ def _structure_of(dist: Any) -> _Structure:
         return _Transformed(dist)
     if type(dist) is td.MixtureSameFamily:
         return _Mixture(dist)
-    return _Named(dist)
+    return _Beta(dist) if type(dist) is td.Beta else _Named(dist)
 
 
 class _Named(_Structure):
@@ -189,6 +189,8 @@ class _Named(_Structure):
         self._kind = _SAME_AS.get(type(dist), type(dist))
         rules = _rules(dist, self._kind)
         replaced = {other for name, others in _PREFERRED.items() if name in rules for other in others}
+        if self._kind is td.Geometric and "logits" not in vars(dist):
+            replaced = {"logits"}  # torch computes with the probability itself
         values = {name: _parameter(dist, name) for name in rules if name not in replaced}
         self._shapes = {name: value.shape[value.ndim - rules[name].event_dim :] for name, value in values.items()}
         self._sizes = [prod(shape) for shape in self._shapes.values()]
@@ -218,6 +220,7 @@ class _Named(_Structure):
                 text = "positive" if name == "rate" else f"in {rule}"
                 what = f"the {name} of {type(dist).__name__} must be {text}"
                 refuse(what, value, wrong, "correct the model's output")
+        _check_probabilities(dist)
         moving = _SUPPORT_OF.get(self._kind, set()) & self._learned
         if moving:
             raise NotImplementedError(
@@ -232,6 +235,12 @@ class _Named(_Structure):
 
     def draw(self, f: Tensor, samples: int, draws: Draws) -> Tensor:
         own = _DRAWS.get(self._kind)
+        name, least = _LEAST.get(self._kind, ("", 0.0))
+        if name and (small := self._values(f)[name] < least).any():
+            refuse(
+                f"draws of {self._kind.__name__} vanish in float64 unless its {name} is at least {least}",
+                self._values(f)[name], small, "take the exact Fisher",
+            )  # fmt: skip
         return super().draw(f, samples, draws) if own is None else own(self._values(f), samples, draws)
 
     def scores(self, f: Tensor, y: Tensor) -> OutputFactor:
@@ -253,6 +262,23 @@ class _Named(_Structure):
     def _values(self, f: Tensor) -> dict[str, Tensor]:
         parts = zip(self._shapes.items(), f.split(self._sizes, dim=-1), strict=True)
         return {name: part.reshape(*f.shape[:-1], *shape) for (name, shape), part in parts}
+
+
+class _Beta(_Named):
+    """A beta distribution as that of (y, 1 − y), so that draws near 1 keep the digits of 1 − y."""
+
+    def __init__(self, dist: Any) -> None:
+        concentrations = torch.stack([dist.concentration1, dist.concentration0], -1)
+        super().__init__(td.Dirichlet(concentrations, validate_args=False))
+
+    def coordinates(self, dist: Any) -> Tensor:
+        return torch.stack([dist.concentration1, dist.concentration0], -1)
+
+    def check(self, dist: Any) -> None:
+        super().check(td.Dirichlet(self.coordinates(dist), validate_args=False))
+
+    def pull(self, dist: Any, y: Tensor) -> Tensor:
+        return torch.stack([y, 1 - y], -1)
 
 
 class _Independent(_Structure):
@@ -334,7 +360,7 @@ class _Mixture(_Structure):
     """A mixture of distributions of one family: logits of the weights, then the components."""
 
     def __init__(self, dist: Any) -> None:
-        self._component = _structure_of(dist.component_distribution)
+        self._component = _Named(dist.component_distribution)
         self._count = dist.mixture_distribution.logits.shape[-1]
         self.size = self._count * (1 + self._component.size)
         self.event_shape = dist.event_shape
@@ -423,6 +449,24 @@ def _parameter(dist: Any, name: str) -> Tensor:
     return value if value.is_floating_point() else value.to(torch.get_default_dtype())
 
 
+def _check_probabilities(dist: Any) -> None:
+    """Refuse what torch itself computes wrongly: clamped probabilities, and a density that loses its digits."""
+    kind = type(dist)
+    if kind in (td.Binomial, td.NegativeBinomial, td.Multinomial) and "probs" in vars(dist):
+        p = dist.probs.detach()
+        eps = torch.finfo(p.dtype).eps
+        if (clamped := (p < eps) | (p > 1 - eps)).any():
+            refuse(
+                f"torch computes {kind.__name__} with probabilities of at least {eps:.2g}", p, clamped,
+                "make it with logits=",
+            )  # fmt: skip
+    if kind is td.ContinuousBernoulli and (large := dist.logits.detach().abs() > 30).any():
+        refuse(
+            "torch's density of ContinuousBernoulli is accurate for logits up to 30", dist.logits, large,
+            "limit the model's output",
+        )  # fmt: skip
+
+
 def _constant(dist: Any, name: str) -> Any:
     """Return an argument of the class that is no parameter: one number."""
     value = getattr(dist, name)
@@ -438,13 +482,17 @@ def _check_rebuilt(dist: Any, structure: _Structure, y: Tensor) -> None:
 
     Its density, and the gradient of that by all parameters, must be those of the distribution built from them.
     """
-    with torch.set_grad_enabled(torch.is_grad_enabled()):
-        values = [each.log_prob(y).sum() for each in (dist, structure.build(structure.coordinates(dist)))]
-    parameters = _leaves(values)
-    gradients = [_gradient(value, parameters) for value in values]
-    for a, b in (values, gradients):
-        if not (a - b).detach().norm() <= 1e-3 * a.detach().norm():
-            raise NotImplementedError(_cannot_rebuild(type(dist), "it depends on more than those"))
+    f = structure.coordinates(dist)
+    with torch.no_grad():
+        drawn = dist.sample()
+    # Observed targets may miss where the two differ.
+    for targets in (y.to(f.dtype), drawn):
+        values = [each.log_prob(targets).sum() for each in (dist, structure.build(f))]
+        parameters = _leaves(values)
+        gradients = [_gradient(value, parameters) for value in values]
+        for a, b in (values, gradients):
+            if not (a - b).detach().norm() <= 1e-3 * a.detach().norm():
+                raise NotImplementedError(_cannot_rebuild(type(dist), "it depends on more than those"))
 
 
 def _leaves(values: list[Tensor]) -> list[Tensor]:
@@ -515,6 +563,15 @@ _SUPPORT_OF: dict[type, set[str]] = {
     td.Uniform: {"low", "high"},
     td.Pareto: {"scale"},
     td.GeneralizedPareto: {"loc", "scale", "concentration"},
+}
+
+# Below this, draws of a gamma variable are often smaller than any number.
+_LEAST: dict[type, tuple[str, float]] = {
+    td.Gamma: ("concentration", 0.02),
+    td.InverseGamma: ("concentration", 0.02),
+    td.Dirichlet: ("concentration", 0.02),
+    td.Chi2: ("df", 0.04),
+    td.StudentT: ("df", 0.04),
 }
 
 # Parameters that the closed forms below take as given.
@@ -588,6 +645,14 @@ def _gumbel(v: Values) -> Tensor:
     return _lower((1 / s,), ((_EULER - 1) / s, pi / sqrt(6) / s))
 
 
+def _continuous_bernoulli_variance(logits: Tensor) -> Tensor:
+    """Return 1/η² − 1/(2 sinh(η/2))²."""
+    square = logits.square()
+    decay = (-logits.abs()).exp()
+    far = 1 / square - decay / (1 - decay).square()
+    return torch.where(logits.abs() > 0.1, far, 1 / 12 - square / 240 + square**2 / 6048 - square**3 / 172800)
+
+
 def _von_mises(v: Values) -> Tensor:
     k = v["concentration"]
     ratio = i1e(k) / i0e(k)
@@ -613,12 +678,13 @@ _ROOTS: dict[type, Callable[[Values], Tensor]] = {
     td.InverseGamma: _gamma,
     td.Chi2: lambda v: _diagonal(_trigamma(v["df"] / 2).sqrt() / 2),
     td.Pareto: lambda v: _diagonal(*(1 / v["alpha"] if name == "alpha" else 0 * v["alpha"] for name in v)),
-    td.Beta: lambda v: _dirichlet(torch.stack([v["concentration1"], v["concentration0"]], -1)),
     td.Dirichlet: lambda v: _dirichlet(v["concentration"]),
     td.Poisson: lambda v: _diagonal(v["rate"].rsqrt()),
     td.Bernoulli: lambda v: _diagonal((v["logits"].sigmoid() * (-v["logits"]).sigmoid()).sqrt()),
-    td.Geometric: lambda v: _diagonal((-v["logits"]).sigmoid().sqrt()),
-    td.ContinuousBernoulli: lambda v: _diagonal(td.ContinuousBernoulli(logits=v["logits"]).variance.sqrt()),
+    td.Geometric: lambda v: _diagonal(
+        (-v["logits"]).sigmoid().sqrt() if "logits" in v else (1 - v["probs"]).rsqrt() / v["probs"]
+    ),
+    td.ContinuousBernoulli: lambda v: _diagonal(_continuous_bernoulli_variance(v["logits"]).sqrt()),
     td.Binomial: lambda v: _diagonal(
         0 * v["logits"], (v["total_count"] * v["logits"].sigmoid() * (-v["logits"]).sigmoid()).sqrt()
     ),
@@ -654,15 +720,16 @@ def _draw_multivariate_normal(v: Values, samples: int, draws: Draws) -> Tensor:
 
 
 def _draw_geometric(v: Values, samples: int, draws: Draws) -> Tensor:
-    logits = v["logits"].unsqueeze(-1)
-    return (draws.uniform(logits, samples).log() / torch.nn.functional.logsigmoid(-logits)).floor().squeeze(-1)
+    failure = torch.nn.functional.logsigmoid(-v["logits"]) if "logits" in v else (-v["probs"]).log1p()
+    failure = failure.unsqueeze(-1)
+    return (draws.uniform(failure, samples).log() / failure).floor().squeeze(-1)
 
 
 # Draws by inversion that torch has not as `icdf`.
 _DRAWS: dict[type, Callable[[Values, int, Draws], Tensor]] = {
     td.Normal: _draw_normal,
     td.LogNormal: lambda v, samples, draws: _draw_normal(v, samples, draws).exp(),
-    td.Bernoulli: lambda v, M, draws: draws.bernoulli(v["logits"].sigmoid().unsqueeze(-1), M).squeeze(-1),
+    td.Bernoulli: lambda v, M, draws: draws.bernoulli(v["logits"].unsqueeze(-1), M).squeeze(-1),
     td.Categorical: _draw_categorical,
     td.OneHotCategorical: lambda v, M, draws: torch.nn.functional.one_hot(
         _draw_categorical(v, M, draws), v["logits"].shape[-1]

@@ -217,13 +217,13 @@ class Bernoulli(Likelihood):
         return Terms(as_rows(weights), terms.divisor, as_rows(label))
 
     def sample(self, f: Tensor, samples: int, draws: Draws) -> Tensor:
-        return draws.bernoulli(f.sigmoid(), samples)
+        return draws.bernoulli(f, samples)
 
     def log_prob(self, f: Tensor, y: Tensor) -> Tensor:
         return -(torch.nn.functional.softplus(f) - y * f).sum(-1)
 
     def scores(self, f: Tensor, y: Tensor) -> OutputFactor:
-        return _dense(f.sigmoid() - y, f)
+        return _dense(f.double().sigmoid() - y, f)
 
     def exact(self, f: Tensor) -> OutputFactor:
         # σ(f) σ(−f) keeps its digits where σ is close to 1.
@@ -237,11 +237,11 @@ class BernoulliProbability(Bernoulli):
         return super().flatten(checked_tensor(output).logit())
 
     def terms(self, output: Any, y: Any) -> Terms:
-        outside = (output < 0) | (output > 1)
+        outside = (output <= 0) | (output >= 1)
         if outside.any():
             refuse(
-                "BCELoss takes probabilities in [0, 1] as outputs", output, outside,
-                "end the model with a sigmoid, or use BCEWithLogitsLoss",
+                "BCELoss takes probabilities between 0 and 1 as outputs", output, outside,
+                "end the model with a sigmoid, or for logits and values next to 0 or 1 use BCEWithLogitsLoss",
             )  # fmt: skip
         return super().terms(output, y)
 

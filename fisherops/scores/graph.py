@@ -96,12 +96,13 @@ class _Broadcast(Use):
         shape = list(self._shape)
         if len(shape) > b.ndim - 1:
             return None
-        features = len(shape) if len(shape) < b.ndim - 1 else 0
+        covers_data = 0 < len(shape) == b.ndim - 1
+        features = 0 if covers_data else len(shape)
         g = _by_datum(b if self._a is None else b * self._a, N, data_second, features)
         if g is None:
             return None
         # The parameter may have an axis for the data too, along which it is the same for all.
-        if features == 0 and shape.pop(1 if data_second and b.shape[1] != N else 0) != 1:
+        if covers_data and shape.pop(1 if data_second and b.shape[1] != N else 0) != 1:
             return None
         if len(shape) > g.ndim - 2:
             return None

@@ -16,6 +16,11 @@ from fisherops.scores.rows import rows_by_datum
 class CannotHoldError(Exception):
     """Why rows of G cannot be held for a batch."""
 
+    def __init__(self, reason: str, surprising: bool = False) -> None:
+        super().__init__(reason)
+        self.surprising = surprising
+        """Whether the model does something else with its parameters than its operations say."""
+
 
 class RowsBuilder:
     """The rows of G of one batch, before they are built.
@@ -80,12 +85,14 @@ class RowsBuilder:
         gradients = self._backpropagated(columns)
         parts: dict[str, list[Part]] = {}
         rest: list[str] = []
+        self._surprising: list[str] = []
         with torch.no_grad():
             w, truth = self._probe()
             for name, uses in self._uses.items():
                 found = None if uses is None else self._checked_parts(uses, gradients, w, truth, name)
                 if found is None:
                     rest.append(name)
+                    self._surprising += [name] if uses is not None else []
                 else:
                     parts[name] = found
             if rest:
@@ -152,7 +159,10 @@ class RowsBuilder:
     def _differentiated(self, columns: Tensor, names: list[str]) -> dict[str, list[Part]]:
         rows = rows_by_datum(self._jacobian, columns, self._N, names)
         if rows is None:
-            raise CannotHoldError(f"the rows for {', '.join(names)} cannot be differentiated datum by datum")
+            raise CannotHoldError(
+                f"the rows for {', '.join(self._surprising or names)} cannot be differentiated datum by datum",
+                surprising=bool(self._surprising),
+            )
         pieces = rows.split([self._leaves[name].numel() for name in names], dim=1)
         return {
             name: [RowsPart(piece.reshape(self._N, self._q, -1))] for name, piece in zip(names, pieces, strict=True)

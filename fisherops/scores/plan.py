@@ -123,7 +123,13 @@ class Keeper:
         try:
             held, differentiated = builder.build(self.plan.cache)
         except CannotHoldError as error:
-            warnings.warn(f"products will be slower than they could be: {error}.", PlanWarning, stacklevel=2)
+            if error.surprising:
+                warnings.warn(
+                    f"{error}: the data of a batch depend on each other, or lie on no axis that was found. Products "
+                    "are right, but slower than they might be (cache='linearization' accepts that).",
+                    PlanWarning,
+                    stacklevel=2,
+                )
             raise
         reason = "every parameter's rows by the operation that uses it"
         if differentiated:
