@@ -35,9 +35,16 @@ class StreamSampler:
     def __init__(self, seed: int, device: torch.device) -> None:
         self._generator = torch.Generator(device=device)
         self._generator.manual_seed(seed)
+        self._start = self._generator.get_state()
 
     def batch(self, index: Tensor) -> StreamSampler:  # noqa: ARG002 (only their order matters)
         """Return the draws for the data with these indices."""
+        self._start = self._generator.get_state()
+        return self
+
+    def again(self) -> StreamSampler:
+        """Return the draws of the present batch from their beginning."""
+        self._generator.set_state(self._start)
         return self
 
     def normal(self, like: Tensor, samples: int) -> Tensor:
@@ -102,6 +109,10 @@ class CounterDraws:
 
     def __init__(self, key: tuple[int, int], index: Tensor, head: int = 0) -> None:
         self._key, self._index, self._head = key, index, head
+
+    def again(self) -> CounterDraws:
+        """Return the draws from their beginning, where they always are."""
+        return self
 
     def normal(self, like: Tensor, samples: int) -> Tensor:
         """Draw standard normal numbers (samples, T, C) of the dtype of `like` (T, C)."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from fisherops import _arrays, likelihoods
 from fisherops._checks import integer
 from fisherops._data import Batch, Data
-from fisherops._draws import CounterSampler, StreamSampler
+from fisherops._draws import CounterDraws, CounterSampler, StreamSampler
 from fisherops._linop import TorchLinearOperator
 from fisherops._memory import as_bytes
 from fisherops._model import ModelFunction, as_function, isolated
@@ -23,7 +23,10 @@ from fisherops._randomness import fixed_randomness
 from fisherops._sums import CompensatedSum
 from fisherops._tree import leaves, map_arrays
 from fisherops.likelihoods import Draws, Likelihood, OutputFactor, Terms
-from fisherops.scores import CACHES, Differentiation, Keeper, Plan, RecomputedScores, Scores
+from fisherops.scores import CACHES, BatchJacobian, Differentiation, Keeper, Plan, RecomputedScores, Scores
+
+# Columns of a product over what is kept are taken together up to this size.
+_CHUNK_BYTES = 2**24
 
 
 class _Evaluation:
@@ -118,13 +121,15 @@ class _FisherOperator(TorchLinearOperator):
     # ---- Products -----------------------------------------------------------------------------
 
     def _apply(self, V: Tensor) -> Tensor:
-        total = CompensatedSum()
         with self._pass("product") as batches:
-            for scores in batches:
-                # Columns lie one after the other in memory (hence .T), as `Parameters.split` gives and takes them.
-                blocks = [scores.product(columns).T for columns in torch.split(V, scores.columns, dim=1)]
-                total.add((torch.cat(blocks) if len(blocks) > 1 else blocks[0]).T)
-        return _check_result(total.value(), V)
+            # Few columns at a time, whose memory is used again for the next; but data are read once for all.
+            step = max(1, _CHUNK_BYTES // (V.shape[0] * V.itemsize))
+            if V.shape[1] <= step or not isinstance(batches, list):
+                return _check_result(_sum_of_products(batches, V), V)
+            result = torch.empty_like(V, memory_format=torch.contiguous_format)
+            for start in range(0, V.shape[1], step):
+                result[:, start : start + step] = _sum_of_products(batches, V[:, start : start + step])
+        return _check_result(result, V)
 
     def todense(self) -> np.ndarray[Any, Any]:
         """Return F as a NumPy array of shape (D, D), from the rows of G."""
@@ -176,8 +181,8 @@ class _FisherOperator(TorchLinearOperator):
     # ---- One pass over the data ---------------------------------------------------------------
 
     @contextmanager
-    def _pass(self, description: str, kept: bool = True) -> Iterator[Iterator[Scores]]:
-        """Go through G by batches: those that are kept, and the others by reading the data.
+    def _pass(self, description: str, kept: bool = True) -> Iterator[Iterable[Scores]]:
+        """Go through G by batches: those that are kept, as a list if they are all, and the others by reading the data.
 
         With ``kept=False`` vectors of the output factor are as they were drawn, and nothing is kept.
         """
@@ -189,7 +194,7 @@ class _FisherOperator(TorchLinearOperator):
                 self._c = self._sum_divisors()
             keeper = self._keeper if kept and self._state == self._model.state() else None
             if keeper is not None and keeper.complete:
-                yield iter(keeper.kept)  # type: ignore[arg-type]
+                yield [scores for scores in keeper.kept if scores is not None]
                 return
             batches = stack.enter_context(self._batches(description))
             if not kept:
@@ -219,24 +224,29 @@ class _FisherOperator(TorchLinearOperator):
             # What is kept must not change with the user's arrays.
             X = map_arrays(Tensor.clone, batch.X) if choosing else batch.X
             jacobian = self._differentiation.at(point, X)
+            if not choosing:
+                jacobian.settle()
             reached |= jacobian.reached
-            f = jacobian.outputs
             terms = self._terms(jacobian.output, batch)
-            _check_finite(f, batch)
+            _check_finite(jacobian.outputs, batch)
             divisors.add(terms)
             if self._needs_terms_by_datum:
-                _check_terms_by_datum(f, batch)
-            q = self._likelihood.bind(jacobian.output)
-            factor = self._factor(q, f, terms, sampler.batch(batch.places) if sampler else None)
-            factor = factor.scaled(q.scale(f, terms, c * self._samples))
-            if self._rows == "datum":
-                factor = factor.summed(factor.blocks // batch.size)
-            if keeper is not None:
-                factor = factor.compressed()
+                _check_terms_by_datum(jacobian.outputs, batch)
+            draws = sampler.batch(batch.places) if sampler is not None else None
+
+            def make_factor(
+                jacobian: BatchJacobian = jacobian,
+                terms: Terms = terms,
+                size: int = batch.size,
+                draws: StreamSampler | CounterDraws | None = draws,
+            ) -> OutputFactor:
+                again = draws.again() if draws is not None else None
+                return self._output_factor(jacobian, terms, c, size, again, compressed=keeper is not None)
+
             if keeper is not None and choosing:
-                yield keeper.choose(jacobian, factor, batch.size)
+                yield keeper.choose(jacobian, make_factor, batch.size)
             else:
-                yield RecomputedScores(jacobian, factor, batch.size)
+                yield RecomputedScores(jacobian, make_factor(), batch.size)
         if chosen is not None and any(scores is not None for scores in chosen):
             return  # not every batch was looked at
         self._check_reached(reached)
@@ -245,6 +255,16 @@ class _FisherOperator(TorchLinearOperator):
                 "what reduction='mean' divides by changed from one pass to the next: the weights of the loss were "
                 "changed. Make a new operator."
             )
+
+    def _output_factor(
+        self, jacobian: BatchJacobian, terms: Terms, c: Tensor, size: int, draws: Draws | None, compressed: bool
+    ) -> OutputFactor:
+        """Return S of a batch, with weights, normalization and the sums over the terms of a datum."""
+        q, f = self._likelihood.bind(jacobian.output), jacobian.outputs
+        factor = self._factor(q, f, terms, draws).scaled(q.scale(f, terms, c * self._samples))
+        if self._rows == "datum":
+            factor = factor.summed(factor.blocks // size)
+        return factor.compressed() if compressed else factor
 
     @contextmanager
     def _batches(self, description: str) -> Iterator[Iterator[Batch]]:
@@ -682,6 +702,16 @@ class EmpiricalFisherLinearOperator(_FisherOperator):
         return _checked(q.scores(f, q.observed(terms)), q, f, 1)
 
 
+def _sum_of_products(batches: Iterable[Scores], V: Tensor) -> Tensor:
+    """Sum GᵀG V over batches."""
+    total = CompensatedSum()
+    for scores in batches:
+        # Columns lie one after the other in memory (hence .T), as `Parameters.split` gives and takes them.
+        blocks = [scores.product(columns).T for columns in torch.split(V, scores.columns, dim=1)]
+        total.add((torch.cat(blocks) if len(blocks) > 1 else blocks[0]).T)
+    return total.value()
+
+
 def _seed(seed: int) -> int:
     return integer("seed", seed, -(2**63), 2**64 - 1)
 
@@ -696,8 +726,8 @@ def _checked(factor: OutputFactor, q: Likelihood, f: Tensor, samples: int | None
         )
     if samples is not None and len(q.reductions) == 1 and factor.rank != samples:
         raise ValueError(
-            f"{name} returned {factor.rank} vectors for each term and there are {samples} samples: `sample` must return "
-            "targets with a leading axis of samples, (samples, T, ...)."
+            f"{name} returned {factor.rank} vectors for each term and there are {samples} samples: `sample` must "
+            "return targets with a leading axis of samples, (samples, T, ...)."
         )
     return factor
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from fisherops.scores.parts import Part
 
 # Bytes of rows that are multiplied by G and then by Gᵀ while they are in the processor's cache.
-_CACHED_BYTES = 2**20
+_CACHED_BYTES = 2**21
 
 # Bytes that a block of rows, or what a product needs beside its vectors, may take.
 _BLOCK_BYTES = 2**26
@@ -38,7 +38,7 @@ class HeldScores:
     def __init__(self, dense: Tensor, spans: list[Span], parts: list[tuple[Span, Part]], size: int, numel: int) -> None:
         self._dense, self._spans, self._parts, self._N, self._numel = dense, spans, parts, size, numel
         self._whole = len(spans) == 1 and spans[0] == (0, numel)
-        numbers = max([dense.shape[1], *(part.numbers_per_column for _, part in parts)])
+        numbers = max([1, dense.shape[1], *(part.numbers_per_column for _, part in parts)])
         self.columns = min(256, max(1, _BLOCK_BYTES // (numbers * dense.itemsize)))
         """Columns that are multiplied together."""
 
@@ -58,15 +58,14 @@ class HeldScores:
         """Multiply GᵀG: (D, K) → (D, K), reading dense rows once."""
         V = V.T.contiguous()
         W = self._apply_parts(V)
-        result = V.new_zeros(V.shape)
+        result = self._empty(len(V), V)
         if self._spans:
             v = self._dense_columns(V)
             total = torch.zeros_like(v)
             step = max(1, _CACHED_BYTES // (self._dense.shape[1] * self._dense.itemsize))
             for start in range(0, len(self._dense), step):
                 rows = self._dense[start : start + step]
-                w = torch.addmm(W[:, start : start + step], v, rows.T)
-                W[:, start : start + step] = w
+                w = W[:, start : start + step].addmm_(v, rows.T)
                 total.addmm_(w, rows)
             self._scatter(total, result)
         self._transpose_parts(W, result)
@@ -83,7 +82,7 @@ class HeldScores:
     def apply_transposed(self, W: Tensor) -> Tensor:
         """Multiply Gᵀ: (N · q, K) → (D, K)."""
         W = W.T.contiguous()
-        result = W.new_zeros(len(W), self._numel)
+        result = self._empty(len(W), W)
         if self._spans:
             self._scatter(W @ self._dense, result)
         self._transpose_parts(W, result)
@@ -108,8 +107,23 @@ class HeldScores:
         return W
 
     def _transpose_parts(self, W: Tensor, result: Tensor) -> None:
+        written: set[Span] = set()
         for (start, stop), part in self._parts:
-            result[:, start:stop] += part.apply_transposed(W.view(len(W), self._N, -1))
+            out = result[:, start:stop]
+            own = W.view(len(W), self._N, -1)
+            if (start, stop) not in written:
+                part.apply_transposed(own, out)
+                written.add((start, stop))
+            else:  # another use of the same parameter
+                more = torch.empty_like(out)
+                part.apply_transposed(own, more)
+                out += more
+
+    def _empty(self, K: int, like: Tensor) -> Tensor:
+        """Return room for a result (K, D), zero where nothing is held."""
+        held = sum(stop - start for start, stop in {*self._spans, *(span for span, _ in self._parts)})
+        make = like.new_empty if held == self._numel else like.new_zeros
+        return make(K, self._numel)
 
     def _dense_columns(self, V: Tensor) -> Tensor:
         return V if self._whole else torch.cat([V[:, start:stop] for start, stop in self._spans], 1)
@@ -117,5 +131,5 @@ class HeldScores:
     def _scatter(self, dense: Tensor, result: Tensor) -> None:
         offset = 0
         for start, stop in self._spans:
-            result[:, start:stop] += dense[:, offset : offset + stop - start]
+            result[:, start:stop] = dense[:, offset : offset + stop - start]
             offset += stop - start

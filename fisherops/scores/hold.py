@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fisherops.scores.graph import Use, find_uses
 from fisherops.scores.held import HeldScores, Span
-from fisherops.scores.jacobian import BatchJacobian
+from fisherops.scores.jacobian import BatchJacobian, derivative_not_finite
 from fisherops.scores.parts import LinearPart, Part, RowsPart
 from fisherops.scores.recompute import Factor
 from fisherops.scores.rows import rows_by_datum
@@ -87,7 +87,7 @@ class RowsBuilder:
         rest: list[str] = []
         self._surprising: list[str] = []
         with torch.no_grad():
-            w, truth = self._probe()
+            w, truth = self._probe(columns)
             for name, uses in self._uses.items():
                 found = None if uses is None else self._checked_parts(uses, gradients, w, truth, name)
                 if found is None:
@@ -126,13 +126,15 @@ class RowsBuilder:
         by_use = {use: known[use.edge.node, use.edge.output_nr] for use in uses}
         return {use: b.detach().to(columns.dtype) for use, b in by_use.items() if b is not None}
 
-    def _probe(self) -> tuple[Tensor, dict[str, Tensor]]:
+    def _probe(self, columns: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Return random weights (1, N, q) of the rows, and their sum for each parameter by plain reverse mode."""
         f = self._f
         generator = torch.Generator(device=f.device).manual_seed(0)
         w = torch.randn(1, self._factor.blocks, self._factor.rank, dtype=f.dtype, device=f.device, generator=generator)
         sums = self._jacobian.vjp(self._factor.apply(w).reshape(1, *f.shape))[:, 0]
         self._scale = 1e-3 * sums.norm()
+        if not sums.isfinite().all() and self._f.isfinite().all() and columns.isfinite().all():
+            raise derivative_not_finite()
         spans = self._jacobian.differentiation.parameters.spans
         return w.view(1, self._N, self._q), {name: sums[slice(*spans[name])] for name in self._uses}
 
@@ -151,7 +153,9 @@ class RowsBuilder:
     def _agrees(self, parts: list[Part], w: Tensor, truth: Tensor) -> bool:
         total = torch.zeros_like(truth)
         for part in parts:
-            total += part.apply_transposed(w)[0]
+            own = torch.empty(1, len(truth), dtype=truth.dtype, device=truth.device)
+            part.apply_transposed(w, own)
+            total += own[0]
         # A parameter may have no effect but rounding, such as a bias before a normalization.
         tolerance = self._jacobian.differentiation.tolerance * (truth.norm() + self._scale)
         return bool((total - truth).norm() <= tolerance)

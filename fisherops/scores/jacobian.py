@@ -58,6 +58,7 @@ class Differentiation:
         self.mode: _Mode | None = None
         self.tolerance = torch.finfo(parameters.dtype).eps ** 0.5
         """Relative difference between two ways to compute the same that rounding explains."""
+        self._rounding_is_known = False
         self._vectorizes: dict[str, bool] = {}
 
     def flat(self, point: Mapping[str, Tensor], X: Any) -> Tensor:
@@ -83,6 +84,17 @@ class Differentiation:
                 return result
         return one_by_one()
 
+    @property
+    def kernels(self) -> Callable[[], AbstractContextManager[None]]:
+        """The kernels that the model is evaluated with."""
+        return (self.mode or _MODES[0]).kernels
+
+    def note_rounding(self, jacobian: BatchJacobian) -> None:
+        """Widen the tolerance where the model computes in half precision inside; found once, from its graph."""
+        if not self._rounding_is_known:
+            self.tolerance = max(self.tolerance, jacobian.rounding())
+            self._rounding_is_known = True
+
     def settle(self, jacobian: BatchJacobian) -> None:
         """Make sure that the mode works on a batch and agrees with reverse mode there.
 
@@ -92,7 +104,6 @@ class Differentiation:
         custom = jacobian.custom_functions()
         if self.mode is not None and not custom:
             return
-        self.tolerance = max(self.tolerance, jacobian.rounding())
         failures = []
         # The present mode first; the graph of the batch is already built for it.
         for mode in sorted(_MODES, key=lambda mode: mode is not self.mode):
@@ -106,20 +117,35 @@ class Differentiation:
                 failures.append(f"{mode.name}: {first_line(error)}")
                 continue
             if isnan(difference):
-                raise FloatingPointError(
-                    "a derivative of the model's output is NaN or infinite although the output is finite: check its "
-                    "operations (such as a square root or a norm at zero), or pass dtype='float64'."
-                )
+                raise derivative_not_finite()
             if difference <= self.tolerance:
                 self.mode = mode
                 return
             failures.append(f"{mode.name}: it differs from reverse mode by {difference:.2%}, so a derivative is wrong")
-        raise NotImplementedError(
+        raise ModesError(
             "the model's Jacobian cannot be multiplied with vectors, because an operation allows neither forward-mode "
             "nor double-backward differentiation: replace it, or give its autograd function a jvp. "
             + (f"The model uses the custom autograd functions {', '.join(sorted(custom))}. " if custom else "")
-            + f"Tried {'; '.join(failures)}."
+            + f"Tried {'; '.join(failures)}.",
+            disagrees=any("forward" in name and "differs" in name for name in failures),
         )
+
+
+class ModesError(NotImplementedError):
+    """No mode of differentiation gives products with J."""
+
+    def __init__(self, message: str, disagrees: bool) -> None:
+        super().__init__(message)
+        self.disagrees = disagrees
+        """Whether a forward-mode rule gave something else than reverse mode, so that one of the two is wrong."""
+
+
+def derivative_not_finite() -> FloatingPointError:
+    """Return the error for outputs that are finite and derivatives that are not."""
+    return FloatingPointError(
+        "a derivative of the model's output is NaN or infinite although the output is finite: check its operations "
+        "(such as a square root or a norm at zero), or pass dtype='float64'."
+    )
 
 
 class BatchJacobian:
@@ -141,16 +167,31 @@ class BatchJacobian:
         self.X = X
         self._linear: tuple[Tensor, tuple[Tensor | None, ...]] | None = None
         self.build_graph(differentiation.mode or _MODES[0])
-        if self.reached:
-            differentiation.settle(self)
-        # From the kernels that were settled on: draws must see the same outputs in every product.
-        self.outputs = self._graph[0].detach()
+        differentiation.note_rounding(self)
 
     @property
     def graph(self) -> tuple[Tensor, dict[str, Tensor]]:
         """The outputs with their graph, and the leaves that stand for the parameters in it."""
         f, leaves = self._graph
         return f, dict(zip(self.point, leaves, strict=True))
+
+    def settle(self) -> None:
+        """Get ready for products with J, which change `outputs` where other kernels are needed for them.
+
+        To be called before draws are made: they must see the same outputs in every product.
+        """
+        if self.reached:
+            self.differentiation.settle(self)
+
+    def check_custom_functions(self) -> None:
+        """Compare custom autograd functions' reverse mode with the other modes that they offer, if any."""
+        if self.custom_functions():
+            try:
+                self.settle()
+            except ModesError as error:
+                if error.disagrees:
+                    raise
+                self.build_graph(_MODES[0])
 
     def linearize(self) -> None:
         """Keep the derivative of u ↦ Jᵀu, if there is one, so that J v needs no evaluation of the model."""
@@ -196,6 +237,7 @@ class BatchJacobian:
             self.output = self.differentiation.function(leaves, self.X)
             f = self.differentiation.flatten(self.output).to(self.differentiation.parameters.dtype)
             self._graph: tuple[Tensor, list[Tensor]] = f, list(leaves.values())
+        self.outputs = f.detach()
         reached = {id(node.variable) for node in self._nodes() if hasattr(node, "variable")}
         for name, tensor in self.differentiation.parameters.tensors.items():
             if id(tensor) in reached:
@@ -232,15 +274,10 @@ class BatchJacobian:
 
     def rounding(self) -> float:
         """Return the relative rounding of the coarsest arithmetic inside the model, where it is lower than its own."""
-        seen: set[torch.dtype] = set()
-
-        def note(t: Tensor) -> Tensor:
-            seen.add(t.dtype)
-            return t
-
-        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
-            leaves = {name: value.detach().requires_grad_() for name, value in self.point.items()}
-            seen.add(self.differentiation.flatten(self.differentiation.function(leaves, self.X)).dtype)
+        seen = {self.differentiation.flatten(self.output).dtype}
+        for node in self._nodes():
+            saved = (getattr(node, name) for name in dir(node) if name.startswith("_saved_"))
+            seen |= {t.dtype for t in saved if isinstance(t, Tensor)}
         coarse = [10 * torch.finfo(dtype).eps for dtype in seen & {torch.float16, torch.bfloat16}]
         parameters = self.differentiation.parameters
         tf32 = torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32

@@ -20,8 +20,8 @@ class Part(ABC):
         """Multiply: (K, d) → (K, N, q)."""
 
     @abstractmethod
-    def apply_transposed(self, W: Tensor) -> Tensor:
-        """Multiply the transpose: (K, N, q) → (K, d)."""
+    def apply_transposed(self, W: Tensor, out: Tensor) -> None:
+        """Multiply the transpose: (K, N, q) → `out` (K, d)."""
 
     @abstractmethod
     def dense(self, start: int = 0, stop: int | None = None) -> Tensor:
@@ -47,15 +47,15 @@ class RowsPart(Part):
     """The rows themselves, (N, q, d)."""
 
     def __init__(self, rows: Tensor) -> None:
-        self._rows = rows.contiguous()
+        self._rows = rows.detach().contiguous()
 
     def apply(self, V: Tensor) -> Tensor:
         N, q, d = self._rows.shape
         return (V @ self._rows.view(N * q, d).T).view(-1, N, q)
 
-    def apply_transposed(self, W: Tensor) -> Tensor:
+    def apply_transposed(self, W: Tensor, out: Tensor) -> None:
         N, q, d = self._rows.shape
-        return W.reshape(-1, N * q) @ self._rows.view(N * q, d)
+        out.copy_(W.reshape(-1, N * q) @ self._rows.view(N * q, d))
 
     def dense(self, start: int = 0, stop: int | None = None) -> Tensor:
         return self._rows[start:stop]
@@ -79,27 +79,46 @@ class LinearPart(Part):
     """
 
     def __init__(self, A: Tensor, B: Tensor, rows_are_outputs: bool) -> None:
-        self._A, self._B = A.contiguous(), B.contiguous()
+        self._A, self._B = A.detach().contiguous(), B.detach().contiguous()
         self._rows_are_outputs = rows_are_outputs
 
     def apply(self, V: Tensor) -> Tensor:
         (N, q, T, o), i = self._B.shape, self._A.shape[2]
-        K = len(V)
-        V = V.reshape(K, o, i) if self._rows_are_outputs else V.reshape(K, i, o).mT
-        H = (self._A.view(N * T, i) @ V.reshape(K * o, i).T).view(N, T, K, o)
-        if T == 1 and q == 1:
-            return torch.einsum("nko,no->kn", H[:, 0], self._B[:, 0, 0]).unsqueeze(2)
-        return torch.einsum("ntko,nqto->knq", H, self._B)
-
-    def apply_transposed(self, W: Tensor) -> Tensor:
-        (N, q, T, o), i = self._B.shape, self._A.shape[2]
-        K = len(W)
-        H = W.reshape(K, N, 1, 1) * self._B[:, 0] if q == 1 else torch.einsum("knq,nqto->knto", W, self._B)
-        H = H.reshape(K, N * T, o)
+        W = V.new_empty(len(V), N, q)
         A = self._A.view(N * T, i)
-        if self._rows_are_outputs:
-            return (H.mT.reshape(K * o, N * T) @ A).view(K, o * i)
-        return torch.matmul(A.T, H).reshape(K, i * o)
+        for start in range(0, len(V), self._step):
+            v = V[start : start + self._step]
+            K = len(v)
+            v = v.reshape(K * o, i) if self._rows_are_outputs else v.reshape(K, i, o).mT.reshape(K * o, i)
+            H = (A @ v.T).view(N, T, K, o)
+            if T == 1 and q == 1 and K == 1:
+                W[start] = H.view(N, o).mul_(self._B.view(N, o)).sum(1, keepdim=True)
+            else:
+                W[start : start + K] = torch.einsum("ntko,nqto->knq", H, self._B)
+        return W
+
+    def apply_transposed(self, W: Tensor, out: Tensor) -> None:
+        (N, q, T, o), i = self._B.shape, self._A.shape[2]
+        A = self._A.view(N * T, i)
+        for start in range(0, len(W), self._step):
+            w = W[start : start + self._step]
+            K = len(w)
+            H = w.reshape(K, N, 1, 1) * self._B[:, 0] if q == 1 else torch.einsum("knq,nqto->knto", w, self._B)
+            H = H.reshape(K, N * T, o)
+            if self._rows_are_outputs:
+                target = out[start : start + K].view(K, o, i)
+                if K == 1:
+                    torch.mm(H[0].T, A, out=target[0])
+                else:
+                    target.copy_((H.mT.reshape(K * o, N * T) @ A).view(K, o, i))
+            else:
+                out[start : start + K].view(K, i, o).copy_(torch.matmul(A.T, H))
+
+    @property
+    def _step(self) -> int:
+        """Columns that fill a matrix product; more of them only need more memory."""
+        N, _, T, _ = self._B.shape
+        return max(1, 256 // (N * T))
 
     def dense(self, start: int = 0, stop: int | None = None) -> Tensor:
         letters = "nqto,nti->nqoi" if self._rows_are_outputs else "nqto,nti->nqio"
@@ -114,11 +133,6 @@ class LinearPart(Part):
         # A matrix product does several multiplications in the time that one number takes from memory.
         _, q, T, _ = self._B.shape
         return 8 * q < T
-
-    @property
-    def numbers_per_column(self) -> int:
-        N, _, T, o = self._B.shape
-        return N * T * o
 
     def joined(self, other: LinearPart) -> LinearPart:
         """Return the sum of two uses of the same parameter: their positions one after the other."""
@@ -151,11 +165,11 @@ class EmbeddingPart(Part):
         looked_up = V.reshape(len(V), self._count, d)[:, self._index]
         return torch.einsum("kntd,nqtd->knq", looked_up, self._B)
 
-    def apply_transposed(self, W: Tensor) -> Tensor:
+    def apply_transposed(self, W: Tensor, out: Tensor) -> None:
         K, d = len(W), self._B.shape[3]
         weighted = torch.einsum("knq,nqtd->kntd", W, self._B)
-        table = W.new_zeros(K, self._count, d)
-        return table.index_add_(1, self._index.reshape(-1), weighted.reshape(K, -1, d)).view(K, -1)
+        table = out.zero_().view(K, self._count, d)
+        table.index_add_(1, self._index.reshape(-1), weighted.reshape(K, -1, d))
 
     def dense(self, start: int = 0, stop: int | None = None) -> Tensor:
         B, index = self._B[start:stop], self._index[start:stop]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from fisherops.scores.graph import saved_bytes
@@ -85,19 +86,30 @@ class Keeper:
         """Whether every batch is kept, so that products need no data."""
         return all(scores is not None for scores in self.kept)
 
-    def choose(self, jacobian: BatchJacobian, factor: Factor, size: int) -> Scores:
-        """Return G of the next batch in the form chosen for it."""
+    def choose(self, jacobian: BatchJacobian, make_factor: Callable[[], Factor], size: int) -> Scores:
+        """Return G of the next batch in the form chosen for it.
+
+        Parameters
+        ----------
+        jacobian : BatchJacobian
+        make_factor : callable
+            Returns the output factor for the present outputs of `jacobian`.
+        size : int
+            Number of data in the batch.
+        """
         cache, reason = self.plan.cache, "asked for"
         left = self.plan.max_memory - self.plan.nbytes
         if cache in ("auto", "scores", "factors") and jacobian.reached:
             try:
-                return self._rows(jacobian, factor, size, left)
+                return self._rows(jacobian, make_factor, size, left)
             except CannotHoldError as error:
                 if cache != "auto":
                     raise NotImplementedError(
                         f"cache={cache!r} cannot be had for this model: {error}. Use cache='auto' or 'linearization'."
                     ) from None
                 reason = str(error)
+        jacobian.settle()
+        factor = make_factor()
         if cache in ("auto", "linearization") and jacobian.reached:
             nbytes = 2 * saved_bytes(jacobian.graph[0])
             if nbytes <= left:
@@ -111,15 +123,17 @@ class Keeper:
         self.plan.entries = [Entry(entry.size, "none", 0, reason) for entry in self.plan.entries]
         self.kept = [None] * len(self.kept)
 
-    def _rows(self, jacobian: BatchJacobian, factor: Factor, size: int, left: int) -> Scores:
-        builder = RowsBuilder(jacobian, factor, size)
+    def _rows(self, jacobian: BatchJacobian, make_factor: Callable[[], Factor], size: int, left: int) -> Scores:
+        jacobian.check_custom_functions()
+        builder = RowsBuilder(jacobian, make_factor(), size)
         if self.plan.cache == "auto" and builder.vectors > _MANY_VECTORS:
             raise CannotHoldError(f"{builder.vectors} rows for each datum would cost as many backward passes")
         if builder.nbytes > left:
             reason = f"rows would take {_bytes(builder.nbytes)}, and {_bytes(left)} are left"
             if self.plan.cache == "auto":
                 raise CannotHoldError(reason)
-            return self._note(RecomputedScores(jacobian, factor, size), size, "none", 0, reason)
+            jacobian.settle()
+            return self._note(RecomputedScores(jacobian, make_factor(), size), size, "none", 0, reason)
         try:
             held, differentiated = builder.build(self.plan.cache)
         except CannotHoldError as error:

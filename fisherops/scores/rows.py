@@ -120,8 +120,7 @@ def _by_datum(
         gradients: dict[str, Tensor] = vmap(pull)(U)[0]
         return gradients
 
-    assert how.mode is not None
-    with how.mode.kernels(), torch.no_grad():
+    with how.kernels(), torch.no_grad():
         gradients = vmap(one_datum, randomness="same")(tuple(t[first:last] for t in leaves(X)), cotangents)
     return torch.cat([gradients[name].reshape(len(cotangents) * len(within), -1) for name in names], 1)
 
