@@ -1,0 +1,365 @@
+"""What is kept between products: always the same matrix, whatever the form, within its memory, and never stale."""
+
+import copy
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from models import ARCHITECTURES, LOSSES, make_case
+from tolerances import assert_same
+from torch import nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+import fisherops as fo
+
+KINDS = {
+    "mc": fo.FisherMCLinearOperator,
+    "exact": fo.FisherLinearOperator,
+    "empirical": fo.EmpiricalFisherLinearOperator,
+}
+
+
+def check(
+    model, loss, data, kind="mc", caches=("auto", "scores", "factors", "linearization"), dtype=torch.float64, **options
+):
+    """Every form gives the matrix of the plain one; returns the plan of "auto"."""
+    plain = KINDS[kind](model, loss, data=data, cache="none", **options)
+    V = np.random.default_rng(0).standard_normal((plain.shape[0], 3)).astype(plain.dtype)
+    expected, F = plain @ V, plain.todense()
+    plan = None
+    for cache in caches:
+        op = KINDS[kind](model, loss, data=data, cache=cache, **options)
+        first = op @ V
+        assert_same(first, expected, dtype)
+        np.testing.assert_array_equal(op @ V, first)
+        assert_same(op @ V[:, 0], expected[:, 0], dtype)
+        assert_same(op.todense(), F, dtype)
+        assert_same(op.diagonal(), np.diag(F), dtype)
+        plan = plan or op.plan
+    return plan
+
+
+@given(
+    st.builds(
+        make_case,
+        architecture=st.sampled_from(ARCHITECTURES),
+        loss=st.sampled_from(sorted(LOSSES)),
+        reduction=st.sampled_from(["mean", "sum"]),
+        sizes=st.lists(st.integers(1, 4), min_size=1, max_size=3),
+        dtype=st.sampled_from([torch.float32, torch.float64]),
+        C=st.integers(2, 4),
+        seed=st.integers(0, 10**6),
+    ),
+    st.sampled_from(sorted(KINDS)),
+    st.sampled_from(["term", "datum"]),
+    st.integers(1, 5),
+)
+def test_every_form_is_the_same_matrix(case, kind, rows, samples):
+    options = {"mc": {"rows": rows, "mc_samples": samples}, "exact": {}, "empirical": {"rows": rows}}[kind]
+    check(case.model, case.loss, case.data, kind, dtype=case.dtype, **options)
+
+
+class Lambda(nn.Module):
+    def __init__(self, function, *modules, **parameters):
+        super().__init__()
+        self.parts = nn.ModuleList(modules)
+        for name, value in parameters.items():
+            self.register_parameter(name, nn.Parameter(value))
+        self.function = function
+
+    def forward(self, X):
+        return self.function(self, X)
+
+
+def transformer(batch_first):
+    layer = nn.TransformerEncoderLayer(4, 2, 6, dropout=0.0, batch_first=batch_first)
+    body = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+
+    def run(self, X):
+        h = self.parts[0](X) + self.position
+        h = self.parts[1](h) if batch_first else self.parts[1](h.transpose(0, 1)).transpose(0, 1)
+        return self.parts[2](h)
+
+    return Lambda(run, nn.Embedding(7, 4, padding_idx=0), body, nn.Linear(4, 3), position=torch.randn(5, 4))
+
+
+def tokens(n=3, length=5, count=7):
+    return torch.randint(count, (n, length))
+
+
+def vectors(*shape):
+    return torch.randn(*shape).double()
+
+
+MODELS = {
+    "conv1d": (lambda: nn.Sequential(nn.Conv1d(4, 6, 3, stride=2, padding=1, groups=2), nn.Tanh(), nn.Flatten(), nn.Linear(12, 2)), lambda: vectors(3, 4, 4)),
+    "conv2d": (lambda: nn.Sequential(nn.Conv2d(2, 3, (3, 2), dilation=(1, 2), bias=False), nn.Tanh(), nn.Flatten(), nn.Linear(18, 2)), lambda: vectors(3, 2, 5, 4)),
+    "conv3d": (lambda: nn.Sequential(nn.Conv3d(1, 2, 2), nn.Tanh(), nn.Flatten(), nn.Linear(16, 2)), lambda: vectors(3, 1, 3, 3, 3)),
+    "transposed": (lambda: nn.Sequential(nn.ConvTranspose2d(2, 4, 3, stride=2, output_padding=1, groups=2), nn.Tanh(), nn.Flatten(), nn.Linear(144, 2)), lambda: vectors(3, 2, 2, 2)),
+    "batch norm": (lambda: nn.Sequential(nn.Conv2d(1, 2, 2), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(8, 3), nn.BatchNorm1d(3)), lambda: vectors(4, 1, 3, 3)),
+    "layer norm": (lambda: nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 2)), lambda: vectors(3, 5, 3)),
+    "group norm": (lambda: nn.Sequential(nn.Conv2d(1, 4, 2), nn.GroupNorm(2, 4), nn.Flatten(), nn.Linear(16, 2)), lambda: vectors(3, 1, 3, 3)),
+    "rms norm": (lambda: nn.Sequential(nn.Linear(3, 4), nn.RMSNorm(4), nn.Linear(4, 2, bias=False)), lambda: vectors(3, 5, 3)),
+    "bilinear": (lambda: Lambda(lambda s, X: s.parts[0](X, X), nn.Bilinear(3, 3, 2)), lambda: vectors(4, 3)),
+    "functions of parameters": (lambda: Lambda(lambda s, X: (X @ s.a.exp()).tanh() @ s.b.softmax(0), a=vectors(3, 4), b=vectors(4, 2)), lambda: vectors(4, 3)),
+    "transformer": (lambda: transformer(True), tokens),
+    "transformer, positions first": (lambda: transformer(False), tokens),
+    "lstm": (lambda: Lambda(lambda s, X: s.parts[1](s.parts[0](X)[0]), nn.LSTM(3, 4, batch_first=True), nn.Linear(4, 2)), lambda: vectors(3, 4, 3)),
+    "gru, positions first": (lambda: Lambda(lambda s, X: s.parts[1](s.parts[0](X.transpose(0, 1))[0]).transpose(0, 1), nn.GRU(3, 4), nn.Linear(4, 2)), lambda: vectors(3, 4, 3)),
+    "tied embedding": (lambda: Lambda(lambda s, X: functional.linear(s.parts[0](X).cumsum(1).tanh(), s.parts[0].weight), nn.Embedding(7, 4)), tokens),
+    "functions by hand": (lambda: Lambda(lambda s, X: functional.linear(X @ s.a, s.b, s.c) * s.d + s.e, a=vectors(3, 4), b=vectors(2, 4), c=vectors(2), d=vectors(1, 2), e=vectors(())), lambda: vectors(4, 3)),
+    "checkpoint": (lambda: Lambda(lambda s, X: checkpoint(lambda x: s.parts[1](s.parts[0](x).tanh()), X, use_reentrant=False), nn.Linear(3, 4), nn.Linear(4, 2)), lambda: vectors(4, 3)),
+    "positions equal to the data": (lambda: nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.LayerNorm(4), nn.Linear(4, 4)), lambda: vectors(4, 4, 4)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("rows", ["term", "datum"])
+@pytest.mark.parametrize("name", MODELS)
+def test_layers(name, rows):
+    torch.manual_seed(0)
+    make, inputs = MODELS[name]
+    model, X = make().double().eval(), inputs()
+    with torch.no_grad():
+        y = torch.randn_like(model(X))
+    unknown = {"lstm", "checkpoint", "bilinear"}  # fused, hidden, or unknown to vmap
+    caches = ("auto", "linearization") if name in unknown else ("auto", "scores", "factors", "linearization")
+    plan = check(model, nn.MSELoss(), [(X, y), (X[:2], y[:2])], caches=caches, rows=rows, mc_samples=2)
+    if name not in unknown:
+        assert {entry.form for entry in plan.entries} <= {"dense rows", "factors", "factors and dense rows"}
+    if name not in {*unknown, "functions of parameters"}:
+        assert all(entry.reason.startswith("every parameter's rows by") for entry in plan.entries), plan
+
+
+def test_autocast_inside_the_model():
+    torch.manual_seed(0)
+    body = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 3))
+
+    def run(self, X):
+        with torch.autocast("cpu", torch.bfloat16):
+            return self.parts[0](X).float()
+
+    model, X = Lambda(run, body), torch.randn(6, 8)
+    plain, kept = (
+        fo.FisherMCLinearOperator(model, nn.MSELoss(), data=(X, torch.zeros(6, 3)), cache=cache)
+        for cache in ("none", "auto")
+    )
+    v = np.ones(plain.shape[0], np.float32)
+    np.testing.assert_allclose(kept @ v, plain @ v, atol=0.05 * np.abs(plain @ v).max())
+    assert "rows" in str(kept.plan)
+
+
+class Once(torch.autograd.Function):
+    """x², which can be differentiated in reverse mode and once only."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        return 2 * g * ctx.saved_tensors[0]
+
+
+def test_custom_functions_need_first_order_reverse_mode_only():
+    torch.manual_seed(0)
+    own = Lambda(lambda s, X: s.parts[1](Once.apply(s.parts[0](X))), nn.Linear(3, 4).double(), nn.Linear(4, 2).double())
+    plain = copy.deepcopy(own)
+    plain.function = lambda s, X: s.parts[1](s.parts[0](X).square())
+    data = [(vectors(5, 3), vectors(5, 2))]
+    expected = fo.FisherLinearOperator(plain, nn.MSELoss(), data=data).todense()
+    op = fo.FisherLinearOperator(own, nn.MSELoss(), data=data)
+    assert_same(op @ np.eye(len(expected)), expected, torch.float64)
+    with pytest.raises(NotImplementedError, match="uses the custom autograd functions Once"):
+        fo.FisherLinearOperator(own, nn.MSELoss(), data=data, cache="none").trace()
+
+
+class WrongBackward(torch.autograd.Function):
+    """x² with a wrong reverse mode and a right forward mode."""
+
+    @staticmethod
+    def forward(x):
+        return x * x
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        return 1.9 * g * ctx.saved_tensors[0]
+
+    @staticmethod
+    def jvp(ctx, t):
+        return 2 * t * ctx.saved_tensors[0]
+
+
+def test_a_reverse_mode_that_disagrees_with_its_forward_mode_is_found():
+    model = Lambda(
+        lambda s, X: s.parts[1](WrongBackward.apply(s.parts[0](X))), nn.Linear(3, 4).double(), nn.Linear(4, 2).double()
+    )
+    with pytest.raises(NotImplementedError, match="forward mode: it differs from reverse mode by"):
+        fo.FisherLinearOperator(
+            model, nn.MSELoss(), data=[(vectors(5, 3), vectors(5, 2))]
+        ).trace() or fo.FisherLinearOperator(model, nn.MSELoss(), data=[(vectors(5, 3), vectors(5, 2))]) @ np.ones(26)
+
+
+# ---- Never stale -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", ["module", "closure", "functional"])
+@pytest.mark.parametrize("cache", ["auto", "scores", "linearization"])
+def test_changes_in_place_are_followed(way, cache):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)).double().eval()
+    named = dict(model.named_parameters())
+    model_func, params = {
+        "module": (model, None),
+        "closure": (lambda X: model(X), list(named.values())),
+        "functional": (lambda p, X: torch.func.functional_call(model, p, (X,)), named),
+    }[way]
+    data = [(vectors(5, 3), vectors(5, 2))]
+    op = fo.FisherMCLinearOperator(model_func, nn.MSELoss(), params, data, cache=cache)
+
+    def fresh():
+        return fo.FisherMCLinearOperator(model, nn.MSELoss(), None, data, cache="none").todense()
+
+    eye = np.eye(op.shape[0])
+    before = op @ eye
+    assert_same(before, fresh(), torch.float64)
+    for change in (
+        lambda: model[0].weight.add_(0.5),
+        lambda: model[1].running_var.mul_(2),
+        lambda: torch.optim.SGD(model.parameters(), 0.1).step(),
+    ):
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        with torch.no_grad():
+            change()
+        now = op @ eye
+        assert np.abs(now - before).max() > 1e-3 * np.abs(before).max() or change is None
+        assert_same(now, fresh(), torch.float64)
+        before = now
+    model[0].weight.data.mul_(2)  # torch does not count this
+    op.refresh()
+    assert_same(op @ eye, fresh(), torch.float64)
+
+
+def test_copies_keep_nothing_of_each_other():
+    case = make_case("dense", "ce", sizes=(4, 3))
+    op = fo.FisherMCLinearOperator(case.model, case.loss, data=case.data)
+    F = op @ np.eye(case.D)
+    for twin in (copy.deepcopy(op), pickle.loads(pickle.dumps(op)), copy.copy(op)):
+        np.testing.assert_allclose(twin @ np.eye(case.D), F, rtol=1e-12, atol=1e-14)
+    other = op.resample(5)
+    assert np.abs(other @ np.eye(case.D) - F).max() > 1e-3
+    np.testing.assert_array_equal(op @ np.eye(case.D), F)
+
+
+def test_a_pass_that_was_left_early_keeps_nothing(monkeypatch):
+    case = make_case("dense", "ce", sizes=(4, 3))
+    op = fo.FisherMCLinearOperator(case.model, case.loss, data=case.data)
+    v = np.ones(case.D)
+    expected = fo.FisherMCLinearOperator(case.model, case.loss, data=case.data, cache="none") @ v
+    with pytest.raises(KeyboardInterrupt), op._pass("interrupted") as batches:
+        for _ in batches:
+            raise KeyboardInterrupt
+    assert_same(op @ v, expected, case.dtype)
+
+
+# ---- Within memory ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cache", ["auto", "scores", "factors", "linearization"])
+def test_what_does_not_fit_is_computed_anew(cache):
+    case = make_case("dense", "ce", sizes=(4,) * 6)
+    free = fo.FisherMCLinearOperator(case.model, case.loss, data=case.data, cache=cache)
+    V = np.random.default_rng(0).standard_normal((case.D, 2))
+    whole = free.plan.nbytes
+    for part in (0, 0.4, 0.7):
+        op = fo.FisherMCLinearOperator(case.model, case.loss, data=case.data, cache=cache, max_memory=int(part * whole))
+        assert_same(op @ V, free @ V, case.dtype)
+        assert_same(op @ V, free @ V, case.dtype)
+        assert_same(op.todense(), free.todense(), case.dtype)
+        assert op.plan.nbytes <= part * whole
+        forms = [entry.form for entry in op.plan.entries]
+        assert "none" in forms
+        assert (part == 0) == all(form == "none" for form in forms)
+        assert "are left" in str(op.plan)
+
+
+def test_batches_that_come_in_any_order_are_kept_all_or_none():
+    case = make_case("dense", "ce", sizes=(12,))
+    X, y = case.data[0]
+    loader = torch.utils.data.DataLoader(
+        torch.utils.data.TensorDataset(X, y, torch.arange(12)), batch_size=5, shuffle=True
+    )
+    expected = fo.FisherMCLinearOperator(case.model, case.loss, data=case.data).todense()
+    whole = fo.FisherMCLinearOperator(case.model, case.loss, data=loader)
+    assert_same(whole @ np.eye(case.D), expected, case.dtype)
+    part = fo.FisherMCLinearOperator(case.model, case.loss, data=loader, max_memory=int(0.7 * whole.plan.nbytes))
+    for _ in range(3):
+        assert_same(part @ np.eye(case.D), expected, case.dtype)
+    assert part.plan.nbytes == 0
+    assert "another order each time" in str(part.plan)
+
+
+def test_an_embedding_is_never_a_dense_table_for_each_datum():
+    """200,000 × 16 numbers for each of 64 data would be 820 MB."""
+    model = Lambda(lambda s, X: s.parts[1](s.parts[0](X).mean(1)), nn.Embedding(200_000, 16), nn.Linear(16, 2))
+    op = fo.FisherMCLinearOperator(model, nn.MSELoss(), data=(torch.randint(200_000, (64, 5)), torch.zeros(64, 2)))
+    op @ np.ones(op.shape[0], np.float32)
+    assert op.plan.nbytes < 2**20
+    assert "factors" in str(op.plan)
+
+
+def test_products_with_many_columns():
+    case = make_case("dense", "ce", sizes=(40, 20))
+    plain = fo.FisherMCLinearOperator(case.model, case.loss, data=case.data, cache="none")
+    op = fo.FisherMCLinearOperator(case.model, case.loss, data=case.data)
+    V = np.random.default_rng(0).standard_normal((case.D, 1000))
+    assert_same(op @ V, plain @ V, case.dtype)
+
+
+def test_the_plan_says_what_is_kept():
+    case = make_case("attention", "ce", sizes=(4, 3), dtype=torch.float32)
+    op = fo.FisherMCLinearOperator(case.model, case.loss, data=case.data, max_memory="1GiB")
+    text = str(op.plan)
+    assert text.startswith("cache='auto': ")
+    assert "of at most 1 GiB kept for 7 data in 2 batches" in text
+    assert "every parameter's rows by the operation that uses it" in text
+    many = make_case("attention", "ce", sizes=(4,), dtype=torch.float32)
+    op = fo.FisherMCLinearOperator(many.model, many.loss, data=many.data, mc_samples=7, cache="auto")
+    assert "rows" in str(op.plan)
+
+
+@pytest.mark.parametrize("bad", ["4 GX", "lots", -1, True, None.__class__, "-3"])
+def test_memory_that_is_no_memory(bad):
+    case = make_case("dense", "ce")
+    with pytest.raises(ValueError, match="`max_memory` must be a number of bytes or a text such as '4GiB' or '500MB'"):
+        fo.FisherMCLinearOperator(case.model, case.loss, data=case.data, max_memory=bad)
+
+
+def test_caches_that_cannot_be_had():
+    case = make_case("dense", "ce")
+    with pytest.raises(
+        ValueError, match="`cache` must be one of 'auto', 'scores', 'factors', 'linearization', 'none', got"
+    ):
+        fo.FisherMCLinearOperator(case.model, case.loss, data=case.data, cache="rows")
+    model = nn.LSTM(3, 2, batch_first=True)
+    for cache in ("scores", "factors"):
+        op = fo.FisherMCLinearOperator(
+            lambda X: model(X)[0], nn.MSELoss(), list(model.parameters()), [(torch.randn(2, 3, 3), torch.zeros(2, 3, 2))],
+            cache=cache,
+        )  # fmt: skip
+        with pytest.raises(
+            NotImplementedError, match=f"cache='{cache}' cannot be had for this model: the rows for .*Use cac"
+        ):
+            op @ np.ones(op.shape[0], np.float32)
