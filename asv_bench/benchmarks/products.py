@@ -1,99 +1,206 @@
-"""Products with the Monte-Carlo Fisher, beside the peer in the same process."""
+"""Products with the Fisher, beside the peer in the same process and beside their limits."""
 
 import statistics
 import time
 
 import torch
+from scipy.sparse.linalg import eigsh
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fisherops as fo
 
+from .networks import make
+
 try:
-    from curvlinops import FisherMCLinearOperator as Peer
+    import curvlinops as peer
 except ImportError:
-    Peer = None
+    peer = None
 
 
-def make(model):
-    """Return a model and one batch for it."""
-    torch.manual_seed(0)
-    if model == "mlp":
-        net = nn.Sequential(nn.Linear(784, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 10))
-        return net, (torch.randn(512, 784), torch.randint(10, (512,)))
-    net = nn.Sequential(
-        nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
-        nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
-        nn.Flatten(), nn.Linear(32 * 49, 10),
-    )  # fmt: skip
-    return net, (torch.randn(256, 1, 28, 28), torch.randint(10, (256,)))
+def seconds(function):
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
 
 
-class Products:
-    """One vector and 32 columns."""
+def ratio(slow, fast, pairs):
+    """Median over interleaved pairs of the seconds of `slow` over those of `fast`."""
+    slow(), fast()
+    return statistics.median(seconds(slow) / seconds(fast) for _ in range(pairs))
 
-    params = (["mlp", "cnn"], [1, 32])
-    param_names = ("model", "columns")
-    timeout = 300
+
+def multiply(op, V):
+    # The peer's forward mode has no rule for fused attention.
+    with sdpa_kernel(SDPBackend.MATH):
+        return op @ V
+
+
+class _Suite:
+    timeout = 600
     pairs = 7
 
-    def setup(self, model, columns):
-        net, batch = make(model)
-        self.arguments = net, nn.CrossEntropyLoss(), list(net.parameters()), [batch]
-        self.op = fo.FisherMCLinearOperator(*self.arguments)
+    def build(self, case, **options):
+        """Make our operator and the peer's for a case such as "transformer datum"."""
+        name, *kind = case.split()
+        net, batch = make(name)
+        arguments = net, nn.CrossEntropyLoss(), list(net.parameters()), [batch]
+        if "exact" in kind:
+            return fo.FisherLinearOperator(*arguments, **options), peer and peer.GGNLinearOperator(
+                *arguments, check_deterministic=False
+            )
+        rows = "datum" if "datum" in kind else "term"
+        theirs = peer and peer.FisherMCLinearOperator(*arguments, check_deterministic=False)
+        return fo.FisherMCLinearOperator(*arguments, rows=rows, **options), theirs
+
+
+class Products(_Suite):
+    """One vector and 32 columns."""
+
+    params = (["mlp", "mlp exact", "cnn", "resnet", "transformer", "transformer datum"], [1, 32])
+    param_names = ("case", "columns")
+
+    def setup(self, case, columns):
+        if columns > 1 and case not in ("mlp", "cnn"):
+            raise NotImplementedError  # minutes for the peer
+        self.op, self.theirs = self.build(case)
         self.V = torch.randn(self.op.shape[1], columns)
         self.op @ self.V
 
-    def time_product(self, model, columns):
+    def time_product(self, case, columns):
         self.op @ self.V
 
-    def peakmem_product(self, model, columns):
+    def peakmem_product(self, case, columns):
         self.op @ self.V
 
-    def track_speedup(self, model, columns):
-        """Median of interleaved pairs: seconds of the peer over seconds of ours."""
-        if Peer is None:
+    def track_speedup(self, case, columns):
+        if self.theirs is None:
             raise NotImplementedError
-        peer = Peer(*self.arguments, check_deterministic=False)
-        peer @ self.V
-        ratios = []
-        for _ in range(self.pairs):
-            times = []
-            for op in (self.op, peer):
-                start = time.perf_counter()
-                op @ self.V
-                times.append(time.perf_counter() - start)
-            ratios.append(times[1] / times[0])
-        return statistics.median(ratios)
+        pairs = 1 if columns > 1 and case == "cnn" else self.pairs
+        return ratio(lambda: multiply(self.theirs, self.V), lambda: self.op @ self.V, pairs)
 
     track_speedup.unit = "times"
     track_speedup.pretty_name = "speed-up over curvlinops 3.0.1"
 
 
-class Construction:
-    """Everything before the first product: two evaluations of the model and two readings of the data."""
+class Caches(_Suite):
+    """One vector, in every form."""
 
-    params = (("mlp", "cnn"),)
-    param_names = ("model",)
+    params = (["mlp", "cnn", "transformer"], ["scores", "factors", "linearization", "none"])
+    param_names = ("network", "cache")
 
-    def setup(self, model):
-        net, batch = make(model)
-        self.arguments = net, nn.CrossEntropyLoss(), None, [batch]
+    def setup(self, network, cache):
+        if network == "transformer" and cache in ("scores", "factors"):
+            raise NotImplementedError  # 64 backward passes
+        self.op, self.theirs = self.build(network, cache=cache)
+        self.v = torch.randn(self.op.shape[1])
+        self.op @ self.v
 
-    def time_construction(self, model):
-        fo.FisherMCLinearOperator(*self.arguments)
+    def time_product(self, network, cache):
+        self.op @ self.v
+
+    def track_speedup(self, network, cache):
+        if self.theirs is None:
+            raise NotImplementedError
+        return ratio(lambda: multiply(self.theirs, self.v), lambda: self.op @ self.v, self.pairs)
+
+    track_speedup.unit = "times"
 
 
-class Diagonal:
+class FractionOfLimit(_Suite):
+    """Our product beside its limit: reading dense rows once, or the matrix products of the factors alone."""
+
+    params = (["resnet rows", "mlp factors"],)
+    param_names = ("limit",)
+
+    def setup(self, limit):
+        self.op, _ = self.build(limit.split()[0])
+        self.v = torch.randn(self.op.shape[1])
+        self.op @ self.v
+        net, (X, _) = make(limit.split()[0])
+        if limit == "resnet rows":
+            rows = torch.randn(len(X), self.op.shape[1])
+            self.limit = lambda: rows @ self.v
+        else:
+            shapes = [layer.weight.shape for layer in net if isinstance(layer, nn.Linear)]
+            pairs = [(torch.randn(len(X), i), torch.randn(o, i), torch.randn(len(X), o)) for o, i in shapes]
+            self.limit = lambda: [(A @ W.T, B.T @ A) for A, W, B in pairs]
+
+    def track_fraction_of_limit(self, limit):
+        return ratio(self.limit, lambda: self.op @ self.v, 3 * self.pairs)
+
+    track_fraction_of_limit.unit = "of the limit's speed"
+
+
+class Construction(_Suite):
+    """Everything before the second product: checks, draws, what is kept, and the first product."""
+
+    params = (["mlp", "cnn", "resnet", "transformer"],)
+    param_names = ("network",)
+
+    def setup(self, network):
+        net, batch = make(network)
+        self.arguments = net, nn.CrossEntropyLoss(), list(net.parameters()), [batch]
+        self.v = torch.randn(sum(p.numel() for p in net.parameters()))
+
+    def construct(self):
+        fo.FisherMCLinearOperator(*self.arguments) @ self.v
+
+    def time_construction(self, network):
+        self.construct()
+
+    def track_products_of_the_peer(self, network):
+        """Seconds of the construction over those of one product of the peer."""
+        if peer is None:
+            raise NotImplementedError
+        theirs = peer.FisherMCLinearOperator(*self.arguments, check_deterministic=False)
+        return ratio(self.construct, lambda: multiply(theirs, self.v), self.pairs)
+
+    track_products_of_the_peer.unit = "products of the peer"
+
+
+class Eigenvalues(_Suite):
+    """SciPy's eigsh for the top ten, everything from construction counted."""
+
+    params = (["mlp"],)
+    param_names = ("network",)
+    N = 1024
+    tolerance = 1e-2
+
+    def setup(self, network):
+        net, batch = make(network, self.N)
+        self.arguments = net, nn.CrossEntropyLoss(), list(net.parameters()), [batch]
+
+    def ours(self):
+        eigsh(fo.FisherMCLinearOperator(*self.arguments), k=10, tol=self.tolerance)
+
+    def time_eigsh(self, network):
+        self.ours()
+
+    def track_speedup(self, network):
+        if peer is None:
+            raise NotImplementedError
+
+        def theirs():
+            op = peer.FisherMCLinearOperator(*self.arguments, check_deterministic=False).to_scipy()
+            eigsh(op, k=10, tol=self.tolerance)
+
+        return ratio(theirs, self.ours, 1)
+
+    track_speedup.unit = "times"
+
+
+class Diagonal(_Suite):
     """The exact diagonal, from the rows of the score matrix."""
 
-    params = (("mlp", "cnn"),)
-    param_names = ("model",)
+    params = (["mlp", "cnn"],)
+    param_names = ("network",)
 
-    def setup(self, model):
-        net, batch = make(model)
-        self.op = fo.FisherMCLinearOperator(net, nn.CrossEntropyLoss(), None, [batch])
+    def setup(self, network):
+        self.op, _ = self.build(network)
+        self.op.diagonal()
 
-    def time_diagonal(self, model):
+    def time_diagonal(self, network):
         self.op.diagonal()
 
 
