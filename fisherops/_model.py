@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -36,7 +36,10 @@ class ModelFunction:
         """Raise RuntimeError if the model no longer has the parameters that were given."""
 
     def state(self) -> tuple[Any, ...]:
-        """Return what is equal as long as no tensor that the model is known to use was replaced or changed in place."""
+        """Return what is equal as long as no tensor that the model is known to use was replaced or changed in place.
+
+        Nor is a module replaced or set to another mode.
+        """
         raise NotImplementedError
 
     @contextmanager
@@ -116,7 +119,7 @@ class _ModuleFunction(ModelFunction):
         return torch.func.functional_call(self._module, values | dict(point), (X,))
 
     def state(self) -> tuple[Any, ...]:
-        return _versions([*self._module.parameters(), *self._module.buffers()])
+        return tuple(map(_state_of, self._module.modules()))
 
     def check_unchanged(self) -> None:
         own = dict(self._module.named_parameters(remove_duplicate=False))
@@ -156,7 +159,7 @@ class _PureFunction(ModelFunction):
             return self._function(dict(point), X)
 
     def state(self) -> tuple[Any, ...]:
-        return _versions([*self._tensors, *_tensors_of(self._modules)])
+        return _versions(self._tensors), *map(_state_of, self._modules)
 
 
 class _ClosureFunction(ModelFunction):
@@ -171,7 +174,7 @@ class _ClosureFunction(ModelFunction):
         self._modules: set[nn.Module] = set()
 
     def state(self) -> tuple[Any, ...]:
-        return _versions([*self._tensors, *_tensors_of(self._modules)])
+        return _versions(self._tensors), *map(_state_of, self._modules)
 
     def __call__(self, point: Mapping[str, Tensor], X: Any) -> Any:
         # While a graph is built, tensors that escape the substitution must show in it, see BatchJacobian.build_graph.
@@ -230,12 +233,13 @@ def _buffers_restored(modules: set[nn.Module]) -> Iterator[None]:
                 setattr(module, name, buffer)
 
 
-def _versions(tensors: list[Tensor]) -> tuple[Any, ...]:
-    return tuple((id(t), None if t.is_inference() else t._version) for t in tensors)
+def _versions(tensors: Iterable[Tensor | None]) -> tuple[Any, ...]:
+    return tuple((id(t), None if t.is_inference() else t._version) for t in tensors if t is not None)
 
 
-def _tensors_of(modules: set[nn.Module]) -> list[Tensor]:
-    return [t for module in modules for t in (*module.parameters(recurse=False), *module.buffers(recurse=False))]
+def _state_of(module: nn.Module) -> tuple[Any, ...]:
+    own = (*module._parameters.values(), *module._buffers.values())
+    return id(module), module.training, _versions(own)
 
 
 @contextmanager

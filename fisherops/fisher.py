@@ -187,15 +187,15 @@ class _FisherOperator(TorchLinearOperator):
         With ``kept=False`` vectors of the output factor are as they were drawn, and nothing is kept.
         """
         with isolated(self.device), torch.no_grad(), ExitStack() as stack:
+            keeper = self._keeper if kept and self._state == self._model.state() else None
+            if keeper is not None and keeper.complete:
+                yield [scores for scores in keeper.kept if scores is not None]
+                return
             self._model.check_unchanged()
             if self._checked:
                 stack.enter_context(self._model.refuse_faults())
             if self._c is None:
                 self._c = self._sum_divisors()
-            keeper = self._keeper if kept and self._state == self._model.state() else None
-            if keeper is not None and keeper.complete:
-                yield [scores for scores in keeper.kept if scores is not None]
-                return
             batches = stack.enter_context(self._batches(description))
             if not kept:
                 yield self._scores(batches, self._c, None)

@@ -10,7 +10,7 @@ from torch import Tensor
 from fisherops.scores.parts import Part
 
 # Bytes of rows that are multiplied by G and then by Gᵀ while they are in the processor's cache.
-_CACHED_BYTES = 2**21
+_CACHED_BYTES = 5 * 2**19
 
 # Bytes that a block of rows, or what a product needs beside its vectors, may take.
 _BLOCK_BYTES = 2**26
