@@ -109,6 +109,7 @@ class Data:
         first_pass = self.num_data is None
         prints: list[_Print] = [] if first_pass else self._prints
         total = count = sum_of_places = 0
+        seen: list[Tensor] = []
         total_batches = None if first_pass else len(self._prints)
         with tqdm(
             self._source,
@@ -130,6 +131,8 @@ class Data:
                     raise RuntimeError(_changed(f"batch {index} is not the one that the first pass read"))
                 if places is None:
                     places = torch.arange(total, total + size, device="cpu")
+                if first_pass and free:
+                    seen.append(places)
                 sum_of_places += int(places.sum())
                 count, total = index + 1, total + size
                 ready = self._ready(X, self._convert), self._ready(y, False)
@@ -143,6 +146,7 @@ class Data:
                 f"`num_data` is {self._said_num_data}, but the data has {total}: leave it out, or correct it. "
                 "(A `batch_size_fn` that counts wrongly also causes this.)"
             )
+        _check_distinct(seen)
         if not first_pass and (total, sum_of_places) != (self.num_data, self._sum_of_places):
             raise RuntimeError(_changed(f"the first pass read {self.num_data} data, this one other ones ({total})"))
         self._prints, self.num_data, self._sum_of_places = prints, total, sum_of_places
@@ -266,6 +270,21 @@ def _slices(X: Any, y: Any, batch_size: int | None) -> list[tuple[Any, Any]]:
     cuts = [slice(start, min(start + step, N)) for start in range(0, N, step)]
     rows = [operator.itemgetter((cut, ...)) for cut in cuts]
     return [(map_arrays(own, X), map_arrays(own, y)) for own in rows]
+
+
+def _check_distinct(places: list[Tensor]) -> None:
+    """Raise ValueError if a datum occurs in two batches: it would be drawn the same in both."""
+    if not places or len(torch.cat(places)) == len(torch.cat(places).unique()):
+        return
+    batches: dict[int, int] = {}
+    for number, own in enumerate(places):
+        for place in own.tolist():
+            if place in batches:
+                raise ValueError(
+                    f"the index {place} names a datum in batch {batches[place]} and another in batch {number}: each "
+                    "must be the place of one datum in the data set."
+                )
+            batches[place] = number
 
 
 class _Print:

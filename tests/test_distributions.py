@@ -383,3 +383,119 @@ def test_scores_are_gradients_of_the_log_density(name):
     for targets in (drawn, likelihood.observed(likelihood.terms(output, y))):
         expected = Likelihood.scores(likelihood, f, targets).columns()
         torch.testing.assert_close(likelihood.scores(f, targets).columns(), expected)
+
+
+@pytest.mark.parametrize(
+    ("loss", "sample", "terms", "message"),
+    [
+        (None, lambda f, M, d: f + d.normal(f, M)[0], None, r"returned 3 vectors for each term and there are 2 samples: `sample`"),
+        (None, lambda f, M, d: f + d.normal(f, 1), None, r"returned 1 vectors for each term and there are 2 samples: `sample`"),
+        (None, None, torch.ones(3), r"the weights of `terms` must have shape \(3, 1\) or \(3, 2\), .* got \(3,\)"),
+    ],
+)  # fmt: skip
+def test_shapes_of_a_likelihood_of_ones_own(loss, sample, terms, message):
+    class Own(Likelihood):
+        def sample(self, f, samples, draws):
+            return f + draws.normal(f, samples) if sample is None else sample(f, samples, draws)
+
+        def log_prob(self, f, y):
+            return -(y - f).square().sum(-1) / 2
+
+        def terms(self, output, y):
+            read = super().terms(output, y)
+            return read if terms is None else read._replace(weights=terms.double())
+
+    with pytest.raises(ValueError, match=message):
+        fo.FisherMCLinearOperator(
+            nn.Linear(2, 2), Own(), data=(torch.ones(3, 2), torch.ones(3, 2)), mc_samples=2
+        ).trace()
+
+
+def test_a_density_that_does_not_depend_on_the_outputs():
+    class Detached(Rayleigh):
+        def log_prob(self, f, y):
+            return super().log_prob(f.detach(), y)
+
+    with pytest.raises(ValueError, match="`log_prob` of Detached does not depend on the outputs f"):
+        fo.FisherMCLinearOperator(nn.Linear(2, 2), Detached(), data=(torch.ones(3, 2), torch.ones(3, 2))).trace()
+
+
+# ---- Extreme parameters ------------------------------------------------------------------------------------
+
+
+def one(make, y, value, operator=fo.FisherLinearOperator, N=500, **options):
+    """The Fisher of `make` in one number, from N equal data."""
+    theta = torch.tensor(value, dtype=torch.float64)
+    data = [(torch.zeros(N, 1), torch.full((N,), y, dtype=torch.float64))]
+    return operator(lambda p, X: make(p["t"].expand(N)), None, {"t": theta}, data, **options)
+
+
+@pytest.mark.parametrize("b", [0.03, 0.1, 0.5])
+def test_beta_draws_next_to_one_keep_their_digits(b):
+    make = lambda t: td.Beta(torch.tensor(2.0).double().expand(500), t)
+    op = one(make, 0.5, b, fo.FisherMCLinearOperator, mc_samples=1000)
+    exact = one(make, 0.5, b).trace()
+    assert abs(op.trace() - exact) <= 5 * op.standard_error(np.ones(1))
+
+
+@pytest.mark.parametrize("f", [12.0, 15.5, 17.5])
+def test_draws_of_float32_logits_are_those_of_their_probabilities(f):
+    draws = CounterSampler(0).batch(torch.arange(10**6))
+    zeros = 10**6 - int(draws.bernoulli(torch.full((10**6, 1), f), 4).sum()) + 3 * 10**6
+    expected = 4e6 / (1 + np.exp(f))
+    assert stats.poisson(expected).sf(zeros - 1) > 1e-6
+    assert stats.poisson(expected).cdf(zeros) > 1e-6
+
+
+def test_geometric_with_small_probabilities():
+    """The Fisher in the logit is 1 − p for each datum, also where torch clamps probabilities."""
+    make = lambda t: td.Geometric(probs=t.float().sigmoid())
+    for operator in (fo.FisherLinearOperator, fo.FisherMCLinearOperator):
+        options = {} if operator is fo.FisherLinearOperator else {"mc_samples": 200}
+        assert one(make, 3.0, -18.0, operator, **options).trace() == pytest.approx(500, rel=0.03)
+    assert one(make, 3.0, -18.0, fo.EmpiricalFisherLinearOperator).trace() == pytest.approx(500, rel=1e-3)
+
+
+@pytest.mark.parametrize("f", [-20.0, -0.3, -1e-3, 0.0, 0.05, 5.0, 29.0])
+def test_the_variance_of_the_continuous_bernoulli_is_the_integral(f):
+    y, w = np.polynomial.legendre.leggauss(400)
+    y, w = (y + 1) / 2, w / 2
+    q = w * np.exp(f * y - abs(f) * (f > 0))
+    q /= q.sum()
+    expected = 500 * (q @ y**2 - (q @ y) ** 2)
+    assert one(lambda t: td.ContinuousBernoulli(logits=t), 0.5, f).trace() == pytest.approx(expected, rel=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("make", "y", "message"),
+    [
+        (lambda t: td.ContinuousBernoulli(logits=t + 40), 0.5, "accurate for logits up to 30, got 40.0: limit"),
+        (lambda t: td.Binomial(10**6, probs=(t - 40).sigmoid()), 3.0, "torch computes Binomial with probabilities of at least"),
+        (lambda t: td.Gamma(0.01 + 0 * t, 1.0), 0.5, "draws of Gamma vanish in float64 unless its concentration is at least 0.02"),
+        (lambda t: td.Poisson((t + 40).exp()), 3.0, r"counts can be drawn for Poisson rates above 0 and below 2\*\*53"),
+    ],
+)  # fmt: skip
+def test_parameters_for_which_torch_or_draws_are_wrong(make, y, message):
+    with pytest.raises(ValueError, match=message):
+        one(make, y, 0.0, fo.FisherMCLinearOperator, N=5).trace()
+
+
+def test_student_with_many_degrees_of_freedom():
+    """The information on df is 3/(2 df⁴) far out; continuous where the expansion takes over."""
+    make = lambda t: td.StudentT(t, torch.zeros(500).double(), torch.ones(500).double())
+    for df in (1e3, 1e5, 1e8):
+        # with location and scale known: 1.5/df⁴ and the square of the mixed entry over that of the scale, 2/df⁴
+        assert one(make, 0.5, df).trace() == pytest.approx(500 * 3.5 / df**4, rel=20 / df + 1e-6)
+    near = [one(make, 0.5, df).trace() * df**4 for df in (299.9, 300.1)]
+    assert near[0] == pytest.approx(near[1], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "loss", [nn.BCEWithLogitsLoss(), nn.PoissonNLLLoss(), nn.BCEWithLogitsLoss(pos_weight=torch.ones(2))]
+)
+def test_bool_targets(loss):
+    model, X = nn.Linear(3, 2), torch.randn(4, 3)
+    y = torch.rand(4, 2) > 0.5
+    for operator in OPERATORS:
+        expected = operator(model, loss, data=(X, y.float())).todense()
+        assert_same(operator(model, loss, data=(X, y)).todense(), expected, torch.float32)

@@ -198,3 +198,24 @@ def test_what_does_not_fit():
         build(named, ce, y)
     with pytest.raises(NotImplementedError, match="`loss_func` is CosineEmbeddingLoss, which is not supported"):
         build(pair, (ce, nn.CosineEmbeddingLoss()), (y, y))
+
+
+def test_many_heads_have_numbers_of_their_own():
+    model = nn.Linear(1, 2)
+    losses = (nn.BCEWithLogitsLoss(),) * 257
+    outputs = lambda X: (model(X),) * 257
+    data = [(torch.ones(2, 1), (torch.zeros(2, 2),) * 257)]
+    with pytest.raises(ValueError, match="numbers for 256 heads of 16777216 samples each, got head 256"):
+        fo.FisherMCLinearOperator(outputs, losses, list(model.parameters()), data).trace()
+    fo.FisherMCLinearOperator(outputs, losses, list(model.parameters()), data, sampler="stream").trace()
+
+
+def test_targets_of_unequal_length():
+    model = nn.Linear(2, 3)
+    data = [(torch.ones(6, 2), {"a": torch.zeros(6).long(), "extra": torch.zeros(3)})]
+    with pytest.raises(
+        ValueError, match=r"targets of batch 0 must have one row for each datum, got shapes \[\(6,\), \(3,\)"
+    ):
+        fo.FisherMCLinearOperator(
+            lambda X: {"a": model(X)}, {"a": nn.CrossEntropyLoss()}, list(model.parameters()), data
+        )

@@ -188,3 +188,14 @@ def test_terms_that_do_not_belong_to_data_need_the_stream():
     with pytest.raises(ValueError, match="3 loss terms for 4 data.*sampler='stream' for a Monte-Carlo Fisher"):
         op @ np.ones(8)
     fo.FisherMCLinearOperator(Pairs(3, 2), nn.MSELoss(), data=data, batch_size_fn=len, sampler="stream") @ np.ones(8)
+
+
+def test_indices_that_name_a_datum_twice():
+    case = make_case("dense", "mse", sizes=(4,))
+    X, y = case.data[0]
+    with pytest.raises(
+        ValueError, match="the indices of batch 0 are not distinct: each must be the place of one datum"
+    ):
+        build(case, [(X, y, torch.tensor([0, 1, 1, 2]))])
+    with pytest.raises(ValueError, match="the index 0 names a datum in batch 0 and another in batch 1"):
+        build(case, [(X, y, torch.arange(4)), (X, y, torch.arange(4))])

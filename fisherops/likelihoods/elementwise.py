@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fisherops.likelihoods.base import Draws, Likelihood, Terms, as_rows, checked_tensor, refuse
+from fisherops.likelihoods.base import Draws, Likelihood, Terms, as_rows, checked_targets, checked_tensor, refuse
 from fisherops.likelihoods.factors import DenseFactor, DiagonalFactor, OutputFactor
 
 
@@ -203,6 +203,7 @@ class Bernoulli(Likelihood):
         self._pos_weight = checked_weights("pos_weight", pos_weight)
 
     def terms(self, output: Any, y: Any) -> Terms:
+        y = checked_targets(y)
         terms = super().terms(output, y)
         outside = ~((y >= 0) & (y <= 1))
         if outside.any():

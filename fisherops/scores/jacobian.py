@@ -278,8 +278,10 @@ class BatchJacobian:
         for node in self._nodes():
             saved = (getattr(node, name) for name in dir(node) if name.startswith("_saved_"))
             seen |= {t.dtype for t in saved if isinstance(t, Tensor)}
-        coarse = [10 * torch.finfo(dtype).eps for dtype in seen & {torch.float16, torch.bfloat16}]
         parameters = self.differentiation.parameters
+        own = torch.finfo(parameters.dtype).eps
+        precisions = [torch.finfo(dtype).eps for dtype in seen if dtype.is_floating_point]
+        coarse = [10 * eps for eps in precisions if eps > own]
         tf32 = torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32
         if tf32 and parameters.device.type == "cuda" and parameters.dtype == torch.float32:
             # TF32 has 10 bits of mantissa; convolutions use it unless the user switches it off.
