@@ -433,6 +433,13 @@ class FisherMCLinearOperator(_FisherOperator):
         a converted copy of the model's parameters, buffers and floating-point inputs.
     batch_size : int or None
         Rows of a batch where `data` is a pair of arrays; None takes all of them at once.
+    cache : {"auto", "scores", "factors", "linearization", "none"}
+        What is kept between products: the cheapest for each batch and parameter; rows of the score matrix; rows, with
+        the weights of dense layers as factors; the linearized model; or nothing. The matrix is the same to rounding.
+        See `plan`, and docs/explanation/performance.
+    max_memory : int, str or None
+        How much may be kept, in bytes or as "4GiB"; None is half of what is free. Batches that do not fit are computed
+        anew in every product.
 
     Attributes
     ----------
@@ -442,6 +449,8 @@ class FisherMCLinearOperator(_FisherOperator):
         Compute precision.
     device : torch.device
         Where the parameters live and products are computed.
+    plan : Plan
+        What is kept between products and why; print it.
 
     Raises
     ------
@@ -610,7 +619,9 @@ class FisherLinearOperator(_FisherOperator):
 
     Parameters
     ----------
-    model_func, loss_func, params, data, progressbar, check_deterministic, num_data, batch_size_fn, dtype, batch_size
+    model_func, loss_func, params, data, progressbar, check_deterministic, num_data, batch_size_fn
+        As for `FisherMCLinearOperator`.
+    dtype, batch_size, cache, max_memory
         As for `FisherMCLinearOperator`.
 
     See Also
@@ -682,7 +693,9 @@ class EmpiricalFisherLinearOperator(_FisherOperator):
 
     Parameters
     ----------
-    model_func, loss_func, params, data, progressbar, check_deterministic, num_data, batch_size_fn, dtype, batch_size
+    model_func, loss_func, params, data, progressbar, check_deterministic, num_data, batch_size_fn
+        As for `FisherMCLinearOperator`.
+    dtype, batch_size, cache, max_memory
         As for `FisherMCLinearOperator`.
     rows : {"term", "datum"}
         Whether each loss term has a row of its own in the score matrix, or the gradients of a datum's terms are summed
