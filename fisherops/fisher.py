@@ -205,8 +205,11 @@ class _FisherOperator(TorchLinearOperator):
                 self._keeper = None
                 keeper = Keeper(self._cache, self._max_memory)
                 yield self._scores(batches, self._c, keeper)
-                if self._data.order_is_free and not keeper.complete:
-                    keeper.forget("the batches come in another order each time, and not all of them fit")
+                if not keeper.complete and (self._data.order_is_free or self._ordered):
+                    why = (
+                        "a stream of draws reads them all" if self._ordered else "they come in another order each time"
+                    )
+                    keeper.forget(f"not all batches can be kept, and {why}")
                 self._keeper, self._state = keeper, self._model.state()
 
     def _scores(self, batches: Iterator[Batch], c: Tensor, keeper: Keeper | None) -> Iterator[Scores]:

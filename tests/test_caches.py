@@ -308,7 +308,24 @@ def test_batches_that_come_in_any_order_are_kept_all_or_none():
     for _ in range(3):
         assert_same(part @ np.eye(case.D), expected, case.dtype)
     assert part.plan.nbytes == 0
-    assert "another order each time" in str(part.plan)
+    assert "not all batches can be kept, and they come in another order each time" in str(part.plan)
+
+
+def test_a_stream_of_draws_is_kept_all_or_none():
+    """A batch that is not computed would not take its numbers from the stream."""
+    case = make_case("dense", "ce", sizes=(4,) * 6)
+    expected = fo.FisherMCLinearOperator(
+        case.model, case.loss, data=case.data, sampler="stream", cache="none"
+    ).todense()
+    whole = fo.FisherMCLinearOperator(case.model, case.loss, data=case.data, sampler="stream")
+    assert_same(whole @ np.eye(case.D), expected, case.dtype)
+    for share in (0.4, 0.7):
+        part = fo.FisherMCLinearOperator(
+            case.model, case.loss, data=case.data, sampler="stream", max_memory=int(share * whole.plan.nbytes)
+        )
+        for _ in range(3):
+            assert_same(part @ np.eye(case.D), expected, case.dtype)
+        assert "a stream of draws reads them all" in str(part.plan)
 
 
 def test_an_embedding_is_never_a_dense_table_for_each_datum():

@@ -10,7 +10,7 @@ from torch import Tensor
 from fisherops.scores.parts import Part
 
 # Bytes of rows that are multiplied by G and then by Gᵀ while they are in the processor's cache.
-_CACHED_BYTES = 5 * 2**19
+_CACHED_BYTES = {"cpu": 5 * 2**19, "cuda": 2**25}
 
 # Bytes that a block of rows, or what a product needs beside its vectors, may take.
 _BLOCK_BYTES = 2**26
@@ -62,7 +62,8 @@ class HeldScores:
         if self._spans:
             v = self._dense_columns(V)
             total = torch.zeros_like(v)
-            step = max(1, _CACHED_BYTES // (self._dense.shape[1] * self._dense.itemsize))
+            cached = _CACHED_BYTES.get(V.device.type, _BLOCK_BYTES)
+            step = max(2, cached // (self._dense.shape[1] * self._dense.itemsize))
             for start in range(0, len(self._dense), step):
                 rows = self._dense[start : start + step]
                 w = W[:, start : start + step].addmm_(v, rows.T)

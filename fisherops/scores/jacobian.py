@@ -193,28 +193,28 @@ class BatchJacobian:
                     raise
                 self.build_graph(_MODES[0])
 
-    def linearize(self) -> None:
-        """Keep the derivative of u ↦ Jᵀu, if there is one, so that J v needs no evaluation of the model."""
+    def linearize(self) -> bool:
+        """Keep the derivative of u ↦ Jᵀu, so that J v needs no evaluation of the model; say whether there is one."""
         f, leaves = self._graph
         u = torch.zeros_like(f, requires_grad=True)
         try:
             with torch.enable_grad():
                 gradients = torch.autograd.grad(f, leaves, u, create_graph=True, allow_unused=True)
             self._linear = u, gradients
-            if self.difference_from_reverse(self.differentiation.mode or _MODES[0]) <= self.differentiation.tolerance:
-                return
+            if self.difference_from_reverse(_MODES[0]) <= self.differentiation.tolerance:
+                return True
         except torch.OutOfMemoryError:
             raise
         except (NotImplementedError, RuntimeError):
             pass
         self._linear = None
+        return False
 
     def jvp(self, V: Tensor) -> Tensor:
         """Multiply J with columns: (D, K) → (K, T, C)."""
         if not self.reached:
             return self.outputs.new_zeros(V.shape[1], *self.outputs.shape)
-        assert self.differentiation.mode is not None
-        return self._jvp(V, self.differentiation.mode)
+        return self._jvp(V, self.differentiation.mode or _MODES[0])
 
     def vjp(self, U: Tensor) -> Tensor:
         """Multiply Jᵀ: (K, T, C) → (D, K)."""

@@ -108,15 +108,17 @@ class Keeper:
                         f"cache={cache!r} cannot be had for this model: {error}. Use cache='auto' or 'linearization'."
                     ) from None
                 reason = str(error)
-        jacobian.settle()
-        factor = make_factor()
+        form, nbytes = "none", 0
         if cache in ("auto", "linearization") and jacobian.reached:
             nbytes = 2 * saved_bytes(jacobian.graph[0])
             if nbytes <= left:
-                jacobian.linearize()
-                return self._note(RecomputedScores(jacobian, factor, size), size, "linearization", nbytes, reason)
-            reason = f"{reason}; a linearization would take {_bytes(nbytes)}, and {_bytes(left)} are left"
-        return self._note(RecomputedScores(jacobian, factor, size), size, "none", 0, reason)
+                form = "linearization"
+            else:
+                reason = f"{reason}; a linearization would take {_bytes(nbytes)}, and {_bytes(left)} are left"
+        if form == "none" or not jacobian.linearize():
+            jacobian.settle()
+        scores = RecomputedScores(jacobian, make_factor(), size)
+        return self._note(scores, size, form, nbytes if form != "none" else 0, reason)
 
     def forget(self, reason: str) -> None:
         """Keep nothing."""
