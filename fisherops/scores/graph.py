@@ -183,6 +183,12 @@ def find_uses(f: Tensor, leaves: Mapping[str, Tensor]) -> dict[str, list[Use] | 
     return uses
 
 
+def has_fused_attention(f: Tensor) -> bool:
+    """Whether the graph of f goes through an attention kernel that is slow, or impossible, to differentiate twice."""
+    consumers, _ = _consumers(f.grad_fn)
+    return any(node.name().startswith("ScaledDotProduct") for node in [f.grad_fn, *consumers])
+
+
 def saved_bytes(f: Tensor) -> int:
     """Return the memory of the tensors that the graph of f has saved."""
     consumers, _ = _consumers(f.grad_fn)

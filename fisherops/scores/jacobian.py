@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 from torch.func import jvp, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fisherops._checks import first_line
 from fisherops._model import plain_kernels
@@ -37,6 +38,8 @@ _MODES = (
     _Mode("forward mode with elementary kernels", True, plain_kernels),
     _Mode("double-backward with elementary kernels", False, plain_kernels),
 )
+
+ELEMENTARY_ATTENTION = _Mode("double-backward with elementary attention", False, lambda: sdpa_kernel(SDPBackend.MATH))
 
 
 class Differentiation:

@@ -6,10 +6,10 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from fisherops.scores.graph import saved_bytes
+from fisherops.scores.graph import has_fused_attention, saved_bytes
 from fisherops.scores.held import HeldScores
 from fisherops.scores.hold import CannotHoldError, RowsBuilder
-from fisherops.scores.jacobian import BatchJacobian
+from fisherops.scores.jacobian import ELEMENTARY_ATTENTION, BatchJacobian
 from fisherops.scores.recompute import Factor, RecomputedScores
 
 Scores = HeldScores | RecomputedScores
@@ -113,6 +113,9 @@ class Keeper:
             nbytes = 2 * saved_bytes(jacobian.graph[0])
             if nbytes <= left:
                 form = "linearization"
+                if has_fused_attention(jacobian.graph[0]):
+                    jacobian.build_graph(ELEMENTARY_ATTENTION)
+                    nbytes = 2 * saved_bytes(jacobian.graph[0])
             else:
                 reason = f"{reason}; a linearization would take {_bytes(nbytes)}, and {_bytes(left)} are left"
         if form == "none" or not jacobian.linearize():
