@@ -81,8 +81,7 @@ class DistributionLikelihood(Likelihood):
         return self._bound().draw(f.double(), samples, draws)
 
     def log_prob(self, f: Tensor, y: Tensor) -> Tensor:
-        value: Tensor = self._bound().build(f).log_prob(y)
-        return value
+        return self._bound().log_prob(f, y)
 
     def scores(self, f: Tensor, y: Tensor) -> OutputFactor:
         return self._bound().scores(f, y)
@@ -111,6 +110,11 @@ class _Structure:
         """Return the distribution with coordinates f (..., C), of batch_shape (...)."""
         raise NotImplementedError
 
+    def log_prob(self, f: Tensor, y: Tensor) -> Tensor:
+        """Return log q(y | f), (..., T) for f (..., T, C)."""
+        value: Tensor = self.build(f).log_prob(y)
+        return value
+
     def check(self, dist: Any) -> None:
         """Raise ValueError if a parameter has a value that it must not have."""
 
@@ -131,7 +135,7 @@ class _Structure:
 
     def scores(self, f: Tensor, y: Tensor) -> OutputFactor:
         """Return ∇_f(−log q(y | f)) for f (T, C) and targets (R, T, ...)."""
-        return DenseFactor(score_columns(_Density(self), f.double(), y).to(f.dtype))
+        return DenseFactor(score_columns(self, f.double(), y).to(f.dtype))
 
     def exact(self, f: Tensor) -> OutputFactor:
         """Return a root of E[s sᵀ] for f (T, C); here by enumeration of a finite support."""
@@ -142,20 +146,9 @@ class _Structure:
             values = dist.enumerate_support()
         except NotImplementedError:
             raise NotImplementedError(_no_exact(type(dist).__name__)) from None
-        columns = score_columns(_Density(self), f.double(), values)
+        columns = score_columns(self, f.double(), values)
         columns = columns * (dist.log_prob(values).T / 2).exp().unsqueeze(2)
         return DenseFactor(columns.to(f.dtype)).compressed()
-
-
-class _Density:
-    """The density of a structure, for `score_columns`."""
-
-    def __init__(self, structure: _Structure) -> None:
-        self._structure = structure
-
-    def log_prob(self, f: Tensor, y: Tensor) -> Tensor:
-        value: Tensor = self._structure.build(f).log_prob(y)
-        return value
 
 
 def _structure_of(dist: Any) -> _Structure:
