@@ -246,8 +246,13 @@ class _FisherOperator(TorchLinearOperator):
                 again = draws.again() if draws is not None else None
                 return self._output_factor(jacobian, terms, c, size, again, compressed=keeper is not None)
 
+            def redraw(
+                other: Any, make_factor: Callable[..., OutputFactor] = make_factor, places: Tensor = batch.places
+            ) -> OutputFactor:
+                return make_factor(draws=other.batch(places))
+
             if keeper is not None and choosing:
-                yield keeper.choose(jacobian, make_factor, batch.size)
+                yield keeper.choose(jacobian, make_factor, batch.size, redraw)
             else:
                 yield RecomputedScores(jacobian, make_factor(), batch.size)
         if chosen is not None and any(scores is not None for scores in chosen):
@@ -545,11 +550,14 @@ class FisherMCLinearOperator(_FisherOperator):
         Returns
         -------
         FisherMCLinearOperator
-            The operator that would have been made with this seed, without checking model and data again.
+            The operator that would have been made with this seed, without checking model and data again. Where the
+            linearized model is kept, both share it; rows depend on the draws and are made anew.
         """
         other = copy.copy(self)
         other._seed = _seed(seed)
-        other._keeper = None
+        if self._keeper is not None and self._state == self._model.state():
+            with isolated(self.device), torch.no_grad():
+                other._keeper, other._state = self._keeper.redrawn(other._start_sampler()), self._state
         return other
 
     def standard_error(self, v: Any) -> Any:

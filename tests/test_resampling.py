@@ -35,6 +35,21 @@ def test_resampling_is_the_operator_of_another_seed(rows, sampler):
         op.resample(1.5)
 
 
+@pytest.mark.parametrize("sampler", ["counter", "stream"])
+def test_resampling_shares_the_linearization(sampler, monkeypatch):
+    case = make_case("recurrent", "ce", sizes=(4, 3))
+    options = {"mc_samples": 2, "sampler": sampler, "cache": "linearization"}
+    op = build(case, seed=1, **options)
+    V = np.eye(case.D)
+    first = op @ V
+    expected = build(case, seed=2, **options) @ V
+    case.model.forward = None  # is not evaluated again
+    other = op.resample(2)
+    assert_same(other @ V, expected, case.dtype)
+    assert_same(other.resample(1) @ V, first, case.dtype)
+    np.testing.assert_array_equal(op @ V, first)
+
+
 def test_the_standard_error_by_its_formula():
     case = make_case("recurrent", "ce", "sum", sizes=(3, 2))
     M, v = 5, np.random.default_rng(0).standard_normal(case.D)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from fisherops.scores.graph import has_fused_attention, saved_bytes
 from fisherops.scores.held import HeldScores
@@ -80,13 +81,16 @@ class Keeper:
     def __init__(self, cache: str, max_memory: int) -> None:
         self.plan = Plan(cache, max_memory)
         self.kept: list[Scores | None] = []
+        self._redraws: list[Callable[[Any], Factor]] = []
 
     @property
     def complete(self) -> bool:
         """Whether every batch is kept, so that products need no data."""
         return all(scores is not None for scores in self.kept)
 
-    def choose(self, jacobian: BatchJacobian, make_factor: Callable[[], Factor], size: int) -> Scores:
+    def choose(
+        self, jacobian: BatchJacobian, make_factor: Callable[[], Factor], size: int, redraw: Callable[[Any], Factor]
+    ) -> Scores:
         """Return G of the next batch in the form chosen for it.
 
         Parameters
@@ -96,7 +100,10 @@ class Keeper:
             Returns the output factor for the present outputs of `jacobian`.
         size : int
             Number of data in the batch.
+        redraw : callable
+            Returns the output factor with the draws of another sampler.
         """
+        self._redraws.append(redraw)
         cache, reason = self.plan.cache, "asked for"
         left = self.plan.max_memory - self.plan.nbytes
         if cache in ("auto", "scores", "factors") and jacobian.reached:
@@ -122,6 +129,16 @@ class Keeper:
             jacobian.settle()
         scores = RecomputedScores(jacobian, make_factor(), size)
         return self._note(scores, size, form, nbytes if form != "none" else 0, reason)
+
+    def redrawn(self, sampler: Any) -> Keeper | None:
+        """Return what is kept with the draws of another sampler, or None where rows must be made anew."""
+        linearized = [scores for scores in self.kept if isinstance(scores, RecomputedScores)]
+        if len(linearized) < len(self.kept):
+            return None
+        other = Keeper(self.plan.cache, self.plan.max_memory)
+        other.plan, other._redraws = self.plan, self._redraws
+        other.kept = [s.with_factor(redraw(sampler)) for s, redraw in zip(linearized, self._redraws, strict=True)]
+        return other
 
     def forget(self, reason: str) -> None:
         """Keep nothing."""

@@ -55,6 +55,10 @@ class RecomputedScores:
         self._factor = factor
         self._size = size
 
+    def with_factor(self, factor: Factor) -> RecomputedScores:
+        """Return the same with another output factor."""
+        return RecomputedScores(self._jacobian, factor, self._size)
+
     def product(self, V: Tensor) -> Tensor:
         """Multiply GᵀG: (D, K) → (D, K)."""
         return self.apply_transposed(self.apply(V))
