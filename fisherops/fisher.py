@@ -247,9 +247,14 @@ class _FisherOperator(TorchLinearOperator):
                 return self._output_factor(jacobian, terms, c, size, again, compressed=keeper is not None)
 
             def redraw(
-                other: Any, make_factor: Callable[..., OutputFactor] = make_factor, places: Tensor = batch.places
+                op: FisherMCLinearOperator,
+                sampler: StreamSampler | CounterSampler,
+                jacobian: BatchJacobian = jacobian,
+                terms: Terms = terms,
+                batch: tuple[int, Tensor] = (batch.size, batch.places),
             ) -> OutputFactor:
-                return make_factor(draws=other.batch(places))
+                size, places = batch
+                return op._output_factor(jacobian, terms, c, size, sampler.batch(places), compressed=True)
 
             if keeper is not None and choosing:
                 yield keeper.choose(jacobian, make_factor, batch.size, redraw)
@@ -557,7 +562,7 @@ class FisherMCLinearOperator(_FisherOperator):
         other._seed = _seed(seed)
         if self._keeper is not None and self._state == self._model.state():
             with isolated(self.device), torch.no_grad():
-                other._keeper, other._state = self._keeper.redrawn(other._start_sampler()), self._state
+                other._keeper, other._state = self._keeper.redrawn(other, other._start_sampler()), self._state
         return other
 
     def standard_error(self, v: Any) -> Any:

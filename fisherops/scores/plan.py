@@ -81,7 +81,7 @@ class Keeper:
     def __init__(self, cache: str, max_memory: int) -> None:
         self.plan = Plan(cache, max_memory)
         self.kept: list[Scores | None] = []
-        self._redraws: list[Callable[[Any], Factor]] = []
+        self._redraws: list[Callable[..., Factor]] = []
 
     @property
     def complete(self) -> bool:
@@ -89,7 +89,7 @@ class Keeper:
         return all(scores is not None for scores in self.kept)
 
     def choose(
-        self, jacobian: BatchJacobian, make_factor: Callable[[], Factor], size: int, redraw: Callable[[Any], Factor]
+        self, jacobian: BatchJacobian, make_factor: Callable[[], Factor], size: int, redraw: Callable[..., Factor]
     ) -> Scores:
         """Return G of the next batch in the form chosen for it.
 
@@ -101,7 +101,7 @@ class Keeper:
         size : int
             Number of data in the batch.
         redraw : callable
-            Returns the output factor with the draws of another sampler.
+            ``(op, sampler) -> factor``, the output factor for another operator with other draws.
         """
         self._redraws.append(redraw)
         cache, reason = self.plan.cache, "asked for"
@@ -130,14 +130,14 @@ class Keeper:
         scores = RecomputedScores(jacobian, make_factor(), size)
         return self._note(scores, size, form, nbytes if form != "none" else 0, reason)
 
-    def redrawn(self, sampler: Any) -> Keeper | None:
-        """Return what is kept with the draws of another sampler, or None where rows must be made anew."""
+    def redrawn(self, op: Any, sampler: Any) -> Keeper | None:
+        """Return what is kept for an operator with other draws, or None where rows must be made anew."""
         linearized = [scores for scores in self.kept if isinstance(scores, RecomputedScores)]
         if len(linearized) < len(self.kept):
             return None
         other = Keeper(self.plan.cache, self.plan.max_memory)
         other.plan, other._redraws = self.plan, self._redraws
-        other.kept = [s.with_factor(redraw(sampler)) for s, redraw in zip(linearized, self._redraws, strict=True)]
+        other.kept = [s.with_factor(redraw(op, sampler)) for s, redraw in zip(linearized, self._redraws, strict=True)]
         return other
 
     def forget(self, reason: str) -> None:
