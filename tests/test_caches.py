@@ -1,7 +1,9 @@
 """What is kept between products: always the same matrix, whatever the form, within its memory, and never stale."""
 
 import copy
+import gc
 import pickle
+import weakref
 
 import numpy as np
 import pytest
@@ -335,6 +337,25 @@ def test_an_embedding_is_never_a_dense_table_for_each_datum():
     op @ np.ones(op.shape[0], np.float32)
     assert op.plan.nbytes < 2**20
     assert "factors" in str(op.plan)
+
+
+@pytest.mark.parametrize("cache", ["auto", "none"])
+def test_graphs_are_not_kept_with_rows(cache, monkeypatch):
+    graphs = []
+    jacobian = fo.fisher.BatchJacobian
+
+    def watched(*arguments):
+        made = jacobian(*arguments)
+        graphs.append(weakref.ref(made))
+        return made
+
+    monkeypatch.setattr("fisherops.scores.jacobian.BatchJacobian", watched)
+    case = make_case("dense", "ce", sizes=(4, 3))
+    op = fo.FisherMCLinearOperator(case.model, case.loss, data=case.data, cache=cache)
+    op @ np.ones(case.D)
+    gc.collect()
+    assert len(graphs) == 2
+    assert all(graph() is None for graph in graphs)
 
 
 def test_products_with_many_columns():

@@ -81,6 +81,7 @@ class Keeper:
     def __init__(self, cache: str, max_memory: int) -> None:
         self.plan = Plan(cache, max_memory)
         self.kept: list[Scores | None] = []
+        # Of linearizations only: each holds the graph of its batch.
         self._redraws: list[Callable[..., Factor]] = []
 
     @property
@@ -103,7 +104,6 @@ class Keeper:
         redraw : callable
             ``(op, sampler) -> factor``, the output factor for another operator with other draws.
         """
-        self._redraws.append(redraw)
         cache, reason = self.plan.cache, "asked for"
         left = self.plan.max_memory - self.plan.nbytes
         if cache in ("auto", "scores", "factors") and jacobian.reached:
@@ -127,6 +127,8 @@ class Keeper:
                 reason = f"{reason}; a linearization would take {_bytes(nbytes)}, and {_bytes(left)} are left"
         if form == "none" or not jacobian.linearize():
             jacobian.settle()
+        if form == "linearization":
+            self._redraws.append(redraw)
         scores = RecomputedScores(jacobian, make_factor(), size)
         return self._note(scores, size, form, nbytes if form != "none" else 0, reason)
 
@@ -144,6 +146,7 @@ class Keeper:
         """Keep nothing."""
         self.plan.entries = [Entry(entry.size, "none", 0, reason) for entry in self.plan.entries]
         self.kept = [None] * len(self.kept)
+        self._redraws = []
 
     def _rows(self, jacobian: BatchJacobian, make_factor: Callable[[], Factor], size: int, left: int) -> Scores:
         jacobian.check_custom_functions()
