@@ -339,6 +339,34 @@ def test_an_embedding_is_never_a_dense_table_for_each_datum():
     assert "factors" in str(op.plan)
 
 
+def test_factors_are_kept_where_rows_do_not_fit():
+    """Of 12 positions with 64 × 64 weights, rows are faster (16 KiB a datum) and factors smaller (6 KiB)."""
+    model = nn.Sequential(nn.Linear(64, 64, bias=False), nn.Tanh(), nn.Linear(64, 64, bias=False))
+    data = (torch.randn(8, 12, 64), torch.zeros(8, 12, 64))
+    free, tight, plain = (
+        fo.FisherMCLinearOperator(model, nn.MSELoss(), data=data, rows="datum", **options)
+        for options in ({}, {"max_memory": "150KiB"}, {"cache": "none"})
+    )
+    v = np.ones(plain.shape[0], np.float32)
+    assert_same(tight @ v, plain @ v, torch.float32)
+    assert free.plan.nbytes == 8 * 2 * 64 * 64 * 4
+    assert [entry.form for entry in free.plan.entries] == ["dense rows"]
+    assert [entry.form for entry in tight.plan.entries] == ["factors"]
+    assert tight.plan.nbytes == 8 * 2 * 12 * 128 * 4
+
+
+@pytest.mark.parametrize("cache", ["scores", "factors", "auto"])
+def test_no_form_takes_more_than_its_memory(cache):
+    """Dense rows of linear layers are larger than their factors, and are to be bounded all the same."""
+    case = make_case("recurrent", "ce", sizes=(4,) * 4)
+    whole = fo.FisherMCLinearOperator(case.model, case.loss, data=case.data, cache=cache).plan.nbytes
+    for share in np.linspace(0, 1, 12):
+        plan = fo.FisherMCLinearOperator(
+            case.model, case.loss, data=case.data, cache=cache, max_memory=int(share * whole)
+        ).plan
+        assert plan.nbytes <= share * whole
+
+
 @pytest.mark.parametrize("cache", ["auto", "none"])
 def test_graphs_are_not_kept_with_rows(cache, monkeypatch):
     graphs = []

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 from torch.func import vmap
 
-from fisherops.scores.parts import EmbeddingPart, LinearPart, Part, RowsPart
+from fisherops.scores.parts import EmbeddingPart, LinearPart, Part, RowsPart, rows_are_cheaper
 
 
 class Use(ABC):
@@ -43,8 +43,8 @@ class Use(ABC):
             Whether the leading axis of h is not that of the data but of positions, with the data next to it.
         """
 
-    def nbytes(self, N: int, q: int, leaf: Tensor) -> int:
-        """Predict the memory of the part."""
+    def nbytes(self, N: int, q: int, leaf: Tensor, form: str) -> int:
+        """Predict the memory of the part in the form "auto" or "factors"."""
         return N * q * leaf.nbytes
 
 
@@ -80,9 +80,11 @@ class _Linear(Use):
         A = A.reshape(N, -1, A.shape[-1]).to(b.dtype)
         return LinearPart(A, B.reshape(N, len(b), -1, B.shape[-1]), self._rows_are_outputs)
 
-    def nbytes(self, N: int, q: int, leaf: Tensor) -> int:
+    def nbytes(self, N: int, q: int, leaf: Tensor, form: str) -> int:
         rows, i = self._a.numel() // self._a.shape[-1], self._a.shape[-1]
-        return min(super().nbytes(N, q, leaf), rows * (i + q * leaf.numel() // i) * leaf.itemsize)
+        if form == "auto" and rows_are_cheaper(rows // N, q):
+            return super().nbytes(N, q, leaf, form)
+        return rows * (i + q * leaf.numel() // i) * leaf.itemsize
 
 
 class _Broadcast(Use):
@@ -154,7 +156,7 @@ class _Embedding(Use):
             B = B * (index != self._padding)[:, None, :, None]
         return EmbeddingPart(index, B, self._count)
 
-    def nbytes(self, N: int, q: int, leaf: Tensor) -> int:
+    def nbytes(self, N: int, q: int, leaf: Tensor, form: str) -> int:
         return q * self._indices.numel() * leaf.shape[-1] * leaf.itemsize
 
 

@@ -52,14 +52,15 @@ class RowsBuilder:
         """Rows for each datum, which is the number of backward passes to build them."""
         return self._q
 
-    @property
-    def nbytes(self) -> int:
-        """Predicted memory of the rows in their cheapest form."""
+    def nbytes(self, form: str) -> int:
+        """Predict the memory of the rows in a form, as of `build`; that of rows differentiated by datum as if dense."""
         total = 0
         for name, uses in self._uses.items():
             leaf = self._leaves[name]
-            dense = self._N * self._q * leaf.nbytes
-            total += dense if uses is None else min(dense, sum(use.nbytes(self._N, self._q, leaf) for use in uses))
+            if uses is None or form == "scores":
+                total += self._N * self._q * leaf.nbytes
+            else:
+                total += sum(use.nbytes(self._N, self._q, leaf, form) for use in uses)
         return total
 
     def build(self, form: str) -> tuple[HeldScores, list[str]]:

@@ -43,6 +43,14 @@ class Part(ABC):
         return False
 
 
+def rows_are_cheaper(T: int, q: int) -> bool:
+    """Whether q dense rows for each datum are multiplied faster than the factors of T positions.
+
+    A matrix product does several multiplications in the time that one number takes from memory.
+    """
+    return 8 * q < T
+
+
 class RowsPart(Part):
     """The rows themselves, (N, q, d)."""
 
@@ -130,9 +138,8 @@ class LinearPart(Part):
 
     @property
     def dense_is_cheaper(self) -> bool:
-        # A matrix product does several multiplications in the time that one number takes from memory.
         _, q, T, _ = self._B.shape
-        return 8 * q < T
+        return rows_are_cheaper(T, q)
 
     def joined(self, other: LinearPart) -> LinearPart:
         """Return the sum of two uses of the same parameter: their positions one after the other."""

@@ -153,14 +153,17 @@ class Keeper:
         builder = RowsBuilder(jacobian, make_factor(), size)
         if self.plan.cache == "auto" and builder.vectors > _MANY_VECTORS:
             raise CannotHoldError(f"{builder.vectors} rows for each datum would cost as many backward passes")
-        if builder.nbytes > left:
-            reason = f"rows would take {_bytes(builder.nbytes)}, and {_bytes(left)} are left"
-            if self.plan.cache == "auto":
-                raise CannotHoldError(reason)
-            jacobian.settle()
-            return self._note(RecomputedScores(jacobian, make_factor(), size), size, "none", 0, reason)
+        held = None
         try:
-            held, differentiated = builder.build(self.plan.cache)
+            # Where the cheapest form does not fit, factors may, which are smaller for long sequences.
+            for form in ("auto", "factors") if self.plan.cache == "auto" else (self.plan.cache,):
+                nbytes = builder.nbytes(form)
+                if nbytes <= left:
+                    held, differentiated = builder.build(form)
+                    nbytes = held.nbytes
+                if nbytes <= left:
+                    break
+                held = None
         except CannotHoldError as error:
             if error.surprising:
                 warnings.warn(
@@ -170,6 +173,12 @@ class Keeper:
                     stacklevel=2,
                 )
             raise
+        if held is None:
+            reason = f"rows would take {_bytes(nbytes)}, and {_bytes(left)} are left"
+            if self.plan.cache == "auto":
+                raise CannotHoldError(reason)
+            jacobian.settle()
+            return self._note(RecomputedScores(jacobian, make_factor(), size), size, "none", 0, reason)
         reason = "every parameter's rows by the operation that uses it"
         if differentiated:
             reason = (
