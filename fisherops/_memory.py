@@ -31,6 +31,11 @@ def as_bytes(max_memory: Any, device: torch.device) -> int:
     return int(max_memory)
 
 
+def is_memory_error(error: BaseException) -> bool:
+    """Whether there was not enough memory; torch has an error of its own for that on CUDA only."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
 def _free(device: torch.device) -> int:
     if device.type == "cuda":
         free: int = torch.cuda.mem_get_info(device)[0]

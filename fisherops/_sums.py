@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -25,10 +26,12 @@ class CompensatedSum:
         if self._sum is None:
             self._sum = term
             return
-        corrected = term if self._error is None else term.sub_(self._error)
+        if self._error is None:
+            self._error = torch.zeros_like(self._sum)
+        corrected = term.sub_(self._error)
         total = self._sum + corrected
-        self._error = (total - self._sum).sub_(corrected)
-        self._sum = total
+        torch.sub(total, self._sum, out=self._error).sub_(corrected)
+        self._sum.copy_(total)
 
     def value(self) -> Tensor:
         """Return the sum; at least one tensor must have been added."""

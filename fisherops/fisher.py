@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from typing import Any
 
@@ -16,7 +17,7 @@ from fisherops._checks import integer
 from fisherops._data import Batch, Data
 from fisherops._draws import CounterDraws, CounterSampler, StreamSampler
 from fisherops._linop import TorchLinearOperator
-from fisherops._memory import as_bytes
+from fisherops._memory import as_bytes, is_memory_error
 from fisherops._model import ModelFunction, as_function, isolated
 from fisherops._params import Parameters, as_dtype, select
 from fisherops._randomness import fixed_randomness
@@ -25,8 +26,9 @@ from fisherops._tree import leaves, map_arrays
 from fisherops.likelihoods import Draws, Likelihood, OutputFactor, Terms
 from fisherops.scores import CACHES, BatchJacobian, Differentiation, Keeper, Plan, RecomputedScores, Scores
 
-# Columns of a product over what is kept are taken together up to this size.
+# Columns of a product are taken together up to this size, or few of them where the model is evaluated for each block.
 _CHUNK_BYTES = 2**24
+_FEW_COLUMNS = 8
 
 
 class _Evaluation:
@@ -122,13 +124,14 @@ class _FisherOperator(TorchLinearOperator):
 
     def _apply(self, V: Tensor) -> Tensor:
         with self._pass("product") as batches:
-            # Few columns at a time, whose memory is used again for the next; but data are read once for all.
-            step = max(1, _CHUNK_BYTES // (V.shape[0] * V.itemsize))
-            if V.shape[1] <= step or not isinstance(batches, list):
-                return _check_result(_sum_of_products(batches, V), V)
+            # Few columns at a time, whose memory is used again for the next.
+            step = max(1 if isinstance(batches, list) else _FEW_COLUMNS, _CHUNK_BYTES // (V.shape[0] * V.itemsize))
+            products = _sums_of_products(batches, torch.split(V, step, dim=1))
+            if V.shape[1] <= step:
+                return _check_result(next(products), V)
             result = torch.empty_like(V, memory_format=torch.contiguous_format)
-            for start in range(0, V.shape[1], step):
-                result[:, start : start + step] = _sum_of_products(batches, V[:, start : start + step])
+            for columns in torch.split(result, step, dim=1):
+                columns.copy_(next(products))
         return _check_result(result, V)
 
     def todense(self) -> np.ndarray[Any, Any]:
@@ -258,6 +261,8 @@ class _FisherOperator(TorchLinearOperator):
 
             if keeper is not None and choosing:
                 yield keeper.choose(jacobian, make_factor, batch.size, redraw)
+            elif keeper is not None:
+                yield keeper.compute(batch.number, jacobian, make_factor, batch.size)
             else:
                 yield RecomputedScores(jacobian, make_factor(), batch.size)
         if chosen is not None and any(scores is not None for scores in chosen):
@@ -731,14 +736,31 @@ class EmpiricalFisherLinearOperator(_FisherOperator):
         return _checked(q.scores(f, q.observed(terms)), q, f, 1)
 
 
-def _sum_of_products(batches: Iterable[Scores], V: Tensor) -> Tensor:
-    """Sum GᵀG V over batches."""
-    total = CompensatedSum()
-    for scores in batches:
-        # Columns lie one after the other in memory (hence .T), as `Parameters.split` gives and takes them.
-        blocks = [scores.product(columns).T for columns in torch.split(V, scores.columns, dim=1)]
-        total.add((torch.cat(blocks) if len(blocks) > 1 else blocks[0]).T)
-    return total.value()
+def _sums_of_products(batches: Iterable[Scores], blocks: Sequence[Tensor]) -> Iterator[Tensor]:
+    """Sum GᵀG V over batches for blocks of columns V, one after the other; but data are read once for all blocks."""
+    for group in [[V] for V in blocks] if isinstance(batches, list) else [blocks]:
+        totals = deque(CompensatedSum() for _ in group)
+        for scores in batches:
+            for total, V in zip(totals, group, strict=True):
+                total.add(_product(scores, V))
+        while totals:
+            yield totals.popleft().value()
+
+
+def _product(scores: Scores, V: Tensor) -> Tensor:
+    """Multiply GᵀG, with as many columns at once as memory allows."""
+    products, done = [], 0
+    while done < V.shape[1]:
+        try:
+            # Columns lie one after the other in memory (hence .T), as `Parameters.split` gives and takes them.
+            products.append(scores.product(V[:, done : done + scores.columns]).T)
+        except (MemoryError, RuntimeError) as error:
+            if scores.columns == 1 or not is_memory_error(error):
+                raise
+            scores.columns //= 2
+        else:
+            done += scores.columns
+    return (torch.cat(products) if len(products) > 1 else products[0]).T
 
 
 def _seed(seed: int) -> int:

@@ -1,9 +1,12 @@
 """What is kept between products: always the same matrix, whatever the form, within its memory, and never stale."""
 
 import copy
+import functools
 import gc
 import pickle
+import re
 import weakref
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -17,6 +20,9 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 import fisherops as fo
+from fisherops.scores.held import HeldScores
+
+CACHES = ("auto", "scores", "factors", "linearization", "none")
 
 KINDS = {
     "mc": fo.FisherMCLinearOperator,
@@ -25,13 +31,17 @@ KINDS = {
 }
 
 
-def check(
-    model, loss, data, kind="mc", caches=("auto", "scores", "factors", "linearization"), dtype=torch.float64, **options
-):
-    """Every form gives the matrix of the plain one; returns the plan of "auto"."""
+def differentiated():
+    """Let operators that keep nothing, and are used the first time within, always go by J v and Jᵀu."""
+    return mock.patch("fisherops.scores.plan._FEW_VECTORS", 0)
+
+
+def check(model, loss, data, kind="mc", caches=CACHES, dtype=torch.float64, **options):
+    """Every form gives the matrix of J v and Jᵀu; returns the plan of "auto"."""
     plain = KINDS[kind](model, loss, data=data, cache="none", **options)
     V = np.random.default_rng(0).standard_normal((plain.shape[0], 3)).astype(plain.dtype)
-    expected, F = plain @ V, plain.todense()
+    with differentiated():
+        expected, F = plain @ V, plain.todense()
     plan = None
     for cache in caches:
         op = KINDS[kind](model, loss, data=data, cache=cache, **options)
@@ -285,7 +295,7 @@ def test_what_does_not_fit_is_computed_anew(cache):
     free = fo.FisherMCLinearOperator(case.model, case.loss, data=case.data, cache=cache)
     V = np.random.default_rng(0).standard_normal((case.D, 2))
     whole = free.plan.nbytes
-    for part in (0, 0.4, 0.7):
+    for part in (0, 0.4, 0.7) if cache == "auto" else (0.4, 0.7):
         op = fo.FisherMCLinearOperator(case.model, case.loss, data=case.data, cache=cache, max_memory=int(part * whole))
         assert_same(op @ V, free @ V, case.dtype)
         assert_same(op @ V, free @ V, case.dtype)
@@ -295,6 +305,80 @@ def test_what_does_not_fit_is_computed_anew(cache):
         assert "none" in forms
         assert (part == 0) == all(form == "none" for form in forms)
         assert "are left" in str(op.plan)
+
+
+@pytest.mark.parametrize("cache", ["scores", "factors", "linearization"])
+def test_a_bound_within_which_no_batch_can_be_kept(cache):
+    case = make_case("dense", "ce", sizes=(4, 3))
+    build = functools.partial(fo.FisherMCLinearOperator, case.model, case.loss, data=case.data, cache=cache)
+    with pytest.raises(
+        ValueError, match=rf"cache='{cache}' takes \d+ bytes for a batch of 4 data, and .* is 10: pass"
+    ) as e:
+        build(max_memory=10) @ np.ones(case.D)
+    smallest = int(re.search(r"pass max_memory=(\d+) or more", str(e.value))[1])
+    assert build(max_memory=smallest).plan.nbytes > 0
+    with pytest.raises(ValueError, match="or cache='auto', which keeps what fits"):
+        build(max_memory=smallest - 1).plan
+
+
+@pytest.mark.parametrize("cache", ["auto", "none"])
+def test_few_vectors_are_multiplied_by_rows_that_are_not_kept(cache):
+    case = make_case("dense", "ce", sizes=(4, 3))
+    op = fo.FisherMCLinearOperator(case.model, case.loss, data=case.data, cache=cache, max_memory=0)
+    first = op @ np.eye(case.D)
+    np.testing.assert_array_equal(op @ np.eye(case.D), first)
+    assert "rows are built anew in every product" in str(op.plan)
+    assert op.plan.nbytes == 0
+    many = fo.FisherMCLinearOperator(case.model, case.loss, data=case.data, mc_samples=3, cache=cache, max_memory=0)
+    assert "anew in every product" not in str(many.plan)
+
+
+@pytest.mark.parametrize("cache", ["auto", "none"])
+@pytest.mark.parametrize("message", ["CUDA out of memory", "[enforce fail] DefaultCPUAllocator: can't allocate memory"])
+def test_fewer_columns_where_memory_is_short(monkeypatch, cache, message):
+    case = make_case("dense", "ce", sizes=(4, 3))
+    op = fo.FisherMCLinearOperator(case.model, case.loss, data=case.data, cache=cache)
+    V = np.random.default_rng(0).standard_normal((case.D, 40))
+    expected = op @ V
+    error = torch.OutOfMemoryError if "CUDA" in message else RuntimeError
+    widths = []
+
+    def short(self, V, product=HeldScores.product):
+        widths.append(V.shape[1])
+        if V.shape[1] > limit:
+            raise error(message)
+        return product(self, V)
+
+    monkeypatch.setattr(HeldScores, "product", short)
+    limit = 7
+    assert_same(op @ V, expected, case.dtype)
+    assert max(widths) == 40
+    assert set(widths[-3:]) <= set(range(1, 8))
+    limit = 0
+    with pytest.raises(error, match="memory"):
+        op @ V
+    error = RuntimeError
+    message = "something else"
+    widths.clear()
+    with pytest.raises(RuntimeError, match="something else"):
+        op @ V
+    assert len(widths) == 1
+
+
+def test_memory_that_runs_out_while_rows_are_built(monkeypatch):
+    case = make_case("dense", "ce", sizes=(4, 3))
+    expected = fo.FisherMCLinearOperator(case.model, case.loss, data=case.data).todense()
+
+    def short(self, form):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("fisherops.scores.hold.RowsBuilder.build", short)
+    op = fo.FisherMCLinearOperator(case.model, case.loss, data=case.data)
+    assert_same(op @ np.eye(case.D), expected, case.dtype)
+    assert "linearization" in str(op.plan)
+    assert "memory ran out while rows were built" in str(op.plan)
+    with pytest.raises(torch.OutOfMemoryError):
+        fo.FisherMCLinearOperator(case.model, case.loss, data=case.data, cache="scores").todense()
 
 
 def test_batches_that_come_in_any_order_are_kept_all_or_none():
@@ -360,7 +444,7 @@ def test_no_form_takes_more_than_its_memory(cache):
     """Dense rows of linear layers are larger than their factors, and are to be bounded all the same."""
     case = make_case("recurrent", "ce", sizes=(4,) * 4)
     whole = fo.FisherMCLinearOperator(case.model, case.loss, data=case.data, cache=cache).plan.nbytes
-    for share in np.linspace(0, 1, 12):
+    for share in np.linspace(0 if cache == "auto" else 0.3, 1, 12):
         plan = fo.FisherMCLinearOperator(
             case.model, case.loss, data=case.data, cache=cache, max_memory=int(share * whole)
         ).plan
@@ -389,9 +473,14 @@ def test_graphs_are_not_kept_with_rows(cache, monkeypatch):
 def test_products_with_many_columns():
     case = make_case("dense", "ce", sizes=(40, 20))
     plain = fo.FisherMCLinearOperator(case.model, case.loss, data=case.data, cache="none")
-    op = fo.FisherMCLinearOperator(case.model, case.loss, data=case.data)
     V = np.random.default_rng(0).standard_normal((case.D, 1000))
-    assert_same(op @ V, plain @ V, case.dtype)
+    with differentiated(), mock.patch("fisherops.fisher._CHUNK_BYTES", 2**16):
+        expected = plain @ V
+    for cache in ("auto", "none"):
+        op = fo.FisherMCLinearOperator(case.model, case.loss, data=case.data, cache=cache)
+        assert_same(op @ V, expected, case.dtype)
+        with mock.patch("fisherops.fisher._CHUNK_BYTES", 2**16):
+            assert_same(op @ V, expected, case.dtype)
 
 
 def test_the_plan_says_what_is_kept():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -44,6 +46,8 @@ class RowsBuilder:
         self._jacobian, self._factor, self._N = jacobian, factor, size
         self._q = factor.blocks // size * factor.rank
         self._f, self._leaves = jacobian.graph
+        self.data_second: dict[str, bool] = {}
+        """For each parameter found by its uses whether the data lie on the second axis."""
         with torch.no_grad():
             self._uses = find_uses(self._f, self._leaves)
 
@@ -51,6 +55,11 @@ class RowsBuilder:
     def vectors(self) -> int:
         """Rows for each datum, which is the number of backward passes to build them."""
         return self._q
+
+    @property
+    def every_use_is_known(self) -> bool:
+        """Whether no parameter has to be differentiated datum by datum."""
+        return None not in self._uses.values()
 
     def nbytes(self, form: str) -> int:
         """Predict the memory of the rows in a form, as of `build`; that of rows differentiated by datum as if dense."""
@@ -64,7 +73,7 @@ class RowsBuilder:
         return total
 
     def build(self, form: str) -> tuple[HeldScores, list[str]]:
-        """Build the rows.
+        """Build the rows, with every piece checked.
 
         Parameters
         ----------
@@ -99,6 +108,23 @@ class RowsBuilder:
             if rest:
                 parts |= self._differentiated(columns, rest)
             return self._assembled(parts, form), rest
+
+    def build_again(self, data_second: Mapping[str, bool]) -> HeldScores:
+        """Build the rows of a batch in the form "factors" as they were found, and checked, before.
+
+        Parameters
+        ----------
+        data_second : mapping of str to bool
+            As after `build`, which had to differentiate no parameter datum by datum.
+        """
+        gradients = self._backpropagated(self._factor.columns())
+        parts = {}
+        with torch.no_grad():
+            for name, uses in self._uses.items():
+                assert uses is not None
+                found = [use.part(gradients[use], self._N, data_second[name]) for use in uses if use in gradients]
+                parts[name] = [part for part in found if part is not None]
+            return self._assembled(parts, "factors")
 
     def _backpropagated(self, columns: Tensor) -> dict[Use, Tensor]:
         """Return b (q, ...) for all uses, by one batched backward pass that stops at them."""
@@ -148,6 +174,7 @@ class RowsBuilder:
             parts = [use.part(gradients[use], self._N, data_second) for use in used]
             known = [part for part in parts if part is not None]
             if len(known) == len(parts) and self._agrees(known, w, truth[name]):
+                self.data_second[name] = data_second
                 return known
         return None
 
@@ -175,22 +202,29 @@ class RowsBuilder:
 
     def _assembled(self, parts: dict[str, list[Part]], form: str) -> HeldScores:
         parameters = self._jacobian.differentiation.parameters
-        dense: list[tuple[Span, Tensor]] = []
+        joined = {name: _joined(parts.pop(name)) for name in parameters.spans if parts.get(name)}
+
+        def is_dense(uses: list[Part]) -> bool:
+            return form == "scores" or all(
+                isinstance(part, RowsPart) or (form == "auto" and part.dense_is_cheaper) for part in uses
+            )
+
+        spans = [span for name, span in parameters.spans.items() if name in joined and is_dense(joined[name])]
+        width = sum(stop - start for start, stop in spans)
+        dense = torch.empty(self._N * self._q, width, dtype=self._f.dtype, device=self._f.device)
         factors: list[tuple[Span, Part]] = []
-        for name, span in parameters.spans.items():
-            joined = _joined(parts.get(name, []))
-            if joined and (
-                form == "scores"
-                or all(isinstance(part, RowsPart) or (form == "auto" and part.dense_is_cheaper) for part in joined)
-            ):
-                rows = joined[0].dense()
-                for part in joined[1:]:
-                    rows = rows + part.dense()
-                dense.append((span, rows.flatten(0, 1)))
-            else:
-                factors += [(span, part) for part in joined]
-        rows = torch.cat([rows for _, rows in dense], 1) if dense else self._f.new_zeros(self._N * self._q, 0).detach()
-        return HeldScores(rows, _merged([span for span, _ in dense]), factors, self._N, parameters.numel)
+        offset = 0
+        for name in list(joined):
+            uses, (start, stop) = joined.pop(name), parameters.spans[name]  # so that it is freed when it was copied
+            if not is_dense(uses):
+                factors += [((start, stop), part) for part in uses]
+                continue
+            own = dense[:, offset : offset + stop - start].view(self._N, self._q, -1)
+            offset += stop - start
+            own.copy_(uses[0].dense())
+            for part in uses[1:]:
+                own += part.dense()
+        return HeldScores(dense, _merged(spans), factors, self._N, parameters.numel)
 
 
 def _joined(parts: list[Part]) -> list[Part]:

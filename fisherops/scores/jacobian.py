@@ -61,6 +61,8 @@ class Differentiation:
         self.mode: _Mode | None = None
         self.tolerance = torch.finfo(parameters.dtype).eps ** 0.5
         """Relative difference between two ways to compute the same that rounding explains."""
+        self.linearizes = False
+        """Whether a linearization that is kept has agreed with reverse mode; then torch's own rules are trusted."""
         self._rounding_is_known = False
         self._vectorizes: dict[str, bool] = {}
 
@@ -204,7 +206,9 @@ class BatchJacobian:
             with torch.enable_grad():
                 gradients = torch.autograd.grad(f, leaves, u, create_graph=True, allow_unused=True)
             self._linear = u, gradients
-            if self.difference_from_reverse(_MODES[0]) <= self.differentiation.tolerance:
+            trusted = self.differentiation.linearizes and not self.custom_functions()
+            if trusted or self.difference_from_reverse(_MODES[0]) <= self.differentiation.tolerance:
+                self.differentiation.linearizes = True
                 return True
         except torch.OutOfMemoryError:
             raise

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from fisherops._memory import is_memory_error
 from fisherops.scores.graph import has_fused_attention, saved_bytes
 from fisherops.scores.held import HeldScores
 from fisherops.scores.hold import CannotHoldError, RowsBuilder
@@ -17,8 +18,9 @@ Scores = HeldScores | RecomputedScores
 
 CACHES = ("auto", "scores", "factors", "linearization", "none")
 
-# Rows of G for each datum, and so backward passes to build them, that "auto" takes.
+# Rows of G for each datum, and so backward passes to build them, that "auto" takes; and where nothing is kept.
 _MANY_VECTORS = 16
+_FEW_VECTORS = 2
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,8 @@ class Keeper:
         self.kept: list[Scores | None] = []
         # Of linearizations only: each holds the graph of its batch.
         self._redraws: list[Callable[..., Factor]] = []
+        # Of batches that are not kept, but whose rows are cheaper than two derivatives: where their data lie.
+        self._rows_again: dict[int, Mapping[str, bool]] = {}
 
     @property
     def complete(self) -> bool:
@@ -124,13 +128,21 @@ class Keeper:
                     jacobian.build_graph(ELEMENTARY_ATTENTION)
                     nbytes = 2 * saved_bytes(jacobian.graph[0])
             else:
+                self._check_fits(nbytes, size)
                 reason = f"{reason}; a linearization would take {_bytes(nbytes)}, and {_bytes(left)} are left"
         if form == "none" or not jacobian.linearize():
             jacobian.settle()
-        if form == "linearization":
-            self._redraws.append(redraw)
-        scores = RecomputedScores(jacobian, make_factor(), size)
-        return self._note(scores, size, form, nbytes if form != "none" else 0, reason)
+        if form == "none":
+            return self._computed(jacobian, make_factor(), size, reason)
+        self._redraws.append(redraw)
+        return self._note(RecomputedScores(jacobian, make_factor(), size), size, form, nbytes, reason)
+
+    def compute(self, number: int, jacobian: BatchJacobian, make_factor: Callable[[], Factor], size: int) -> Scores:
+        """Return G of a batch that is not kept, in a later pass."""
+        if number in self._rows_again:
+            return RowsBuilder(jacobian, make_factor(), size).build_again(self._rows_again[number])
+        jacobian.settle()
+        return RecomputedScores(jacobian, make_factor(), size)
 
     def redrawn(self, op: Any, sampler: Any) -> Keeper | None:
         """Return what is kept for an operator with other draws, or None where rows must be made anew."""
@@ -164,6 +176,10 @@ class Keeper:
                 if nbytes <= left:
                     break
                 held = None
+        except (MemoryError, RuntimeError) as error:
+            if self.plan.cache != "auto" or not is_memory_error(error):
+                raise
+            raise CannotHoldError("memory ran out while rows were built") from error
         except CannotHoldError as error:
             if error.surprising:
                 warnings.warn(
@@ -177,14 +193,45 @@ class Keeper:
             reason = f"rows would take {_bytes(nbytes)}, and {_bytes(left)} are left"
             if self.plan.cache == "auto":
                 raise CannotHoldError(reason)
+            self._check_fits(nbytes, size)
             jacobian.settle()
-            return self._note(RecomputedScores(jacobian, make_factor(), size), size, "none", 0, reason)
+            return self._computed(jacobian, make_factor(), size, reason)
         reason = "every parameter's rows by the operation that uses it"
         if differentiated:
             reason = (
                 f"rows of {', '.join(differentiated)} differentiated datum by datum, the others by their operations"
             )
         return self._note(held, size, held.description, held.nbytes, reason)
+
+    def _check_fits(self, nbytes: int, size: int) -> None:
+        """Refuse a bound within which a form that was asked for can never be had."""
+        plan = self.plan
+        if plan.cache != "auto" and nbytes > plan.max_memory:
+            raise ValueError(
+                f"cache={plan.cache!r} takes {nbytes} bytes for a batch of {size} data, and max_memory is "
+                f"{plan.max_memory}: pass max_memory={nbytes} or more, smaller batches, or cache='auto', which keeps "
+                "what fits."
+            )
+
+    def _computed(self, jacobian: BatchJacobian, factor: Factor, size: int, reason: str) -> Scores:
+        """Return G of a batch that will not be kept: by its rows, for one vector or two, where all uses are known.
+
+        They take one pass backward and 4 flops for each weight and datum, and J v and Jᵀu about 8.
+        """
+        scores: Scores = RecomputedScores(jacobian, factor, size)
+        if jacobian.reached and not jacobian.custom_functions():
+            try:
+                builder = RowsBuilder(jacobian, factor, size)
+                cheap = builder.vectors <= _FEW_VECTORS and builder.every_use_is_known
+                if cheap and builder.nbytes("factors") <= 2 * saved_bytes(jacobian.graph[0]):
+                    held, differentiated = builder.build("factors")
+                    if not differentiated:
+                        self._rows_again[len(self.kept)] = builder.data_second
+                        scores = held
+                        reason = f"{reason}; rows are built anew in every product"
+            except CannotHoldError:
+                pass
+        return self._note(scores, size, "none", 0, reason)
 
     def _note(self, scores: Scores, size: int, form: str, nbytes: int, reason: str) -> Scores:
         self.plan.entries.append(Entry(size, form, nbytes, reason))
