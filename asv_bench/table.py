@@ -14,6 +14,8 @@ WANTED = (
     "products.Eigenvalues.track_speedup",
     "products.FractionOfLimit.track_fraction_of_limit",
     "products.Products.time_product",
+    "products.Scaling.time_product",
+    "products.Memory.peakmem_construction_and_product",
 )
 
 
@@ -50,6 +52,7 @@ def main():
         for case, value in zip(cases, result["result"] or [], strict=False):
             if isinstance(value, float) and value == value:
                 text = f"{1e3 * value:.3g} ms" if "time_" in name else f"{value:.3g}"
+                text = f"{value / 1e6:.0f} MB" if "peakmem_" in name else text
                 print(f"| `{name.removeprefix('products.')}` | {case} | {text} |")
 
 

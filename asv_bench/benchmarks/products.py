@@ -133,6 +133,44 @@ class FractionOfLimit(_Suite):
     track_fraction_of_limit.unit = "of the limit's speed"
 
 
+class Scaling:
+    """Seconds of a product as data, samples or columns grow by two decades from 64, 1 and 1; linear, or less."""
+
+    params = (["data", "samples", "columns"], [1, 10, 100], ["auto", "scores", "none"])
+    param_names = ("what", "times", "cache")
+    timeout = 600
+    N = 64
+
+    def setup(self, what, times, cache):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 100))
+        X = torch.randn(self.N * (times if what == "data" else 1), 64)
+        data, samples = [(X, torch.zeros(len(X), dtype=torch.int64))], times if what == "samples" else 1
+        self.op = fo.FisherMCLinearOperator(net, nn.CrossEntropyLoss(), data=data, mc_samples=samples, cache=cache)
+        self.V = torch.randn(self.op.shape[1], times if what == "columns" else 1)
+        self.op @ self.V
+
+    def time_product(self, what, times, cache):
+        self.op @ self.V
+
+
+class Memory:
+    """Peak memory of a process that builds and multiplies with 64 MiB for 170 MB of rows; `none` is what it needs."""
+
+    params = (["none", "auto", "scores", "linearization"], [1, 100])
+    param_names = ("cache", "columns")
+    N = 2048
+
+    def setup(self, cache, columns):
+        net, (X, y) = make("cnn", self.N)
+        data = list(zip(X.split(64), y.split(64), strict=True))
+        self.arguments = net, nn.CrossEntropyLoss(), list(net.parameters()), data
+        self.V = torch.randn(sum(p.numel() for p in net.parameters()), columns)
+
+    def peakmem_construction_and_product(self, cache, columns):
+        fo.FisherMCLinearOperator(*self.arguments, cache=cache, max_memory="64MiB") @ self.V
+
+
 class Construction(_Suite):
     """Everything before the second product: checks, draws, what is kept, and the first product."""
 
