@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fisherops as fo
+from fisherops._matmul import times_transposed
 
 from .networks import make
 
@@ -124,8 +125,8 @@ class FractionOfLimit(_Suite):
             self.limit = lambda: rows @ self.v
         else:
             shapes = [layer.weight.shape for layer in net if isinstance(layer, nn.Linear)]
-            pairs = [(torch.randn(len(X), i), torch.randn(o, i), torch.randn(len(X), o)) for o, i in shapes]
-            self.limit = lambda: [(A @ W.T, B.T @ A) for A, W, B in pairs]
+            pairs = [(torch.randn(len(X), i), torch.randn(o, i), torch.randn(o, len(X))) for o, i in shapes]
+            self.limit = lambda: [(times_transposed(W, A), times_transposed(B, A.T)) for A, W, B in pairs]
 
     def track_fraction_of_limit(self, limit):
         return ratio(self.limit, lambda: self.op @ self.v, 3 * self.pairs)

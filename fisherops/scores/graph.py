@@ -78,7 +78,8 @@ class _Linear(Use):
         if A is None or B is None:
             return None
         A = A.reshape(N, -1, A.shape[-1]).to(b.dtype)
-        return LinearPart(A, B.reshape(N, len(b), -1, B.shape[-1]), self._rows_are_outputs)
+        B = B.reshape(N, len(b), -1, B.shape[-1]).permute(1, 3, 0, 2)
+        return LinearPart(A, B, self._rows_are_outputs)
 
     def nbytes(self, N: int, q: int, leaf: Tensor, form: str) -> int:
         rows, i = self._a.numel() // self._a.shape[-1], self._a.shape[-1]

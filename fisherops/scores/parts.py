@@ -11,6 +11,11 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
+from fisherops._matmul import times_transposed
+
+# Numbers of a matrix that is large enough for the kernels, and stays in the processor's cache.
+_FILLING = 2**21
+
 
 class Part(ABC):
     """Columns of G for one parameter."""
@@ -81,7 +86,7 @@ class LinearPart(Part):
     A : torch.Tensor
         Inputs, (N, T, i).
     B : torch.Tensor
-        Backpropagated vectors, (N, q, T, o).
+        Backpropagated vectors, (q, o, N, T): in this order both products take and give contiguous matrices.
     rows_are_outputs : bool
         Whether the parameter is W (o, i), and not its transpose.
     """
@@ -91,46 +96,44 @@ class LinearPart(Part):
         self._rows_are_outputs = rows_are_outputs
 
     def apply(self, V: Tensor) -> Tensor:
-        (N, q, T, o), i = self._B.shape, self._A.shape[2]
+        q, o, N, T = self._B.shape
+        A = self._A.view(N * T, -1)
         W = V.new_empty(len(V), N, q)
-        A = self._A.view(N * T, i)
         for start in range(0, len(V), self._step):
             v = V[start : start + self._step]
             K = len(v)
-            v = v.reshape(K * o, i) if self._rows_are_outputs else v.reshape(K, i, o).mT.reshape(K * o, i)
-            H = (A @ v.T).view(N, T, K, o)
-            if T == 1 and q == 1 and K == 1:
-                W[start] = H.view(N, o).mul_(self._B.view(N, o)).sum(1, keepdim=True)
-            else:
-                W[start : start + K] = torch.einsum("ntko,nqto->knq", H, self._B)
+            v = v.reshape(K * o, -1) if self._rows_are_outputs else v.reshape(K, -1, o).mT.reshape(K * o, -1)
+            H = times_transposed(v, A).view(K, o, N, T)
+            for r, b in enumerate(self._B):
+                product = H.mul_(b) if r == q - 1 else H * b
+                W[start : start + K, :, r] = product.sum((1, 3))
         return W
 
     def apply_transposed(self, W: Tensor, out: Tensor) -> None:
-        (N, q, T, o), i = self._B.shape, self._A.shape[2]
-        A = self._A.view(N * T, i)
+        q, o, N, T = self._B.shape
+        A = self._A.view(N * T, -1)
         for start in range(0, len(W), self._step):
-            w = W[start : start + self._step]
+            w = W[start : start + self._step, None, :, :, None]
             K = len(w)
-            H = w.reshape(K, N, 1, 1) * self._B[:, 0] if q == 1 else torch.einsum("knq,nqto->knto", w, self._B)
-            H = H.reshape(K, N * T, o)
+            H = w[:, :, :, 0] * self._B[0]
+            for r in range(1, q):
+                H.addcmul_(w[:, :, :, r], self._B[r])
+            product = times_transposed(H.view(K * o, N * T), A.T)
+            target = out[start : start + K]
             if self._rows_are_outputs:
-                target = out[start : start + K].view(K, o, i)
-                if K == 1:
-                    torch.mm(H[0].T, A, out=target[0])
-                else:
-                    target.copy_((H.mT.reshape(K * o, N * T) @ A).view(K, o, i))
+                target.copy_(product.view(K, -1))
             else:
-                out[start : start + K].view(K, i, o).copy_(torch.matmul(A.T, H))
+                target.view(K, -1, o).copy_(product.view(K, o, -1).mT)
 
     @property
     def _step(self) -> int:
         """Columns that fill a matrix product; more of them only need more memory."""
-        N, _, T, _ = self._B.shape
-        return max(1, 256 // (N * T))
+        _, o, N, T = self._B.shape
+        return max(1, _FILLING // (o * N * T))
 
     def dense(self, start: int = 0, stop: int | None = None) -> Tensor:
-        letters = "nqto,nti->nqoi" if self._rows_are_outputs else "nqto,nti->nqio"
-        return torch.einsum(letters, self._B[start:stop], self._A[start:stop]).flatten(2)
+        letters = "qont,nti->nqoi" if self._rows_are_outputs else "qont,nti->nqio"
+        return torch.einsum(letters, self._B[:, :, start:stop], self._A[start:stop]).flatten(2)
 
     @property
     def nbytes(self) -> int:
@@ -138,13 +141,13 @@ class LinearPart(Part):
 
     @property
     def dense_is_cheaper(self) -> bool:
-        _, q, T, _ = self._B.shape
+        q, _, _, T = self._B.shape
         return rows_are_cheaper(T, q)
 
     def joined(self, other: LinearPart) -> LinearPart:
         """Return the sum of two uses of the same parameter: their positions one after the other."""
         A = torch.cat([self._A, other._A], 1)
-        return LinearPart(A, torch.cat([self._B, other._B], 2), self._rows_are_outputs)
+        return LinearPart(A, torch.cat([self._B, other._B], 3), self._rows_are_outputs)
 
     def joins(self, other: Part) -> bool:
         """Whether `joined` takes the other part."""
