@@ -10,27 +10,29 @@ from torch import Tensor
 
 # Multiplications from which arranging matrices in blocks pays.
 _LARGE = 128**3
-_FEW_ROWS = 8
 
 
 def times_transposed(X: Tensor, W: Tensor) -> Tensor:
-    """Multiply X Wᵀ, (m, k) and (n, k) → (m, n), where X is best contiguous and W may be the view of a transpose.
+    """Multiply X Wᵀ, (m, k) and (n, k) → (m, n), fastest where X is contiguous, and W is or its transpose.
 
     Torch multiplies float32 matrices by MKL, which uses no AVX-512 on processors of other makers than Intel; oneDNN,
     which torch has for convolutions, does, and is twice as fast there. It is taken for matrices that are large enough,
     unless the user has allowed lower precision.
     """
     if (
-        X.dtype == torch.float32
-        and X.device.type == "cpu"
-        and min(X.shape[0], W.shape[0]) >= _FEW_ROWS
-        and X.shape[0] * X.shape[1] * W.shape[0] >= _LARGE
-        and _onednn_is_fast()
-        and _precision_is_full()
+        X.shape[0] * X.shape[1] * W.shape[0] >= _LARGE
+        and X.is_contiguous()
+        and (W.is_contiguous() or W.T.is_contiguous())  # of others oneDNN makes copies, a hundred times as slow
+        and takes_onednn(X)
     ):
         product: Tensor = torch.ops.mkldnn._linear_pointwise(X, W, None, "none", [], "")
         return product
     return X @ W.T
+
+
+def takes_onednn(X: Tensor) -> bool:
+    """Whether large matrices of this dtype and device are multiplied by oneDNN."""
+    return X.dtype == torch.float32 and X.device.type == "cpu" and _onednn_is_fast() and _precision_is_full()
 
 
 @cache

@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 
 import fisherops as fo
 from fisherops.scores import rows as rows_module
+from fisherops.scores.held import HeldScores
 
 
 def operator(model, data, loss=None, **options):
@@ -387,3 +388,28 @@ def test_rows_do_not_depend_on_the_size_of_blocks(architecture, loss, samples, b
         assert_same(op.todense(), expected, case.dtype)
     finally:
         rows_module._BLOCK_BYTES = original
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("count", "length"), [(6, 2**17 + 5), (300, 2**12 + 3), (70, 33_000)])
+@pytest.mark.parametrize("K", [1, 3])
+@pytest.mark.parametrize("gap", [0, 7])
+def test_products_with_dense_rows_by_every_kernel(monkeypatch, dtype, count, length, K, gap):
+    """Few long rows, blocks of rows, and all at once; with parameters between that have no rows."""
+    monkeypatch.setattr("fisherops.scores.held._CACHED_BYTES", 2**19)
+    generator = torch.Generator().manual_seed(0)
+    G = torch.randn(count, length, dtype=dtype, generator=generator)
+    spans = [(0, 1000), (1000 + gap, length + gap)] if gap else [(0, length)]
+    held = HeldScores(G, spans, [], count, length + gap)
+    whole = torch.cat([G[:, :1000], G.new_zeros(count, gap), G[:, 1000:]], 1).double()
+    V = torch.randn(length + gap, K, dtype=dtype, generator=generator)
+    W = torch.randn(count, K, dtype=dtype, generator=generator)
+    for result, factors in (
+        (held.apply(V), (whole, V)),
+        (held.apply_transposed(W), (whole.T, W)),
+        (held.product(V), (whole.T, whole, V)),
+    ):
+        expected, bound = factors[-1].double(), factors[-1].double().abs()
+        for factor in reversed(factors[:-1]):
+            expected, bound = factor @ expected, factor.abs() @ bound
+        assert ((result - expected).abs() <= 4 * torch.finfo(dtype).eps * max(count, length) ** 0.5 * bound).all()

@@ -7,10 +7,14 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from fisherops._matmul import takes_onednn, times_transposed
 from fisherops.scores.parts import Part
 
-# Bytes of rows that are multiplied by G and then by Gᵀ while they are in the processor's cache.
-_CACHED_BYTES = {"cpu": 5 * 2**19, "cuda": 2**25}
+# Rows are multiplied by G and then by Gᵀ while they are in the processor's cache, some bytes of them; oneDNN needs many
+# rows at once, and where there are few long ones the kernels for vectors are the fastest.
+_CACHED_BYTES = 5 * 2**19
+_MANY_ROWS, _FEW_ROWS = 128, 64
+_LONG = 2**17
 
 # Bytes that a block of rows, or what a product needs beside its vectors, may take.
 _BLOCK_BYTES = 2**26
@@ -60,24 +64,38 @@ class HeldScores:
         W = self._apply_parts(V)
         result = self._empty(len(V), V)
         if self._spans:
-            v = self._dense_columns(V)
-            total = torch.zeros_like(v)
-            cached = _CACHED_BYTES.get(V.device.type, _BLOCK_BYTES)
-            step = max(2, cached // (self._dense.shape[1] * self._dense.itemsize))
-            for start in range(0, len(self._dense), step):
-                rows = self._dense[start : start + step]
-                w = W[:, start : start + step].addmm_(v, rows.T)
-                total.addmm_(w, rows)
-            self._scatter(total, result)
+            self._scatter(self._dense_product(self._dense_columns(V), W), result)
         self._transpose_parts(W, result)
         return result.T
+
+    def _dense_product(self, V: Tensor, W: Tensor) -> Tensor:
+        """Add the dense rows' product with V to W, and multiply their transpose with it."""
+        count, length = self._dense.shape
+        total = torch.zeros_like(V)
+        if len(V) == 1 and count < _FEW_ROWS and length > _LONG and V.device.type == "cpu":
+            v, w, own = V[0], W[0], total[0]
+            for n, row in enumerate(self._dense):
+                w[n] += torch.dot(row, v)
+                own.addcmul_(row, w[n])
+            return total
+        cached, least = (8 * _CACHED_BYTES, _MANY_ROWS) if takes_onednn(V) else (_CACHED_BYTES, 2)
+        if V.device.type != "cpu":
+            cached = _BLOCK_BYTES
+        step = max(least, cached // (length * self._dense.itemsize))
+        for rows, w in zip(self._dense.split(step), W.split(step, 1), strict=True):
+            w += times_transposed(V, rows)
+            w = w.contiguous()
+            if step >= count:
+                return times_transposed(w, rows.T)
+            total += times_transposed(w, rows.T)
+        return total
 
     def apply(self, V: Tensor) -> Tensor:
         """Multiply G: (D, K) → (N · q, K)."""
         V = V.T.contiguous()
         W = self._apply_parts(V)
         if self._spans:
-            W = torch.addmm(W, self._dense_columns(V), self._dense.T)
+            W += times_transposed(self._dense_columns(V), self._dense)
         return W.T
 
     def apply_transposed(self, W: Tensor) -> Tensor:
@@ -85,7 +103,7 @@ class HeldScores:
         W = W.T.contiguous()
         result = self._empty(len(W), W)
         if self._spans:
-            self._scatter(W @ self._dense, result)
+            self._scatter(times_transposed(W, self._dense.T), result)
         self._transpose_parts(W, result)
         return result.T
 
