@@ -271,7 +271,7 @@ class TorchLinearOperator(LinearOperator):
         return _Damped(self, float(value))
 
 
-class _Transposed(TorchLinearOperator):
+class Transposed(TorchLinearOperator):
     """The transpose of an operator that has a method for it (``_apply_transposed``)."""
 
     def __init__(self, A: Any) -> None:

@@ -24,6 +24,7 @@ from fisherops._randomness import fixed_randomness
 from fisherops._sums import CompensatedSum
 from fisherops._tree import leaves, map_arrays
 from fisherops.likelihoods import Draws, Likelihood, OutputFactor, Terms
+from fisherops.score_matrix import ScoreMatrix
 from fisherops.scores import CACHES, BatchJacobian, Differentiation, Keeper, Plan, RecomputedScores, Scores
 
 # Columns of a product are taken together up to this size, or few of them where the model is evaluated for each block.
@@ -136,7 +137,12 @@ class _FisherOperator(TorchLinearOperator):
 
     def todense(self) -> np.ndarray[Any, Any]:
         """Return F as a NumPy array of shape (D, D), from the rows of G."""
-        return self._sum_over_rows("dense", lambda rows: rows.T @ rows).cpu().numpy()
+        total = CompensatedSum()
+        with self._pass("dense") as batches:
+            for scores in batches:
+                for rows in scores.rows():
+                    total.add(rows.T @ rows)
+        return _check_result(total.value()).cpu().numpy()
 
     def diagonal(self) -> np.ndarray[Any, Any]:
         """Return the diagonal of F as a NumPy array of shape (D,), exactly: the squared norms of the columns of G."""
@@ -147,15 +153,28 @@ class _FisherOperator(TorchLinearOperator):
         return float(self._diagonal().sum(dtype=torch.float64))
 
     def _diagonal(self) -> Tensor:
-        return self._sum_over_rows("diagonal", lambda rows: rows.square().sum(0))
-
-    def _sum_over_rows(self, description: str, function: Callable[[Tensor], Tensor]) -> Tensor:
         total = CompensatedSum()
-        with self._pass(description) as batches:
+        with self._pass("diagonal") as batches:
             for scores in batches:
-                for rows in scores.rows():
-                    total.add(function(rows))
+                total.add(scores.diagonal())
         return _check_result(total.value())
+
+    @property
+    def scores(self) -> ScoreMatrix:
+        """The score matrix G, with F = GᵀG, as an operator of shape (rows, D); see :class:`ScoreMatrix`."""
+        return ScoreMatrix(self)
+
+    @contextmanager
+    def _ordered_pass(self, description: str) -> Iterator[Iterable[Scores]]:
+        """Go through G by batches that come in the same order every time, as the rows of G do."""
+        _ = self.plan  # after it, all that can be kept is
+        with self._pass(description) as batches:
+            if self._data.order_is_free and not isinstance(batches, list):
+                raise ValueError(
+                    "the batches come in another order in every pass and are not all kept, so the rows of the score "
+                    "matrix have no order: pass data in a fixed order, or a larger max_memory."
+                )
+            yield batches
 
     # ---- What is kept -------------------------------------------------------------------------
 

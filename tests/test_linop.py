@@ -15,7 +15,7 @@ from scipy.sparse.linalg import LinearOperator, aslinearoperator
 from tolerances import assert_same
 
 import fisherops as fo
-from fisherops._linop import TorchLinearOperator, _Transposed
+from fisherops._linop import TorchLinearOperator, Transposed
 
 
 class Matrix(TorchLinearOperator):
@@ -32,7 +32,7 @@ class Matrix(TorchLinearOperator):
         return self.A.T @ V
 
     def _transpose(self):
-        return _Transposed(self)
+        return Transposed(self)
 
 
 @pytest.fixture(params=[torch.float32, torch.float64], ids=["float32", "float64"])

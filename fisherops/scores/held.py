@@ -47,6 +47,11 @@ class HeldScores:
         """Columns that are multiplied together."""
 
     @property
+    def count(self) -> int:
+        """Number of rows."""
+        return len(self._dense)
+
+    @property
     def nbytes(self) -> int:
         """Memory held."""
         return self._dense.nbytes + sum(part.nbytes for _, part in self._parts)
@@ -107,6 +112,26 @@ class HeldScores:
         self._transpose_parts(W, result)
         return result.T
 
+    def gram(self, other: HeldScores) -> Tensor | None:
+        """Multiply with the transpose of another batch, or return None where parameters are held in another form."""
+        if self._layout() != other._layout() or self._has_ties():
+            return None
+        total = times_transposed(self._dense, other._dense)
+        for (_, part), (_, other_part) in zip(self._parts, other._parts, strict=True):
+            total += part.gram(other_part)
+        return total
+
+    def diagonal(self) -> Tensor:
+        """Return the squared norms of the columns, (D,)."""
+        if self._has_ties():  # the uses of a parameter are summed before they are squared
+            blocks = (rows.square().sum(0) for rows in self.rows())
+            return sum(blocks, self._dense.new_zeros(self._numel))
+        total = self._dense.new_zeros(1, self._numel)
+        self._scatter(self._dense.square().sum(0, keepdim=True), total)
+        for (start, stop), part in self._parts:
+            total[0, start:stop] = part.diagonal()
+        return total[0]
+
     def rows(self) -> Iterator[Tensor]:
         """List G in blocks of rows (r, D)."""
         q = len(self._dense) // self._N
@@ -118,6 +143,13 @@ class HeldScores:
             for (start, stop), part in self._parts:
                 rows[:, start:stop] += part.dense(first, last).flatten(0, 1)
             yield rows
+
+    def _layout(self) -> list[object]:
+        return [*self._spans, *((span, type(part)) for span, part in self._parts)]
+
+    def _has_ties(self) -> bool:
+        """Whether a parameter has several parts, of which its rows are the sum."""
+        return len({span for span, _ in self._parts}) < len(self._parts)
 
     def _apply_parts(self, V: Tensor) -> Tensor:
         W = V.new_zeros(len(V), len(self._dense))

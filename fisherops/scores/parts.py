@@ -7,6 +7,8 @@ transposed, so that each is contiguous: V (K, d), W (K, N, q).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -31,6 +33,23 @@ class Part(ABC):
     @abstractmethod
     def dense(self, start: int = 0, stop: int | None = None) -> Tensor:
         """Return the rows of some data, (n, q, d)."""
+
+    @abstractmethod
+    def gram(self, other: Self) -> Tensor:
+        """Multiply with the transpose of the same parameter's part for other data: (N · q, N' · q')."""
+
+    def diagonal(self) -> Tensor:
+        """Return the squared norms of the columns, (d,)."""
+        total = self.dense(0, 1).square().sum((0, 1))
+        step = max(1, _FILLING // total.numel())
+        for n in range(1, self.count, step):
+            total += self.dense(n, n + step).square().sum((0, 1))
+        return total
+
+    @property
+    @abstractmethod
+    def count(self) -> int:
+        """Number of data."""
 
     @property
     @abstractmethod
@@ -72,6 +91,13 @@ class RowsPart(Part):
 
     def dense(self, start: int = 0, stop: int | None = None) -> Tensor:
         return self._rows[start:stop]
+
+    def gram(self, other: RowsPart) -> Tensor:
+        return times_transposed(self._rows.flatten(0, 1), other._rows.flatten(0, 1))
+
+    @property
+    def count(self) -> int:
+        return len(self._rows)
 
     @property
     def nbytes(self) -> int:
@@ -118,7 +144,7 @@ class LinearPart(Part):
             H = w[:, :, :, 0] * self._B[0]
             for r in range(1, q):
                 H.addcmul_(w[:, :, :, r], self._B[r])
-            product = times_transposed(H.view(K * o, N * T), A.T)
+            product = times_transposed(H.reshape(K * o, N * T), A.T)
             target = out[start : start + K]
             if self._rows_are_outputs:
                 target.copy_(product.view(K, -1))
@@ -134,6 +160,23 @@ class LinearPart(Part):
     def dense(self, start: int = 0, stop: int | None = None) -> Tensor:
         letters = "qont,nti->nqoi" if self._rows_are_outputs else "qont,nti->nqio"
         return torch.einsum(letters, self._B[:, :, start:stop], self._A[start:stop]).flatten(2)
+
+    def gram(self, other: LinearPart) -> Tensor:
+        def inputs(mine: slice, theirs: slice) -> Tensor:
+            return times_transposed(self._A[mine].flatten(0, 1), other._A[theirs].flatten(0, 1))
+
+        return _gram(inputs, self._B.permute(2, 3, 0, 1), other._B.permute(2, 3, 0, 1))
+
+    def diagonal(self) -> Tensor:
+        if self._A.shape[1] > 1:
+            return super().diagonal()
+        squares = self._B.square().sum(0).flatten(1), self._A.square().flatten(1)
+        total = times_transposed(squares[0], squares[1].T)
+        return (total if self._rows_are_outputs else total.T).flatten()
+
+    @property
+    def count(self) -> int:
+        return len(self._A)
 
     @property
     def nbytes(self) -> int:
@@ -186,6 +229,17 @@ class EmbeddingPart(Part):
         rows = B.new_zeros(*B.shape[:2], self._count, B.shape[3])
         return rows.scatter_add_(2, index[:, None, :, None].expand(B.shape), B).flatten(2)
 
+    def gram(self, other: EmbeddingPart) -> Tensor:
+        def inputs(mine: slice, theirs: slice) -> Tensor:
+            same = self._index[mine].reshape(-1, 1) == other._index[theirs].reshape(1, -1)
+            return same.to(self._B.dtype)
+
+        return _gram(inputs, self._B.transpose(1, 2), other._B.transpose(1, 2))
+
+    @property
+    def count(self) -> int:
+        return len(self._B)
+
     @property
     def nbytes(self) -> int:
         return self._B.nbytes + self._index.nbytes
@@ -194,3 +248,26 @@ class EmbeddingPart(Part):
     def numbers_per_column(self) -> int:
         N, _, T, d = self._B.shape
         return N * T * d + self._count * d
+
+
+def _gram(inputs: Callable[[slice, slice], Tensor], B: Tensor, B_other: Tensor) -> Tensor:
+    """Return Σ_{t,t'} ⟨a_t, a_t'⟩ ⟨b_qt, b_q't'⟩ for all pairs of data, (N · q, N' · q'), a block of them at a time.
+
+    Parameters
+    ----------
+    inputs : callable
+        Takes two slices of data and returns ⟨a_t, a_t'⟩ for them, (n · T, n' · T').
+    B, B_other : torch.Tensor
+        (N, T, q, o) and (N', T', q', o).
+    """
+    (N, T, q, o), (M, S, p, _) = B.shape, B_other.shape
+    result = B.new_empty(N, q, M, p)
+    step = max(1, int((_FILLING / (T * q * S * p)) ** 0.5))
+    for n in range(0, N, step):
+        for m in range(0, M, step):
+            mine, theirs = slice(n, min(n + step, N)), slice(m, min(m + step, M))
+            left, right = (x.reshape(-1, o) for x in (B[mine], B_other[theirs]))
+            products = times_transposed(left, right).view(-1, T, q, theirs.stop - m, S, p)
+            products *= inputs(mine, theirs).view(-1, T, 1, theirs.stop - m, S, 1)
+            result[mine, :, theirs] = products.sum((1, 4)) if T * S > 1 else products[:, 0, :, :, 0]
+    return result.view(N * q, M * p)

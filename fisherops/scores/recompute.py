@@ -55,6 +55,11 @@ class RecomputedScores:
         self._factor = factor
         self._size = size
 
+    @property
+    def count(self) -> int:
+        """Number of rows."""
+        return self._factor.blocks * self._factor.rank
+
     def with_factor(self, factor: Factor) -> RecomputedScores:
         """Return the same with another output factor."""
         return RecomputedScores(self._jacobian, factor, self._size)
@@ -74,6 +79,11 @@ class RecomputedScores:
         factor = self._factor
         U = factor.apply(W.T.reshape(W.shape[1], factor.blocks, factor.rank))
         return self._jacobian.vjp(U.reshape(W.shape[1], *self._jacobian.outputs.shape))
+
+    def diagonal(self) -> Tensor:
+        """Return the squared norms of the columns, (D,)."""
+        blocks = (rows.square().sum(0) for rows in self.rows())
+        return sum(blocks, self._jacobian.outputs.new_zeros(self._jacobian.differentiation.parameters.numel))
 
     def rows(self) -> Iterator[Tensor]:
         """List G in blocks of rows (r, D)."""
