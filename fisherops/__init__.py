@@ -1,5 +1,6 @@
 """The Fisher information matrix of a PyTorch model as a true SciPy ``LinearOperator``."""
 
+from fisherops import linalg
 from fisherops.fisher import EmpiricalFisherLinearOperator, FisherLinearOperator, FisherMCLinearOperator
 from fisherops.scores import PlanWarning
 
@@ -11,4 +12,5 @@ __all__ = [
     "FisherMCLinearOperator",
     "PlanWarning",
     "__version__",
+    "linalg",
 ]

@@ -63,6 +63,17 @@ def enter(x: Any) -> tuple[Tensor, Leave]:
     raise TypeError(f"got {_describe(x)}: {_TAKEN} are taken. Convert it first, for example by `numpy.asarray(x)`.")
 
 
+def leave_like(x: Any) -> Leave:
+    """Return how tensors, in their own dtype, go to the library and device of an array."""
+    if isinstance(x, Tensor):
+        return lambda y: y.to(x.device).contiguous()
+    if isinstance(x, np.ndarray | np.generic | list | tuple):
+        return lambda y: y.cpu().contiguous().numpy()
+    xp = array_api_compat.array_namespace(x)
+    # The library's integers, which every result may replace by its own dtype.
+    return enter(xp.zeros(1, dtype=xp.int32, device=array_api_compat.device(x)))[1]
+
+
 def scalar(x: Any) -> Any | None:
     """Return `x` as a Python number if it is a number or a 0-d array of any library, else None."""
     if isinstance(x, np.longdouble | np.clongdouble):

@@ -46,7 +46,9 @@ class TorchLinearOperator(LinearOperator):
     def __init__(self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> None:
         super().__init__(_arrays.numpy_dtype(dtype), shape)
         self.device = device
-        self._torch_dtype = dtype
+        """Where products are computed."""
+        self.torch_dtype = dtype
+        """The compute precision, as torch's dtype."""
 
     # ---- What a subclass says -----------------------------------------------------------------
 
@@ -106,7 +108,7 @@ class TorchLinearOperator(LinearOperator):
             ``op.dtype`` otherwise; fresh, C-contiguous and writable. For a scalar or an operator: an operator.
         """
         if isinstance(x, LinearOperator):
-            return _Product(self, _as_torch_operator(x, self))
+            return _Product(self, as_torch_operator(x, self.device))
         alpha = _arrays.scalar(x)
         return self._product(x, "@") if alpha is None else _Scaled(self, alpha)
 
@@ -124,7 +126,7 @@ class TorchLinearOperator(LinearOperator):
             As for :meth:`dot`; an array of shape (N,) or (K, N).
         """
         if isinstance(x, LinearOperator):
-            return _Product(_as_torch_operator(x, self), self)
+            return _Product(as_torch_operator(x, self.device), self)
         alpha = _arrays.scalar(x)
         return self.T._product(x, "rdot", rows=True) if alpha is None else _Scaled(self, alpha)
 
@@ -166,20 +168,20 @@ class TorchLinearOperator(LinearOperator):
     def _times(self, V: Tensor) -> Tensor:
         """Multiply with a torch matrix of any dtype: its columns in the operator's dtype, complex ones in parts."""
         M, K = self.shape[0], V.shape[1]
-        if V.is_complex() and not self._torch_dtype.is_complex:
+        if V.is_complex() and not self.torch_dtype.is_complex:
             parts = self._times(torch.cat([V.real, V.imag], dim=1))
             return torch.complex(parts[:, :K].contiguous(), parts[:, K:].contiguous())
         if K == 0:
-            return torch.zeros(M, 0, dtype=self._torch_dtype, device=self.device)
-        return self._apply(V.to(self._torch_dtype)).to(self._torch_dtype)
+            return torch.zeros(M, 0, dtype=self.torch_dtype, device=self.device)
+        return self._apply(V.to(self.torch_dtype)).to(self.torch_dtype)
 
     def todense(self) -> np.ndarray[Any, Any]:
         """Return the matrix as a NumPy array of shape (M, N); costs N products."""
         M, N = self.shape
-        blocks = [torch.zeros(M, 0, dtype=self._torch_dtype)]
+        blocks = [torch.zeros(M, 0, dtype=self.torch_dtype)]
         for start in range(0, N, _BLOCK):
             width = min(_BLOCK, N - start)
-            identity = torch.zeros(N, width, dtype=self._torch_dtype, device=self.device)
+            identity = torch.zeros(N, width, dtype=self.torch_dtype, device=self.device)
             identity.diagonal(-start)[:width] = 1
             blocks.append(self._times(identity).cpu())
         return torch.cat(blocks, dim=1).numpy()
@@ -229,12 +231,12 @@ class TorchLinearOperator(LinearOperator):
     def __add__(self, other: Any) -> Any:
         if not isinstance(other, LinearOperator):
             return _refuse_sum(other)
-        return _Sum(self, _as_torch_operator(other, self))
+        return _Sum(self, as_torch_operator(other, self.device))
 
     def __sub__(self, other: Any) -> Any:
         if not isinstance(other, LinearOperator):
             return _refuse_sum(other)
-        return _Sum(self, -_as_torch_operator(other, self))
+        return _Sum(self, -as_torch_operator(other, self.device))
 
     def __pow__(self, exponent: Any) -> Any:
         try:
@@ -266,7 +268,7 @@ class TorchLinearOperator(LinearOperator):
         value = _arrays.scalar(damping)
         if value is None or isinstance(value, complex):
             raise TypeError(f"`damping` must be a real number, got {damping!r}.")
-        if not abs(value) <= torch.finfo(self._torch_dtype).max:
+        if not abs(value) <= torch.finfo(self.torch_dtype).max:
             raise ValueError(f"`damping` must be finite in {self.dtype}, got {value}.")
         return _Damped(self, float(value))
 
@@ -275,7 +277,7 @@ class Transposed(TorchLinearOperator):
     """The transpose of an operator that has a method for it (``_apply_transposed``)."""
 
     def __init__(self, A: Any) -> None:
-        super().__init__((A.shape[1], A.shape[0]), A._torch_dtype, A.device)
+        super().__init__((A.shape[1], A.shape[0]), A.torch_dtype, A.device)
         self._A = A
 
     def _apply(self, V: Tensor) -> Tensor:
@@ -293,7 +295,7 @@ class _Sum(TorchLinearOperator):
     def __init__(self, A: TorchLinearOperator, B: TorchLinearOperator) -> None:
         if A.shape != B.shape:
             raise ValueError(f"cannot add operators of shapes {A.shape} and {B.shape}.")
-        super().__init__(A.shape, torch.promote_types(A._torch_dtype, B._torch_dtype), _same_device(A, B))
+        super().__init__(A.shape, torch.promote_types(A.torch_dtype, B.torch_dtype), _same_device(A, B))
         self._A, self._B = A, B
 
     def _apply(self, V: Tensor) -> Tensor:
@@ -310,7 +312,7 @@ class _Scaled(TorchLinearOperator):
     """α A. A scalar never raises the precision; a complex one makes the operator complex."""
 
     def __init__(self, A: TorchLinearOperator, alpha: Any) -> None:
-        dtype = A._torch_dtype
+        dtype = A.torch_dtype
         super().__init__(A.shape, dtype.to_complex() if isinstance(alpha, complex) else dtype, A.device)
         self._A, self._alpha = A, alpha
 
@@ -330,7 +332,7 @@ class _Damped(TorchLinearOperator):
     def __init__(self, A: TorchLinearOperator, damping: float) -> None:
         if A.shape[0] != A.shape[1]:
             raise ValueError(f"only a square operator can be damped, got shape {A.shape}.")
-        super().__init__(A.shape, A._torch_dtype, A.device)
+        super().__init__(A.shape, A.torch_dtype, A.device)
         self._A, self.damping = A, damping
 
     def _apply(self, V: Tensor) -> Tensor:
@@ -349,7 +351,7 @@ class _Product(TorchLinearOperator):
     def __init__(self, A: TorchLinearOperator, B: TorchLinearOperator) -> None:
         if A.shape[1] != B.shape[0]:
             raise ValueError(f"cannot multiply operators of shapes {A.shape} and {B.shape}.")
-        dtype = torch.promote_types(A._torch_dtype, B._torch_dtype)
+        dtype = torch.promote_types(A.torch_dtype, B.torch_dtype)
         super().__init__((A.shape[0], B.shape[1]), dtype, _same_device(A, B))
         self._A, self._B = A, B
 
@@ -369,7 +371,7 @@ class _Power(TorchLinearOperator):
     def __init__(self, A: TorchLinearOperator, p: int) -> None:
         if A.shape[0] != A.shape[1]:
             raise ValueError(f"only a square operator can be raised to a power, got shape {A.shape}.")
-        super().__init__(A.shape, A._torch_dtype, A.device)
+        super().__init__(A.shape, A.torch_dtype, A.device)
         self._A, self._p = A, p
 
     def _apply(self, V: Tensor) -> Tensor:
@@ -409,8 +411,9 @@ class _Foreign(TorchLinearOperator):
         return _Foreign(self._A.H, self.device)
 
 
-def _as_torch_operator(A: LinearOperator, beside: TorchLinearOperator) -> TorchLinearOperator:
-    return A if isinstance(A, TorchLinearOperator) else _Foreign(A, beside.device)
+def as_torch_operator(A: LinearOperator, device: torch.device | str = "cpu") -> TorchLinearOperator:
+    """Return an operator that computes in torch; a foreign one gets and returns vectors on `device`."""
+    return A if isinstance(A, TorchLinearOperator) else _Foreign(A, torch.device(device))
 
 
 def _same_device(A: TorchLinearOperator, B: TorchLinearOperator) -> torch.device:

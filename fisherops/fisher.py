@@ -51,7 +51,7 @@ class _Evaluation:
             return self._model(point, X)
 
 
-class _FisherOperator(TorchLinearOperator):
+class FisherOperator(TorchLinearOperator):
     """F = (1/c) Σ_b G_bᵀ G_b over the batches b of a data set; subclasses choose the output factor."""
 
     _ordered = False
@@ -158,6 +158,21 @@ class _FisherOperator(TorchLinearOperator):
             for scores in batches:
                 total.add(scores.diagonal())
         return _check_result(total.value())
+
+    @property
+    def parameter_shapes(self) -> dict[str, torch.Size]:
+        """Shapes of the parameters by name, in the order of the flat vector."""
+        return dict(self._parameters.shapes)
+
+    @property
+    def parameter_spans(self) -> dict[str, tuple[int, int]]:
+        """Where each parameter lies in the flat vector: the first place, and the first after it."""
+        return self._parameters.spans
+
+    @property
+    def reductions(self) -> tuple[str, ...]:
+        """The reduction, "mean" or "sum", of each head of the loss."""
+        return tuple(self._likelihood.reductions)
 
     @property
     def scores(self) -> ScoreMatrix:
@@ -397,7 +412,7 @@ class _Divisors:
         return torch.where(self._mean, self._sum, torch.ones_like(self._sum))
 
 
-class FisherMCLinearOperator(_FisherOperator):
+class FisherMCLinearOperator(FisherOperator):
     r"""The Monte-Carlo Fisher information matrix of a model as a SciPy ``LinearOperator``.
 
     .. math::
@@ -626,7 +641,7 @@ class FisherMCLinearOperator(_FisherOperator):
         self._check_shape(x, "standard_error")
         if x.is_complex():
             raise TypeError("the standard error of a quadratic form takes a real vector, got a complex one.")
-        V = (x if x.ndim == 2 else x.unsqueeze(1)).to(self.device, self._torch_dtype)
+        V = (x if x.ndim == 2 else x.unsqueeze(1)).to(self.device, self.torch_dtype)
         if V.shape[1] == 0:
             return leave(V[0].clone())
         total = CompensatedSum()
@@ -634,7 +649,7 @@ class FisherMCLinearOperator(_FisherOperator):
             for scores in batches:
                 forms = scores.apply(V).square().view(-1, self._samples, V.shape[1])
                 total.add(forms.double().var(1).sum(0) * self._samples)
-        error = _check_result(total.value(), V).sqrt().to(self._torch_dtype)
+        error = _check_result(total.value(), V).sqrt().to(self.torch_dtype)
         return float(error) if x.ndim == 1 else leave(error)
 
     def _factor(self, q: Likelihood, f: Tensor, terms: Terms, draws: Draws | None) -> OutputFactor:
@@ -642,7 +657,7 @@ class FisherMCLinearOperator(_FisherOperator):
         return _checked(q.scores(f, q.sample(f, self._samples, draws)), q, f, self._samples)
 
 
-class FisherLinearOperator(_FisherOperator):
+class FisherLinearOperator(FisherOperator):
     r"""The exact (type-I) Fisher information matrix of a model as a SciPy ``LinearOperator``.
 
     .. math::
@@ -719,7 +734,7 @@ class FisherLinearOperator(_FisherOperator):
         return _checked(q.exact(f), q, f, None)
 
 
-class EmpiricalFisherLinearOperator(_FisherOperator):
+class EmpiricalFisherLinearOperator(FisherOperator):
     r"""The empirical Fisher matrix of a model as a SciPy ``LinearOperator``.
 
     .. math::

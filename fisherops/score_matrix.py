@@ -13,7 +13,7 @@ from fisherops._sums import CompensatedSum
 from fisherops.scores import HeldScores
 
 if TYPE_CHECKING:
-    from fisherops.fisher import _FisherOperator
+    from fisherops.fisher import FisherOperator
 
 # Columns of the identity that the Gram matrix is multiplied from where rows are not kept.
 _BLOCK = 128
@@ -23,8 +23,9 @@ class ScoreMatrix(TorchLinearOperator):
     """The score matrix G of a Fisher, F = GᵀG: one row for each vector of each loss term, √(w/c) · gᵀJ.
 
     Made by ``op.scores``. Rows are ordered by batch, datum, term and vector; with ``rows="datum"`` by batch, datum and
-    vector. There are ``min(mc_samples, C)`` vectors for the Monte-Carlo Fisher, at most C for the exact one, and one for
-    the empirical one. ``svds(op.scores)``, ``op.scores @ v`` and ``op.scores.T @ w`` work as for any SciPy operator.
+    vector. There are ``min(mc_samples, C)`` vectors for the Monte-Carlo Fisher, at most C for the exact one, and one
+    for the empirical one. ``svds(op.scores)``, ``op.scores @ v`` and ``op.scores.T @ w`` work as for any SciPy
+    operator.
 
     Attributes
     ----------
@@ -32,11 +33,11 @@ class ScoreMatrix(TorchLinearOperator):
         (rows, D).
     """
 
-    def __init__(self, fisher: _FisherOperator) -> None:
+    def __init__(self, fisher: FisherOperator) -> None:
         self._fisher = fisher
         with fisher._ordered_pass("rows") as batches:
             self._counts = [scores.count for scores in batches]
-        super().__init__((sum(self._counts), fisher.shape[1]), fisher._torch_dtype, fisher.device)
+        super().__init__((sum(self._counts), fisher.shape[1]), fisher.torch_dtype, fisher.device)
 
     def _apply(self, V: Tensor) -> Tensor:
         with self._fisher._ordered_pass("scores") as batches:
@@ -71,10 +72,10 @@ class ScoreMatrix(TorchLinearOperator):
         with self._fisher._ordered_pass("Gram matrix") as batches:
             result = self._gram_of_held(batches) if isinstance(batches, list) else None
         if result is None:
-            result = torch.empty(R, R, dtype=self._torch_dtype, device=self.device)
+            result = torch.empty(R, R, dtype=self.torch_dtype, device=self.device)
             for start in range(0, R, _BLOCK):
                 width = min(_BLOCK, R - start)
-                identity = torch.zeros(R, width, dtype=self._torch_dtype, device=self.device)
+                identity = torch.zeros(R, width, dtype=self.torch_dtype, device=self.device)
                 identity.diagonal(-start)[:width] = 1
                 result[:, start : start + width] = self._apply(self._apply_transposed(identity))
             result = (result + result.T).div_(2)
@@ -84,7 +85,7 @@ class ScoreMatrix(TorchLinearOperator):
         if not all(isinstance(scores, HeldScores) for scores in batches):
             return None
         R = self.shape[0]
-        result = torch.empty(R, R, dtype=self._torch_dtype, device=self.device)
+        result = torch.empty(R, R, dtype=self.torch_dtype, device=self.device)
         row = 0
         for k, scores in enumerate(batches):
             column = row

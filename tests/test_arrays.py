@@ -45,7 +45,7 @@ def op(request):
 
 @pytest.fixture
 def F(op):
-    return MATRICES[op._torch_dtype]
+    return MATRICES[op.torch_dtype]
 
 
 def x_of(*shape, dtype=np.float32, seed=0):

@@ -142,7 +142,7 @@ def test_cupy_and_torch_share_memory_at_the_door(cp):
 
 @pytest.mark.parametrize("side", ["cupy", "torch"])
 def test_streams_other_than_the_default(side, op, F, cp):
-    big = cuda_operator(op._torch_dtype)
+    big = cuda_operator(op.torch_dtype)
     for _ in range(20):
         if side == "cupy":
             with cp.cuda.Stream(non_blocking=True) as stream:

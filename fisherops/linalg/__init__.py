@@ -1,1 +1,39 @@
-"""Linear algebra with Fisher operators."""
+"""Linear algebra with Fisher operators: spectra, solves, determinants, bounds.
+
+Each routine goes one of three ways, the cheapest by predicted cost and memory unless `method` names one, and its result
+says which: "dual" from the Gram matrix G Gᵀ (rows × rows), "dense" from F itself (D × D), both exact to rounding; and
+"primal" by products with F alone. Operators are those of this package, and any other symmetric, positive semi-definite
+SciPy ``LinearOperator``; those that are no Fisher have no score matrix, hence no dual.
+
+Arrays go in and out as in products: a result has the library and device of the argument (`b`, `grad`), or of `like`;
+NumPy otherwise.
+"""
+
+from fisherops.linalg._results import Bounds, Density, Eigenpairs, Estimate, Interrupted, Solution
+from fisherops.linalg.bounds import crlb
+from fisherops.linalg.density import spectral_density
+from fisherops.linalg.eigen import eigsh, eigvalsh
+from fisherops.linalg.estimates import diagonal, effective_dimension, frobenius_norm, slogdet, trace
+from fisherops.linalg.solve import DampedInverse, inv, natural_gradient, solve
+
+__all__ = [
+    "Bounds",
+    "DampedInverse",
+    "Density",
+    "Eigenpairs",
+    "Estimate",
+    "Interrupted",
+    "Solution",
+    "crlb",
+    "diagonal",
+    "effective_dimension",
+    "eigsh",
+    "eigvalsh",
+    "frobenius_norm",
+    "inv",
+    "natural_gradient",
+    "slogdet",
+    "solve",
+    "spectral_density",
+    "trace",
+]

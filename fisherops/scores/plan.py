@@ -56,6 +56,11 @@ class Plan:
         """Bytes kept."""
         return sum(entry.nbytes for entry in self.entries)
 
+    @property
+    def holds_rows(self) -> bool:
+        """Whether rows of G are kept, dense or as factors, for every batch."""
+        return all(entry.form not in ("none", "linearization") for entry in self.entries)
+
     def __str__(self) -> str:
         lines = [
             f"cache={self.cache!r}: {_bytes(self.nbytes)} of at most {_bytes(self.max_memory)} kept "

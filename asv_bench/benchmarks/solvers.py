@@ -1,0 +1,125 @@
+"""Routines of `fisherops.linalg` beside SciPy's solvers on the peer's operator, everything from construction counted."""
+
+import numpy as np
+import torch
+from scipy.sparse.linalg import cg, eigsh
+from torch import nn
+
+import fisherops as fo
+from fisherops._matmul import times_transposed
+
+from .networks import make
+from .products import peer, ratio, seconds
+
+
+class _Suite:
+    timeout = 900
+    params = (["mlp"],)
+    param_names = ("network",)
+    N = 1024
+    pairs = 3
+    # Below what single precision gives in a product, ARPACK in the peer's float64 would not end.
+    tolerance = 1e-5
+
+    def setup(self, network):
+        net, batch = make(network, self.N)
+        self.arguments = net, nn.CrossEntropyLoss(), list(net.parameters()), [batch]
+        self.D = sum(p.numel() for p in net.parameters())
+
+    def operator(self):
+        return fo.FisherMCLinearOperator(*self.arguments)
+
+    def peers(self):
+        if peer is None:
+            raise NotImplementedError
+        return peer.FisherMCLinearOperator(*self.arguments, check_deterministic=False).to_scipy()
+
+
+class TopTen(_Suite):
+    """The top ten eigenpairs."""
+
+    def ours(self):
+        return fo.linalg.eigsh(self.operator(), 10)
+
+    def theirs(self):
+        return eigsh(self.peers(), 10, tol=self.tolerance)
+
+    def time_eigsh(self, network):
+        self.ours()
+
+    def track_speedup(self, network):
+        if peer is None:
+            raise NotImplementedError
+        self.ours()
+        return seconds_once(self.theirs) / seconds(self.ours)
+
+    track_speedup.unit = "times"
+
+    def track_residual_over_theirs(self, network):
+        """Largest ‖F v − λ v‖ of ours over theirs, each by its own operator."""
+        op = self.peers()
+        values, vectors = self.theirs()
+        theirs = np.linalg.norm(op @ vectors - vectors * values, axis=0).max()
+        return float(self.ours().residuals.max() / theirs)
+
+
+class DampedSolve(_Suite):
+    """(F + 1e-3 I) x = b to a relative residual of 1e-5."""
+
+    damping, rtol = 1e-3, 1e-5
+
+    def setup(self, network):
+        super().setup(network)
+        self.b = np.random.default_rng(0).standard_normal(self.D).astype(np.float32)
+
+    def ours(self):
+        solution = fo.linalg.solve(self.operator(), self.b, self.damping, rtol=self.rtol)
+        assert solution.converged
+        return solution
+
+    def theirs(self):
+        op = self.peers()
+        from scipy.sparse.linalg import LinearOperator
+
+        damped = LinearOperator(op.shape, matvec=lambda x: op @ x + self.damping * x, dtype=np.float32)
+        return cg(damped, self.b, rtol=self.rtol)
+
+    def time_solve(self, network):
+        self.ours()
+
+    def track_speedup(self, network):
+        if peer is None:
+            raise NotImplementedError
+        self.ours()
+        return seconds_once(self.theirs) / seconds(self.ours)
+
+    track_speedup.unit = "times"
+
+
+class Gram(_Suite):
+    """The Gram matrix beside its matrix products."""
+
+    def setup(self, network):
+        super().setup(network)
+        self.scores = self.operator().scores
+        layers = [layer for layer in self.arguments[0] if isinstance(layer, nn.Linear)]
+        self.factors = [torch.randn(self.N, n) for layer in layers for n in (layer.in_features, layer.out_features)]
+        self.biases = torch.randn(self.N, sum(layer.out_features for layer in layers))
+
+    def time_gram(self, network):
+        self.scores.gram_tensor()
+
+    def track_fraction_of_limit(self, network):
+        matrices = [*self.factors, self.biases]
+        return ratio(lambda: [times_transposed(x, x) for x in matrices], self.scores.gram_tensor, 5 * self.pairs)
+
+    track_fraction_of_limit.unit = "of the limit's speed"
+
+
+def seconds_once(function):
+    """Time one call; minutes for the peer."""
+    import time
+
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start

@@ -1,0 +1,153 @@
+"""What the routines return."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Eigenpairs:
+    """Eigenvalues and eigenvectors; unpacks as SciPy's, ``values, vectors = eigsh(op)``.
+
+    Attributes
+    ----------
+    eigenvalues : array
+        (k,), in ascending order.
+    eigenvectors : array or None
+        (D, k), of norm 1; None if they were not asked for.
+    residuals : array or None
+        (k,), ‖F v − λ v‖ of each pair, by a product with F; in the primal way without vectors, Lanczos' estimate of it.
+    method : str
+        "dual", "dense" or "primal".
+    products : int
+        Products with F and a vector that it took.
+    converged : bool
+        False where the primal way stopped before its tolerance, at `maxiter`.
+    """
+
+    eigenvalues: Any
+    eigenvectors: Any
+    residuals: Any
+    method: str
+    products: int
+    converged: bool = True
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter((self.eigenvalues, self.eigenvectors))
+
+
+@dataclass(frozen=True)
+class Solution:
+    """The solution of (F + λI) x = b.
+
+    Attributes
+    ----------
+    x : array
+        As `b`.
+    residual : float or array
+        ‖b − (F + λI) x‖, for each column of a matrix; by a product with F.
+    iterations : int
+        Of conjugate gradients, or of refinement in the other ways.
+    converged : bool
+        Whether every residual is within max(rtol ‖b‖, atol).
+    method : str
+        "dual", "dense" or "primal".
+    """
+
+    x: Any
+    residual: Any
+    iterations: int
+    converged: bool
+    method: str
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number and its standard error; ``float(estimate)`` is the number.
+
+    Attributes
+    ----------
+    value : float
+    standard_error : float
+        From the spread of the random probes; 0 where the value is exact to rounding.
+    method : str
+        "rows" (of the score matrix), "dual", "dense" or "primal" (by random probes).
+    """
+
+    value: float
+    standard_error: float
+    method: str
+
+    def __float__(self) -> float:
+        return float(self.value)
+
+
+@dataclass(frozen=True)
+class Density:
+    """Expected numbers of eigenvalues in the bins of a grid; `fisherops.plot.density` draws it.
+
+    Attributes
+    ----------
+    grid : numpy.ndarray
+        (n + 1,), the edges of the bins, ascending. A bin holds its lower edge; the last one both.
+    counts : numpy.ndarray
+        (n,), eigenvalues in each bin; ``counts / D / diff(grid)`` is a density.
+    standard_error : numpy.ndarray
+        (n,), of `counts`; 0 where it is exact.
+    below, above : float
+        Eigenvalues below and above the grid; those that are zero to rounding count as below a positive grid.
+    method : str
+        "dual", "dense" or "primal".
+    """
+
+    grid: Any
+    counts: Any
+    standard_error: Any
+    below: float
+    above: float
+    method: str
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """Cramér-Rao bounds.
+
+    Attributes
+    ----------
+    covariance : numpy.ndarray
+        (p, p), the least covariance of unbiased estimates of the p functions; rows and columns of functions that the
+        data do not determine are infinite.
+    standard_deviation : numpy.ndarray
+        (p,), the roots of its diagonal.
+    names : tuple of str
+        Of the functions.
+    unidentifiable : tuple of str
+        Directions in parameter space that the data say nothing about, by their largest entries, at most ten.
+    nullity : int
+        How many such directions there are.
+    method : str
+        "dual" or "dense".
+    """
+
+    covariance: Any
+    standard_deviation: Any
+    names: tuple[str, ...]
+    unidentifiable: tuple[str, ...]
+    nullity: int
+    method: str
+
+
+class Interrupted(KeyboardInterrupt):
+    """A KeyboardInterrupt that carries the best result so far.
+
+    Attributes
+    ----------
+    result : Eigenpairs or Solution
+        With ``converged=False``.
+    """
+
+    def __init__(self, result: Eigenpairs | Solution) -> None:
+        super().__init__("interrupted; the best result so far is in .result")
+        self.result = result

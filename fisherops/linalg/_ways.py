@@ -1,0 +1,114 @@
+"""Choosing between the Gram matrix, the dense matrix and products, by predicted cost and memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from scipy.sparse.linalg import LinearOperator
+from torch import Tensor
+
+from fisherops import _arrays
+from fisherops._linop import TorchLinearOperator, as_torch_operator
+from fisherops._memory import as_bytes
+from fisherops.fisher import FisherOperator
+
+METHODS = ("auto", "dual", "dense", "primal")
+
+# Flops of LAPACK for a symmetric matrix of size n, in n³: all eigenvectors, some of them, and Cholesky. Eigenvectors
+# run at a fifth of the speed of matrix products.
+EIGEN, SOME_EIGEN, CHOLESKY = 50.0, 10.0, 0.5
+
+# What a product costs beside its flops, in flops.
+_OVERHEAD = 2e7
+
+# Numbers of 8 bytes, in n², that LAPACK and we need beside the matrix in the compute precision.
+_DENSE_WORK = 3
+
+
+def as_operator(op: Any) -> TorchLinearOperator:
+    """Return an operator as one that computes in torch, or say that it is none."""
+    if not isinstance(op, LinearOperator):
+        raise TypeError(f"got {type(op).__name__}: a Fisher operator or another SciPy LinearOperator is taken.")
+    if op.shape[0] != op.shape[1]:
+        raise ValueError(f"got an operator of shape {op.shape}: a square one is taken (op.scores has svds and gram).")
+    return as_torch_operator(op)
+
+
+def as_damping(damping: Any) -> float:
+    """Return λ as a number, or say why it cannot be one."""
+    value = _arrays.scalar(damping)
+    if value is None or isinstance(value, complex):
+        raise TypeError(f"`damping` must be a real number, got {damping!r}.")
+    if not 0 <= value < float("inf"):
+        raise ValueError(
+            f"`damping` must be finite and at least 0, got {value}: with less F + λI is not positive definite."
+        )
+    return float(value)
+
+
+def choose(op: TorchLinearOperator, method: str, products: float, dense_flops: float) -> str:
+    """Return "dual", "dense" or "primal".
+
+    Parameters
+    ----------
+    op : TorchLinearOperator
+    method : str
+        One of `METHODS`.
+    products : float
+        Products with F that the primal way is expected to take, its own work counted too.
+    dense_flops : float
+        Of the algebra with a dense matrix of size n, in n³.
+    """
+    if method not in METHODS:
+        raise ValueError(f"`method` must be one of {', '.join(map(repr, METHODS))}, got {method!r}.")
+    if method == "primal":
+        return "primal"
+    fisher = op if isinstance(op, FisherOperator) else None
+    if method == "dual" and fisher is None:
+        raise ValueError(
+            "method='dual' needs the score matrix of a Fisher operator, and composites have none: pass the operator "
+            "itself "
+            "(with its damping as an argument), or method='primal'."
+        )
+    D, itemsize = op.shape[0], op.dtype.itemsize
+    sizes: dict[str, int] = {"dense": D}
+    if fisher is not None:
+        sizes["dual"] = fisher.scores.shape[0]
+        memory = fisher.plan.max_memory - fisher.plan.nbytes
+    else:
+        memory = as_bytes(None, op.device)
+    fitting = {way: n for way, n in sizes.items() if n * n * (itemsize + 8 * _DENSE_WORK) <= memory}
+    if method != "auto":
+        if method not in fitting:
+            needed = sizes[method] ** 2 * (itemsize + 8 * _DENSE_WORK)
+            raise ValueError(
+                f"method={method!r} takes a matrix of size {sizes[method]}, {needed} bytes with its factors, and "
+                f"{max(memory, 0)} are left of max_memory: raise it, or use method='auto' or 'primal'."
+            )
+        return method
+    product = 4.0 * sizes.get("dual", D) * D + _OVERHEAD
+    costs = {"primal": products * product}
+    for way, n in fitting.items():
+        costs[way] = dense_flops * n**3
+    if "dual" in costs and fisher is not None:
+        # From what is held, each number of a row meets those of all other rows; otherwise by products with G and Gᵀ.
+        held = fisher.plan.nbytes / itemsize if fisher.plan.holds_rows else 4.0 * D * sizes["dual"]
+        costs["dual"] += 2.0 * sizes["dual"] * held
+    if "dense" in costs:
+        costs["dense"] += 2.0 * sizes.get("dual", D) * D**2
+    return min(costs, key=costs.__getitem__)
+
+
+def dense_matrix(op: TorchLinearOperator, way: str) -> Tensor:
+    """Return the Gram matrix or F itself in float64, where LAPACK loses nothing of what the precision gave."""
+    if way == "dual":
+        assert isinstance(op, FisherOperator)
+        return op.scores.gram_tensor().double()
+    F = torch.as_tensor(op.todense(), device=op.device).double()
+    return (F + F.T).div_(2)
+
+
+def zero_threshold(op: TorchLinearOperator, largest: float, n: int) -> float:
+    """Return the size below which eigenvalues of a matrix of size n are zero to rounding: λ_max · n · eps."""
+    return abs(largest) * n * float(torch.finfo(op.torch_dtype).eps)

@@ -1,0 +1,83 @@
+"""The distribution of the eigenvalues."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from fisherops import _arrays
+from fisherops._checks import integer
+from fisherops.fisher import FisherOperator
+from fisherops.linalg._lanczos import Matrix
+from fisherops.linalg._probes import spectral_sums
+from fisherops.linalg._results import Density
+from fisherops.linalg._ways import EIGEN, as_operator, choose, zero_threshold
+from fisherops.linalg.eigen import eigsh, spectrum_of
+
+_BINS = 60
+
+
+def spectral_density(
+    op: Any, grid: Any = None, *, method: str = "auto", probes: int = 20, steps: int = 80, seed: int = 0
+) -> Density:
+    """Count the eigenvalues of F in the bins of a grid.
+
+    Parameters
+    ----------
+    op : LinearOperator
+        F, symmetric and positive semi-definite, (D, D).
+    grid : array, optional
+        (n + 1,), ascending edges of the bins. None makes 60 bins of equal width in log λ, from the size below which
+        eigenvalues are zero to rounding, λ_max · n · eps, to just above λ_max.
+    method : {"auto", "dual", "dense", "primal"}
+        "dual" and "dense" count all eigenvalues; "primal" is stochastic Lanczos quadrature, whose mean over random "
+        "vectors has
+        a standard error. It resolves the upper end of the spectrum to single eigenvalues, and in the bulk as many bins
+        as it has steps.
+    probes, steps : int
+        Random vectors of the primal way, at least 2, and products with each.
+    seed : int
+        Of the probes.
+
+    Returns
+    -------
+    Density
+    """
+    A = as_operator(op)
+    way = choose(A, method, products=float(probes * steps), dense_flops=EIGEN)
+    values = None if way == "primal" else spectrum_of(A, way).cpu().numpy()
+    n = A.scores.shape[0] if way != "dense" and isinstance(A, FisherOperator) else A.shape[0]
+    if grid is None:
+        top = (
+            eigsh(A, 1, method="primal", return_eigenvectors=False, tol=1e-3).eigenvalues[0]
+            if values is None
+            else values[-1]
+        )
+        edges = _default_grid(float(top), zero_threshold(A, float(top), min(n, A.shape[0])))
+    else:
+        edges = np.asarray(_arrays.enter(grid)[0].cpu(), dtype=float)
+        if edges.ndim != 1 or len(edges) < 2 or not np.isfinite(edges).all() or (np.diff(edges) <= 0).any():
+            raise ValueError(f"`grid` must be at least two ascending, finite edges, got {grid!r}.")
+
+    def in_bins(nodes: Matrix) -> Matrix:
+        """Return (m, n + 2): below, in each bin, above."""
+        bins = np.searchsorted(edges, nodes, side="right")
+        bins[nodes == edges[-1]] = len(edges) - 1
+        return np.asarray(np.eye(len(edges) + 1)[bins])
+
+    if values is not None:
+        if edges[0] >= 0:
+            values = values.clip(min=0)
+        counts, errors = in_bins(values).sum(0), np.zeros(len(edges) + 1)
+    else:
+        counts, errors = spectral_sums(A, in_bins, integer("probes", probes, 2), integer("steps", steps, 1), seed)
+    return Density(edges, counts[1:-1], errors[1:-1], float(counts[0]), float(counts[-1]), way)
+
+
+def _default_grid(top: float, threshold: float) -> Matrix:
+    if not top > 0:
+        return np.linspace(0.0, 1.0, _BINS + 1)
+    eps = float(torch.finfo(torch.float32).eps)
+    return np.asarray(np.geomspace(max(threshold, 1e-300), top * (1 + 1000 * eps), _BINS + 1))

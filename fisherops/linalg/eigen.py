@@ -1,0 +1,320 @@
+"""Eigenvalues and eigenvectors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import scipy.linalg
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from fisherops import _arrays
+from fisherops._checks import integer
+from fisherops._linop import TorchLinearOperator
+from fisherops.fisher import FisherOperator
+from fisherops.linalg import _lanczos
+from fisherops.linalg._checkpoint import Checkpoint
+from fisherops.linalg._lanczos import Krylov
+from fisherops.linalg._results import Eigenpairs, Interrupted
+from fisherops.linalg._ways import EIGEN, SOME_EIGEN, as_operator, choose, dense_matrix, zero_threshold
+
+
+def eigsh(
+    op: Any,
+    k: int = 6,
+    which: str = "LM",
+    *,
+    v0: Any = None,
+    ncv: int | None = None,
+    maxiter: int | None = None,
+    tol: float = 0.0,
+    return_eigenvectors: bool = True,
+    method: str = "auto",
+    like: Any = None,
+    callback: Callable[[int, Any, Any], object] | None = None,
+    progressbar: bool = False,
+    checkpoint: Any = None,
+) -> Eigenpairs:
+    """Find k eigenvalues of a Fisher matrix, and their eigenvectors.
+
+    Parameters
+    ----------
+    op : LinearOperator
+        Symmetric and positive semi-definite, (D, D).
+    k : int
+        How many, from 1 to D.
+    which : {"LM", "LA", "SA", "SM"}
+        The largest ("LM" and "LA" are the same here) or the smallest.
+    v0 : array, optional
+        (D,), start of the primal way; random with a fixed seed otherwise.
+    ncv : int, optional
+        Vectors of the primal way's space, k < ncv ≤ D; ``min(D, max(2 k + 1, 20))`` otherwise. It holds ncv + 1 of D
+        numbers.
+    maxiter : int, optional
+        Products of the primal way at most, ``10 * D`` otherwise.
+    tol : float
+        Residuals ‖F v − λ v‖ that the primal way stops at, relative to the largest eigenvalue; 0 means the precision.
+    return_eigenvectors : bool
+        Whether to find eigenvectors, and residuals by a product with them.
+    method : {"auto", "dual", "dense", "primal"}
+        "dual" finds every nonzero eigenvalue from the Gram matrix, so clusters and multiple eigenvalues too; "primal" "
+        "is
+        Lanczos' method with thick restarts, which like ARPACK may miss copies of a multiple eigenvalue.
+    like : array, optional
+        Results are of the library and device of this array; NumPy otherwise.
+    callback : callable, optional
+        ``callback(products, eigenvalues, residuals)`` after each cycle of the primal way.
+    progressbar : bool
+        Whether the primal way shows its products and largest residual on stderr.
+    checkpoint : path, optional
+        Where the primal way keeps its state after each cycle and when it is interrupted; if the file is there, it goes
+        on from it, to the same result. Written whole or not at all.
+
+    Returns
+    -------
+    Eigenpairs
+        Unpacks as ``values, vectors``, ascending.
+
+    Raises
+    ------
+    ValueError
+        If an argument is out of range, a way that was asked for is not open, or a checkpoint is damaged or of another
+        problem.
+    Interrupted
+        At a KeyboardInterrupt in the primal way; `result` holds the best pairs so far.
+
+    Examples
+    --------
+    >>> import torch, fisherops as fo
+    >>> _ = torch.manual_seed(0)
+    >>> X, y = torch.randn(50, 4), torch.randint(3, (50,))
+    >>> op = fo.FisherMCLinearOperator(torch.nn.Linear(4, 3), torch.nn.CrossEntropyLoss(), data=(X, y))
+    >>> values, vectors = fo.linalg.eigsh(op, k=2)
+    >>> vectors.shape
+    (15, 2)
+    """
+    A = as_operator(op)
+    D = A.shape[0]
+    k = integer("k", k, 1, D)
+    if which not in ("LM", "LA", "SA", "SM"):
+        raise ValueError(f"`which` must be 'LM', 'LA', 'SA' or 'SM', got {which!r}.")
+    if not 0 <= tol < 1:
+        raise ValueError(f"`tol` must be from 0 to 1, got {tol!r}.")
+    largest = which in ("LM", "LA")
+    ncv = min(D, max(2 * k + 1, 20)) if ncv is None else integer("ncv", ncv, min(k + 1, D), D)
+    # Beside each product a vector is made orthogonal to half of ncv others, twice.
+    way = choose(A, method, products=20.0 + 5.0 * k, dense_flops=SOME_EIGEN if 10 * k < D else EIGEN)
+    leave = leave_for(like)
+    found: tuple[Any, ...]
+    if way == "primal":
+        maxiter = 10 * D if maxiter is None else integer("maxiter", maxiter, 1)
+        found = _primal(A, k, largest, v0, ncv, maxiter, tol, callback, progressbar, checkpoint)
+    else:
+        found = *_dense(A, way, k, largest, return_eigenvectors), None, 0, True
+    return _finish(A, found, return_eigenvectors, way, leave)
+
+
+def eigvalsh(op: Any, *, method: str = "auto", like: Any = None) -> Any:
+    """Return all D eigenvalues of a Fisher matrix, ascending.
+
+    From the Gram matrix (rows × rows) or F (D × D), the smaller; a rank below D shows as zeros. There is no primal way.
+
+    Parameters
+    ----------
+    op : LinearOperator
+        Symmetric and positive semi-definite, (D, D).
+    method : {"auto", "dual", "dense"}
+    like : array, optional
+        The result is of the library and device of this array; NumPy otherwise.
+
+    Returns
+    -------
+    array
+        (D,); those that are zero to rounding, below λ_max · n · eps for a matrix of size n, may be of either sign in
+        "dense", and in "dual" are followed by D − rows exact zeros.
+    """
+    A = as_operator(op)
+    if method == "primal":
+        raise ValueError("all eigenvalues are found by method='dual' or 'dense'; for some of them use eigsh.")
+    way = choose(A, method, products=float("inf"), dense_flops=EIGEN)
+    if way == "primal":
+        raise ValueError(
+            "neither the Gram matrix nor F fits max_memory: use eigsh for some eigenvalues, spectral_density for their "
+            ""
+            ""
+            ""
+            "distribution, or raise max_memory."
+        )
+    return leave_for(like)(spectrum_of(A, way))
+
+
+def spectrum_of(A: TorchLinearOperator, way: str) -> Tensor:
+    """Return all D eigenvalues in float64, ascending, from the dense or the Gram matrix."""
+    values: Tensor = torch.linalg.eigvalsh(dense_matrix(A, way))
+    D = A.shape[0]
+    if way == "dense":
+        return values
+    if len(values) > D:  # as many as that are zero
+        values = values[-D:]
+    all_values: Tensor = torch.cat([values.new_zeros(D - len(values)), values]).sort()[0]
+    return all_values
+
+
+def top_of_matrix(matrix: Tensor, k: int, largest: bool = True) -> tuple[Tensor, Tensor]:
+    """Return k eigenpairs at an end of a dense symmetric matrix, ascending."""
+    n = len(matrix)
+    if matrix.device.type == "cpu" and 10 * k < n:
+        ends = [n - k, n - 1] if largest else [0, k - 1]
+        values, vectors = scipy.linalg.eigh(matrix.numpy(), subset_by_index=ends, overwrite_a=True)
+        return torch.from_numpy(values), torch.from_numpy(vectors)
+    values, vectors = torch.linalg.eigh(matrix)
+    chosen = slice(n - k, n) if largest else slice(k)
+    return values[chosen], vectors[:, chosen]
+
+
+def _dense(A: TorchLinearOperator, way: str, k: int, largest: bool, vectors: bool) -> tuple[Tensor, Tensor | None]:
+    """Return eigenvalues in float64 and eigenvectors in the compute precision."""
+    matrix = dense_matrix(A, way)
+    if way == "dense":
+        values, V = top_of_matrix(matrix, k, largest)
+        return values, V.to(A.torch_dtype)
+    assert isinstance(A, FisherOperator)
+    n, D = len(matrix), A.shape[0]
+    values, U = top_of_matrix(matrix, min(k, n) if largest else n)
+    positive = values > zero_threshold(A, float(values[-1]), n)
+    values, U = values[positive], U[:, positive]
+    rank = len(values)  # or k, if that is less
+    # F has D − rank zeros beside.
+    zeros = max(0, k - rank) if largest else min(k, D - rank)
+    chosen = slice(rank) if largest else slice(k - zeros)
+    eigenvalues = torch.cat([values.new_zeros(zeros), values[chosen]])
+    if not vectors:
+        return eigenvalues, None
+    lifted = _lift(A, U[:, chosen])
+    if zeros:
+        lifted = torch.cat([_complement(_lift(A, U), zeros), lifted], 1)
+    return eigenvalues, lifted
+
+
+def _lift(A: FisherOperator, U: Tensor) -> Tensor:
+    """Return the orthonormal eigenvectors of F for those of G Gᵀ, in ascending order."""
+    # The images of larger ones are orthogonal to rounding; those of smaller ones are made so to them.
+    Q, R = torch.linalg.qr(A.scores.T._times(U.to(A.torch_dtype)).flip(1))
+    V: Tensor = (Q * R.diagonal().sign()).flip(1)
+    return V
+
+
+def _complement(V: Tensor, count: int) -> Tensor:
+    """Return orthonormal vectors that are orthogonal to the columns of V, which are orthonormal."""
+    generator = torch.Generator("cpu").manual_seed(0)
+    Z = torch.randn(len(V), count, generator=generator, dtype=torch.float64).to(V.device, V.dtype)
+    for _ in range(2):
+        Z = torch.linalg.qr(Z - V @ (V.T @ Z))[0]
+    return Z
+
+
+def _primal(
+    A: TorchLinearOperator,
+    k: int,
+    largest: bool,
+    v0: Any,
+    ncv: int,
+    maxiter: int,
+    tol: float,
+    callback: Callable[[int, Any, Any], object] | None,
+    progressbar: bool,
+    checkpoint: Any,
+) -> tuple[Tensor, Tensor, Tensor, int, bool]:
+    D = A.shape[0]
+
+    def random(seed: int) -> Tensor:
+        generator = torch.Generator("cpu").manual_seed(seed)
+        return torch.randn(D, generator=generator, dtype=torch.float64).to(A.device, A.torch_dtype)
+
+    start = random(0) if v0 is None else _arrays.enter(v0)[0].to(A.device, A.torch_dtype)
+    if start.shape != (D,) or not float(start.norm()) > 0:
+        raise ValueError(f"`v0` must be a vector of {D} numbers that are not all zero, got shape {tuple(start.shape)}.")
+    space = Krylov.start(start, ncv)
+    file = None
+    if checkpoint is not None:
+        file = Checkpoint(checkpoint, "eigsh", A, k=k, largest=largest, ncv=ncv, start=start[:3].double().cpu())
+        _restore(space, file.load())
+    bar = tqdm(desc="eigsh", unit=" products", leave=False, disable=not progressbar)
+    bar.update(space.products)
+
+    def multiply(v: Tensor) -> Tensor:
+        product = A._times(v[:, None])[:, 0]
+        bar.update()
+        return product
+
+    def save() -> None:
+        if file is not None:
+            basis = space.basis[: space.size + 1].cpu()
+            file.save(basis=basis, projected=space.projected, coupling=space.coupling, products=space.products)
+
+    def report(space: Krylov, values: Any, residuals: Any) -> None:
+        scale = max(abs(values).max(initial=0), 1e-300)
+        bar.set_postfix_str(f"residual {residuals.max(initial=0) / scale:.1e} of the largest", refresh=False)
+        save()
+        if callback is not None:
+            callback(space.products, values, residuals)
+
+    tol = max(tol, float(torch.finfo(A.torch_dtype).eps))
+    with bar:
+        try:
+            pairs = _lanczos.eigenpairs(
+                space, multiply, k, largest, tol, maxiter, lambda: random(space.products), report
+            )
+        except KeyboardInterrupt:
+            save()
+            values, vectors = space.ritz() if space.size else (np.zeros(0), np.zeros((0, 0)))
+            ends = slice(max(0, len(values) - k), None) if largest else slice(k)
+            residuals = space.residuals(vectors) if space.size else values
+            pairs = values[ends], vectors[:, ends], residuals[ends], False
+            found = _lifted(A, space, pairs)
+            raise Interrupted(_finish(A, found, True, "primal", leave_for(None), product=False)) from None
+    return _lifted(A, space, pairs)
+
+
+def _lifted(A: TorchLinearOperator, space: Krylov, pairs: Any) -> tuple[Tensor, Tensor, Tensor, int, bool]:
+    values, S, residuals, converged = pairs
+    S = torch.as_tensor(S, dtype=A.torch_dtype, device=A.device)
+    vectors = (S.T @ space.basis[: len(S)]).T
+    return torch.as_tensor(values), vectors, torch.as_tensor(residuals), space.products, converged
+
+
+def _restore(space: Krylov, state: dict[str, Any] | None) -> None:
+    if state is not None:
+        basis = torch.as_tensor(state["basis"]).to(space.basis)
+        space.basis[: len(basis)] = basis
+        space.projected[:] = state["projected"]
+        space.size, space.coupling = len(basis) - 1, float(state["coupling"])
+        space.products = int(state["products"])
+
+
+def _finish(
+    A: TorchLinearOperator, found: Any, vectors: bool, way: str, leave: Callable[[Tensor], Any], product: bool = True
+) -> Eigenpairs:
+    values, V, residuals, products, converged = found
+    values = values.to(A.device, A.torch_dtype)
+    if vectors and product:
+        residuals = (A._times(V) - V * values).norm(dim=0)
+        products += V.shape[1]
+    return Eigenpairs(
+        leave(values),
+        leave(V) if vectors else None,
+        None if residuals is None else leave(residuals.to(A.torch_dtype)),
+        way,
+        products,
+        converged,
+    )
+
+
+def leave_for(like: Any) -> Callable[[Tensor], Any]:
+    """Return how tensors go to the library and device of `like`, in their own dtype."""
+    if like is None:
+        return lambda t: t.cpu().contiguous().numpy()
+    return _arrays.leave_like(like)

@@ -1,0 +1,208 @@
+"""Traces, norms and determinants: exact from rows or a dense matrix, or by random probes with a standard error."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from fisherops._checks import integer
+from fisherops.fisher import FisherOperator
+from fisherops.linalg._probes import rademacher, spectral_sums
+from fisherops.linalg._results import Estimate
+from fisherops.linalg._ways import CHOLESKY, EIGEN, as_damping, as_operator, choose, dense_matrix, zero_threshold
+from fisherops.linalg.eigen import leave_for, spectrum_of
+
+PROBES, STEPS = 30, 40
+_SEED = 0
+
+
+class LogDeterminant(NamedTuple):
+    """As of ``numpy.linalg.slogdet``, with a standard error.
+
+    Attributes
+    ----------
+    sign : float
+        1, or 0 where the determinant is.
+    logabsdet : float
+        −inf where the determinant is 0.
+    standard_error : float
+        Of `logabsdet`; 0 where it is exact to rounding.
+    method : str
+        "dual", "dense" or "primal".
+    """
+
+    sign: float
+    logabsdet: float
+    standard_error: float
+    method: str
+
+
+def trace(op: Any, *, probes: int = PROBES, seed: int = _SEED) -> Estimate:
+    """Return the trace of F: exact for a Fisher, from its rows; by Hutch++ for other operators.
+
+    Parameters
+    ----------
+    op : LinearOperator
+    probes : int
+        Products for other operators; at least 6.
+    seed : int
+        Of the probes.
+
+    References
+    ----------
+    R. Meyer, C. Musco, C. Musco, D. Woodruff, Hutch++: optimal stochastic trace estimation, SOSA 2021,
+    doi:10.1137/1.9781611976496.16.
+    """
+    A = as_operator(op)
+    if isinstance(A, FisherOperator):
+        return Estimate(A.trace(), 0.0, "rows")
+    D, third = A.shape[0], integer("probes", probes, 6) // 3
+    if third >= D:
+        return Estimate(float(np.trace(A.todense())), 0.0, "dense")
+    Q = torch.linalg.qr(A._times(rademacher(A, third, seed)))[0]
+    caught = float((Q * A._times(Q)).sum(dtype=torch.float64))
+    Z = rademacher(A, third, seed + 1)
+    Z = Z - Q @ (Q.T @ Z)
+    samples = (Z * A._times(Z)).sum(0, dtype=torch.float64)
+    return Estimate(caught + float(samples.mean()), float(samples.std()) / third**0.5, "primal")
+
+
+def diagonal(op: Any, *, like: Any = None, probes: int = PROBES, seed: int = _SEED) -> Estimate:
+    """Return the diagonal of F: exact for a Fisher, from its rows; by random signs for other operators.
+
+    Parameters
+    ----------
+    op : LinearOperator
+    like : array, optional
+        The value is of the library and device of this array; NumPy otherwise.
+    probes : int
+        Products for other operators; at least 2.
+    seed : int
+        Of the probes.
+
+    Returns
+    -------
+    Estimate
+        With arrays (D,) as value and standard error.
+
+    References
+    ----------
+    C. Bekas, E. Kokiopoulou, Y. Saad, An estimator for the diagonal of a matrix, Appl. Numer. Math. 57 (2007)
+    1214–1229, doi:10.1016/j.apnum.2007.01.003.
+    """
+    A, leave = as_operator(op), leave_for(like)
+    if isinstance(A, FisherOperator):
+        exact = torch.as_tensor(A.diagonal(), device=A.device)
+        return Estimate(leave(exact), leave(torch.zeros_like(exact)), "rows")
+    Z = rademacher(A, integer("probes", probes, 2), seed)
+    samples = Z * A._times(Z)
+    return Estimate(leave(samples.mean(1)), leave(samples.std(1) / probes**0.5), "primal")
+
+
+def frobenius_norm(op: Any, *, method: str = "auto", probes: int = PROBES, seed: int = _SEED) -> Estimate:
+    """Return ‖F‖_F, the root of the sum of squared eigenvalues.
+
+    Parameters
+    ----------
+    op : LinearOperator
+    method : {"auto", "dual", "dense", "primal"}
+        "primal" takes the mean of ‖F z‖² over random signs z.
+    probes : int
+        Of the primal way, at least 2.
+    seed : int
+        Of the probes.
+    """
+    A = as_operator(op)
+    way = choose(A, method, products=probes, dense_flops=0.0)
+    if way != "primal":
+        return Estimate(float(dense_matrix(A, way).norm()), 0.0, way)
+    samples = A._times(rademacher(A, integer("probes", probes, 2), seed)).square().sum(0, dtype=torch.float64)
+    mean, error = float(samples.mean()), float(samples.std()) / probes**0.5
+    return Estimate(mean**0.5, error / (2 * mean**0.5) if mean > 0 else 0.0, "primal")
+
+
+def slogdet(
+    op: Any, damping: float = 0.0, *, method: str = "auto", probes: int = PROBES, steps: int = STEPS, seed: int = _SEED
+) -> LogDeterminant:
+    """Return the logarithm of the determinant of F + λI.
+
+    Parameters
+    ----------
+    op : LinearOperator
+        F, symmetric and positive semi-definite, (D, D).
+    damping : float
+        λ ≥ 0, in the units of F's eigenvalues.
+    method : {"auto", "dual", "dense", "primal"}
+        "primal" is stochastic Lanczos quadrature and needs λ > 0. Its standard error covers the probes; the quadrature
+        itself is exact where F has at most `steps` distinct eigenvalues, and close where λ is not far below the largest
+        over steps².
+    probes, steps : int
+        Random vectors of the primal way, and products with each.
+    seed : int
+        Of the probes.
+
+    Returns
+    -------
+    LogDeterminant
+        A named tuple (sign, logabsdet, standard_error, method).
+    """
+    A, damping = as_operator(op), as_damping(damping)
+    way = choose(A, method, products=probes * steps, dense_flops=CHOLESKY if damping > 0 else EIGEN)
+    D = A.shape[0]
+    if way == "primal":
+        if damping == 0:
+            raise ValueError("the primal way needs damping > 0: the logarithm of zero eigenvalues has no quadrature.")
+        value, error = spectral_sums(
+            A, lambda nodes: np.log(nodes + damping), integer("probes", probes, 2), steps, seed
+        )
+        return LogDeterminant(1.0, float(value), float(error), way)
+    if damping == 0:
+        values = spectrum_of(A, way)
+        if float(values[0]) <= zero_threshold(A, float(values[-1]), D):
+            return LogDeterminant(0.0, -math.inf, 0.0, way)
+        return LogDeterminant(1.0, float(values.log().sum()), 0.0, way)
+    matrix = dense_matrix(A, way)
+    n = len(matrix)
+    matrix.diagonal().add_(damping)
+    factor, info = torch.linalg.cholesky_ex(matrix)
+    if int(info):
+        raise ValueError(f"F + {damping:g} I is not positive definite to rounding: pass a larger damping.")
+    # The other D − n eigenvalues of F are zero; where n > D, n − D of the Gram matrix are.
+    value = 2 * float(factor.diagonal().log().sum()) + (D - n) * math.log(damping)
+    return LogDeterminant(1.0, value, 0.0, way)
+
+
+def effective_dimension(
+    op: Any, damping: float, *, method: str = "auto", probes: int = PROBES, steps: int = STEPS, seed: int = _SEED
+) -> Estimate:
+    """Return the effective dimension tr F(F + λI)⁻¹ = Σ λ_i / (λ_i + λ).
+
+    It is the number of directions that the data determine, against a prior or noise of size λ.
+
+    Parameters
+    ----------
+    op : LinearOperator
+        F, symmetric and positive semi-definite, (D, D).
+    damping : float
+        λ > 0, in the units of F's eigenvalues.
+    method : {"auto", "dual", "dense", "primal"}
+        "primal" is stochastic Lanczos quadrature, see `slogdet`.
+    probes, steps : int
+        Random vectors of the primal way, and products with each.
+    seed : int
+        Of the probes.
+    """
+    A, damping = as_operator(op), as_damping(damping)
+    if damping == 0:
+        raise ValueError("the effective dimension needs damping > 0; with 0 it is the rank, see eigvalsh.")
+    way = choose(A, method, products=probes * steps, dense_flops=EIGEN)
+    if way == "primal":
+        value, error = spectral_sums(
+            A, lambda nodes: nodes / (nodes + damping), integer("probes", probes, 2), steps, seed
+        )
+        return Estimate(float(value), float(error), way)
+    values = spectrum_of(A, way).clamp_min(0)
+    return Estimate(float((values / (values + damping)).sum()), 0.0, way)

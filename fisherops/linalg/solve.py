@@ -1,0 +1,423 @@
+"""Damped systems and inverses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from fisherops import _arrays
+from fisherops._checks import integer
+from fisherops._linop import TorchLinearOperator
+from fisherops.fisher import FisherOperator
+from fisherops.linalg._checkpoint import Checkpoint
+from fisherops.linalg._results import Interrupted, Solution
+from fisherops.linalg._ways import CHOLESKY, EIGEN, as_damping, as_operator, choose, dense_matrix, zero_threshold
+
+# Steps of refinement after a direct solve; each gains all the digits that the first one had.
+_REFINEMENTS = 5
+
+
+def solve(
+    op: Any,
+    b: Any,
+    damping: float = 0.0,
+    *,
+    method: str = "auto",
+    x0: Any = None,
+    rtol: float = 1e-5,
+    atol: float = 0.0,
+    maxiter: int | None = None,
+    M: Any = "jacobi",
+    least_norm: bool = False,
+    callback: Callable[[int, Any], object] | None = None,
+    progressbar: bool = False,
+    checkpoint: Any = None,
+) -> Solution:
+    """Solve (F + λI) x = b.
+
+    Parameters
+    ----------
+    op : LinearOperator
+        F, symmetric and positive semi-definite, (D, D).
+    b : array
+        (D,) or (D, K), of any library that products take; real.
+    damping : float
+        λ, in the units of F's eigenvalues.
+    method : {"auto", "dual", "dense", "primal"}
+        "dual": by Woodbury's identity x = (b − Gᵀ(G Gᵀ + λI)⁻¹G b) / λ; "dense": Cholesky; both refined by products "
+        "with F until
+        the tolerance is met. "primal": conjugate gradients, all columns at once.
+    x0 : array, optional
+        Where conjugate gradients start; zero otherwise.
+    rtol, atol : float
+        For each column ‖b − (F + λI) x‖ ≤ max(rtol ‖b‖, atol).
+    maxiter : int, optional
+        Iterations of conjugate gradients at most, ``10 * D`` otherwise.
+    M : {"jacobi", None} or LinearOperator
+        Preconditioner of conjugate gradients, an approximation of (F + λI)⁻¹. "jacobi" takes the exact diagonal of a
+        Fisher operator, and nothing for others.
+    least_norm : bool
+        With λ = 0: x = F⁺ b, the shortest of those that minimize ‖F x − b‖, also where F is singular; not in the primal
+        way.
+    callback : callable, optional
+        ``callback(iterations, residuals)`` after each iteration of conjugate gradients.
+    progressbar : bool
+        Whether conjugate gradients show their iterations and largest relative residual on stderr.
+    checkpoint : path, optional
+        Where conjugate gradients keep their state, every 20 iterations and when they are interrupted; if the file is
+        there, they go on from it, to the same result. Written whole or not at all.
+
+    Returns
+    -------
+    Solution
+
+    Raises
+    ------
+    ValueError
+        If λ is negative, or zero where F is singular; if shapes do not fit; if a checkpoint is damaged or of another
+        problem.
+    Interrupted
+        At a KeyboardInterrupt in the primal way; `result` holds the best solution so far.
+
+    Notes
+    -----
+    Where products stop to gain (float32 with λ far below λ_max · eps, say) ``converged`` is False and no error is
+    raised: look at it.
+    """
+    A = as_operator(op)
+    damping = as_damping(damping)
+    B, leave = _columns(A, b)
+    single = B.ndim == 1
+    B = B[:, None] if single else B
+    products = float("inf") if least_norm else 100.0 * B.shape[1] ** 0.5
+    way = choose(A, method, products=products, dense_flops=EIGEN if least_norm else CHOLESKY)
+    targets = torch.maximum(rtol * B.norm(dim=0), torch.full_like(B[0], atol))
+    if way == "primal":
+        if least_norm:
+            raise ValueError("least_norm=True is found from the eigenvalues: use method='dual' or 'dense'.")
+        if damping == 0:
+            _refuse_singular(A)
+        start = None if x0 is None else _columns(A, x0)[0].reshape(B.shape)
+        X, R, iterations = _conjugate_gradients(
+            A, B, damping, start, targets, maxiter, M, callback, progressbar, checkpoint, leave, single
+        )
+    else:
+        inverse = _Pseudoinverse(A, way) if least_norm and damping == 0 else DampedInverse(A, damping, way)
+        X, R, iterations = _refined(A, B, damping, inverse, targets)
+    norms = R.norm(dim=0)
+    reached = norms
+    if least_norm and way != "primal" and damping == 0:
+        reached = A._times(R).norm(dim=0) / max(inverse.largest, torch.finfo(B.dtype).tiny)
+    return _solution(X, norms, bool((reached <= targets).all()), iterations, way, leave, single)
+
+
+def inv(
+    op: Any, damping: float, *, method: str = "auto", rtol: float = 1e-5, maxiter: int | None = None
+) -> DampedInverse:
+    """Return (F + λI)⁻¹ as an operator, whose factorization is kept for further products.
+
+    Parameters
+    ----------
+    op : LinearOperator
+        F, symmetric and positive semi-definite, (D, D).
+    damping : float
+        λ > 0, in the units of F's eigenvalues; 0 where F is not singular.
+    method : {"auto", "dual", "dense", "primal"}
+        "dual" and "dense" keep a Cholesky factor; "primal" runs conjugate gradients in each product.
+    rtol, maxiter : float, int
+        Of conjugate gradients.
+
+    Returns
+    -------
+    DampedInverse
+        A SciPy ``LinearOperator``. It is of F as it is now: parameters that change later do not change it, except in
+        the primal way.
+    """
+    A = as_operator(op)
+    damping = as_damping(damping)
+    way = choose(A, method, products=300.0, dense_flops=CHOLESKY)
+    if way == "primal" and damping == 0:
+        _refuse_singular(A)
+    return DampedInverse(A, damping, way, rtol, maxiter)
+
+
+def natural_gradient(op: Any, grad: Any, damping: float, **options: Any) -> Any:
+    """Return the natural gradient (F + λI)⁻¹ g in the structure of the parameters.
+
+    Parameters
+    ----------
+    op : FisherOperator
+    grad : array or mapping of str to array
+        A flat vector (D,), or a tensor for each of the operator's parameters by name, such as
+        ``{name: p.grad for name, p in model.named_parameters()}``.
+    damping : float
+        λ > 0.
+    **options
+        Of `solve`.
+
+    Returns
+    -------
+    array or dict of str to array
+        As `grad`.
+
+    Raises
+    ------
+    ValueError
+        If names or shapes are not those of the parameters.
+    RuntimeError
+        If the system is not solved to its tolerance.
+
+    References
+    ----------
+    S. Amari, Natural gradient works efficiently in learning, Neural Computation 10 (1998) 251–276,
+    doi:10.1162/089976698300017746.
+    """
+    if not isinstance(grad, Mapping):
+        return _converged(solve(op, grad, damping, **options)).x
+    if not isinstance(op, FisherOperator):
+        raise TypeError(f"a mapping of gradients needs the parameters of a Fisher operator, got {type(op).__name__}.")
+    shapes = op.parameter_shapes
+    if set(grad) != set(shapes):
+        raise ValueError(
+            f"`grad` has the names {sorted(grad)}, the operator's parameters are {sorted(shapes)}: give one gradient "
+            f""
+            f""
+            f"for "
+            "each."
+        )
+    entered = {name: _arrays.enter(grad[name]) for name in shapes}
+    for name, (g, _) in entered.items():
+        if g.shape != shapes[name]:
+            raise ValueError(f"`grad[{name!r}]` has shape {tuple(g.shape)}, the parameter has {tuple(shapes[name])}.")
+    flat = torch.cat([g.reshape(-1).to(op.device, op.torch_dtype) for g, _ in entered.values()])
+    x = _converged(solve(op, flat, damping, **options)).x
+    pieces = x.split([shape.numel() for shape in shapes.values()])
+    return {
+        name: leave(piece.reshape(shapes[name]).clone())
+        for (name, (_, leave)), piece in zip(entered.items(), pieces, strict=True)
+    }
+
+
+class DampedInverse(TorchLinearOperator):
+    """(F + λI)⁻¹ as an operator; made by `inv`.
+
+    Attributes
+    ----------
+    method : str
+        "dual", "dense" or "primal".
+    damping : float
+        λ.
+    """
+
+    def __init__(
+        self, op: TorchLinearOperator, damping: float, way: str, rtol: float = 1e-5, maxiter: int | None = None
+    ) -> None:
+        super().__init__(op.shape, op.torch_dtype, op.device)
+        self.method, self.damping = way, damping
+        self._op, self._rtol, self._maxiter = op, rtol, maxiter
+        if way == "primal":
+            return
+        matrix = dense_matrix(op, way)
+        n, D = len(matrix), op.shape[0]
+        if way == "dual" and damping == 0:
+            raise ValueError(
+                _SINGULAR.format(f"its rank is at most {n} of {D}" if n < D else "no Woodbury identity for it")
+            )
+        matrix.diagonal().add_(damping)
+        self._factor, info = torch.linalg.cholesky_ex(matrix)
+        pivots = self._factor.diagonal()
+        eps = float(torch.finfo(op.torch_dtype).eps)
+        if int(info) or (damping == 0 and float(pivots.min()) ** 2 <= n * eps * float(pivots.max()) ** 2):
+            raise ValueError(
+                _SINGULAR.format("it has eigenvalues that are zero to rounding")
+                if damping == 0
+                else f"F + {damping:g} I is not positive definite to rounding: pass a larger damping."
+            )
+
+    def _apply(self, V: Tensor) -> Tensor:
+        if self.method == "primal":
+            solution = solve(self._op, V, self.damping, method="primal", rtol=self._rtol, maxiter=self._maxiter)
+            X: Tensor = _converged(solution).x
+            return X
+        if self.method == "dense":
+            return torch.cholesky_solve(V.double(), self._factor).to(V.dtype)  # type: ignore[no-any-return]
+        assert isinstance(self._op, FisherOperator)
+        scores = self._op.scores
+        inner: Tensor = torch.cholesky_solve(scores._times(V).double(), self._factor).to(V.dtype)
+        return V.sub(scores.T._times(inner)).div_(self.damping)
+
+
+class _Pseudoinverse:
+    """F⁺, by eigenvalues above rounding."""
+
+    def __init__(self, op: Any, way: str) -> None:
+        self._op, self._way = op, way
+        values, self._U = torch.linalg.eigh(dense_matrix(op, way))
+        self.largest = float(values[-1])
+        positive = values > zero_threshold(op, self.largest, len(values))
+        # F⁺ = Gᵀ (G Gᵀ)⁺² G.
+        powers = values.clamp_min(1e-300) ** (-2.0 if way == "dual" else -1.0)
+        self._inverse = torch.where(positive, powers, torch.zeros_like(powers))
+
+    def _times(self, V: Tensor) -> Tensor:
+        W = V if self._way == "dense" else self._op.scores._times(V)
+        W = (self._U @ (self._inverse[:, None] * (self._U.T @ W.double()))).to(V.dtype)
+        result: Tensor = W if self._way == "dense" else self._op.scores.T._times(W)
+        return result
+
+
+def _refined(
+    A: TorchLinearOperator, B: Tensor, damping: float, inverse: Any, targets: Tensor
+) -> tuple[Tensor, Tensor, int]:
+    """Solve directly, and again for the residual as long as that helps."""
+    X = inverse._times(B)
+    R = B - A._times(X).add_(X, alpha=damping)
+    for step in range(_REFINEMENTS):
+        if bool((R.norm(dim=0) <= targets).all()):
+            return X, R, step
+        better = X + inverse._times(R)
+        left = B - A._times(better).add_(better, alpha=damping)
+        improved = left.norm(dim=0) < R.norm(dim=0)
+        if not bool(improved.any()):
+            return X, R, step
+        X, R = torch.where(improved, better, X), torch.where(improved, left, R)
+    return X, R, _REFINEMENTS
+
+
+def _conjugate_gradients(
+    A: TorchLinearOperator,
+    B: Tensor,
+    damping: float,
+    x0: Tensor | None,
+    targets: Tensor,
+    maxiter: int | None,
+    M: Any,
+    callback: Callable[[int, Any], object] | None,
+    progressbar: bool,
+    checkpoint: Any,
+    leave: Callable[[Tensor], Any],
+    single: bool,
+) -> tuple[Tensor, Tensor, int]:
+    """Return x, the true residual and the iterations of preconditioned conjugate gradients for all columns of B.
+
+    References
+    ----------
+    M. Hestenes, E. Stiefel, Methods of conjugate gradients for solving linear systems, J. Res. NBS 49 (1952) 409–436.
+    """
+    maxiter = 10 * A.shape[0] if maxiter is None else integer("maxiter", maxiter, 0)
+    precondition = _preconditioner(A, damping, M)
+
+    def multiply(V: Tensor) -> Tensor:
+        return A._times(V).add_(V, alpha=damping)
+
+    file = None if checkpoint is None else Checkpoint(checkpoint, "solve", A, damping=damping, b=B.double().cpu())
+    state = file.load() if file is not None else None
+    if state is not None:
+        X, R, P, rho = (torch.as_tensor(state[name]).to(B) for name in ("X", "R", "P", "rho"))
+        done = int(state["done"])
+    else:
+        X = torch.zeros_like(B) if x0 is None else x0.clone()
+        R = B.clone() if x0 is None else B - multiply(X)
+        P = precondition(R)
+        rho, done = (R * P).sum(0), 0
+
+    def save() -> None:
+        if file is not None:
+            file.save(
+                **{name: t.cpu() for name, t in zip(("X", "R", "P", "rho"), (X, R, P, rho), strict=True)}, done=done
+            )
+
+    replacements = 0
+    bar = tqdm(desc="solve", unit=" iterations", initial=done, leave=False, disable=not progressbar)
+    with bar:
+        try:
+            while done < maxiter:
+                if bool((R.norm(dim=0) <= targets).all()):
+                    # The residual of the recursion drifts from the true one; where that matters, start from it.
+                    R = B - multiply(X)
+                    if replacements == _REFINEMENTS or bool((R.norm(dim=0) <= targets).all()):
+                        break
+                    P = precondition(R)
+                    rho, replacements = (R * P).sum(0), replacements + 1
+                product = multiply(P)
+                curvature = (P * product).sum(0)
+                active = curvature > 0  # columns that are solved exactly have no direction left
+                if not bool(active.any()):
+                    break
+                alpha = torch.where(active, rho / curvature, torch.zeros_like(rho))
+                step = X + alpha * P, R - alpha * product
+                Z = precondition(step[1])
+                following = (step[1] * Z).sum(0)
+                beta = torch.where(rho > 0, following / rho, torch.zeros_like(rho))
+                # All at once, so that an interrupt finds one state or the next.
+                X, R, P, rho, done = *step, Z + beta * P, following, done + 1
+                norms = R.norm(dim=0)
+                bar.update()
+                bar.set_postfix_str(f"residual {float((norms / B.norm(dim=0)).nan_to_num().max()):.1e}", refresh=False)
+                if callback is not None:
+                    callback(done, leave(norms[0] if single else norms))
+                if done % 20 == 0:
+                    save()
+        except KeyboardInterrupt:
+            save()
+            raise Interrupted(_solution(X, R.norm(dim=0), False, done, "primal", leave, single)) from None
+    save()
+    return X, B - multiply(X), done
+
+
+def _preconditioner(A: TorchLinearOperator, damping: float, M: Any) -> Callable[[Tensor], Tensor]:
+    if isinstance(M, str) and M == "jacobi":
+        if not isinstance(A, FisherOperator):
+            return lambda R: R
+        diagonal = torch.as_tensor(A.diagonal(), device=A.device) + damping
+        # Of parameters that have no effect; without damping their entries of b cannot be met anyway.
+        inverse = torch.where(diagonal > 0, 1 / diagonal, torch.ones_like(diagonal))[:, None]
+        return lambda R: inverse * R
+    if M is None:
+        return lambda R: R
+    operator = as_operator(M)
+    if operator.shape != A.shape:
+        raise ValueError(f"`M` has shape {operator.shape}, the operator {A.shape}.")
+    return lambda R: operator._times(R.to(operator.device)).to(R)
+
+
+_SINGULAR = (
+    "F is singular ({}), so F x = b has no solution for most b and no unique one for others: pass damping > 0, or "
+    "least_norm=True to `solve` for F⁺ b."
+)
+
+
+def _refuse_singular(A: TorchLinearOperator) -> None:
+    if isinstance(A, FisherOperator) and A.scores.shape[0] < A.shape[0]:
+        raise ValueError(_SINGULAR.format(f"its rank is at most {A.scores.shape[0]} of {A.shape[0]}"))
+
+
+def _columns(A: TorchLinearOperator, b: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
+    B, leave = _arrays.enter(b)
+    A._check_shape(B, "solve")
+    if B.is_complex():
+        raise TypeError("a real right-hand side is taken, got a complex one: solve for its parts.")
+    B = B.to(A.device, A.torch_dtype)
+    if not bool(B.isfinite().all()):
+        raise ValueError("the right-hand side contains NaN or infinity.")
+    return B, leave
+
+
+def _solution(
+    X: Tensor, norms: Tensor, converged: bool, iterations: int, way: str, leave: Callable[[Tensor], Any], single: bool
+) -> Solution:
+    residual = float(norms[0]) if single else leave(norms)
+    return Solution(leave(X[:, 0] if single else X), residual, iterations, converged, way)
+
+
+def _converged(solution: Solution) -> Solution:
+    if not solution.converged:
+        raise RuntimeError(
+            f"the system was not solved to its tolerance in {solution.iterations} iterations (residual "
+            f"{solution.residual}): raise the damping or `rtol`, or pass dtype='float64' to the operator."
+        )
+    return solution
