@@ -51,8 +51,8 @@ class ScoreMatrix(TorchLinearOperator):
         total = CompensatedSum()
         with self._fisher._ordered_pass("transposed scores") as batches:
             for scores, own in zip(batches, W.split(self._counts), strict=True):
-                columns = [scores.apply_transposed(w).T for w in own.split(scores.columns, dim=1)]
-                total.add(torch.cat(columns).T)
+                blocks = [scores.apply_transposed(w).T for w in own.split(scores.columns, dim=1)]
+                total.add((torch.cat(blocks) if len(blocks) > 1 else blocks[0]).T)
         return total.value()
 
     def _transpose(self) -> Transposed:

@@ -1,4 +1,4 @@
-"""Routines of `fisherops.linalg` beside SciPy's solvers on the peer's operator, everything from construction counted."""
+"""`fisherops.linalg` beside SciPy's solvers on the peer's operator, everything from construction counted."""
 
 import numpy as np
 import torch

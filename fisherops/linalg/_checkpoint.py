@@ -76,9 +76,9 @@ class Checkpoint:
             return None
         where = f"the checkpoint {str(self.path)!r}"
         try:
-            with np.load(self.path, allow_pickle=False) as file:
+            with self.path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
                 content = {name: file[name] for name in file.files}
-        except (OSError, ValueError, zipfile.BadZipFile, EOFError, KeyError) as error:
+        except (OSError, ValueError, zipfile.BadZipFile, EOFError, KeyError, AttributeError, TypeError) as error:
             raise ValueError(
                 f"{where} is damaged or no checkpoint ({error}): move it away to start anew. Nothing was changed."
             ) from None

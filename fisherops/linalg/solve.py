@@ -244,7 +244,7 @@ class DampedInverse(TorchLinearOperator):
             X: Tensor = _converged(solution).x
             return X
         if self.method == "dense":
-            return torch.cholesky_solve(V.double(), self._factor).to(V.dtype)  # type: ignore[no-any-return]
+            return torch.cholesky_solve(V.double(), self._factor).to(V.dtype)
         assert isinstance(self._op, FisherOperator)
         scores = self._op.scores
         inner: Tensor = torch.cholesky_solve(scores._times(V).double(), self._factor).to(V.dtype)
@@ -362,11 +362,11 @@ def _conjugate_gradients(
                     callback(done, leave(norms[0] if single else norms))
                 if done % 20 == 0:
                     save()
+            save()
+            return X, B - multiply(X), done
         except KeyboardInterrupt:
             save()
             raise Interrupted(_solution(X, R.norm(dim=0), False, done, "primal", leave, single)) from None
-    save()
-    return X, B - multiply(X), done
 
 
 def _preconditioner(A: TorchLinearOperator, damping: float, M: Any) -> Callable[[Tensor], Tensor]:

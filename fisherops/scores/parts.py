@@ -266,7 +266,7 @@ def _gram(inputs: Callable[[slice, slice], Tensor], B: Tensor, B_other: Tensor) 
     for n in range(0, N, step):
         for m in range(0, M, step):
             mine, theirs = slice(n, min(n + step, N)), slice(m, min(m + step, M))
-            left, right = (x.reshape(-1, o) for x in (B[mine], B_other[theirs]))
+            left, right = (x.reshape(-1, o).contiguous() for x in (B[mine], B_other[theirs]))
             products = times_transposed(left, right).view(-1, T, q, theirs.stop - m, S, p)
             products *= inputs(mine, theirs).view(-1, T, 1, theirs.stop - m, S, 1)
             result[mine, :, theirs] = products.sum((1, 4)) if T * S > 1 else products[:, 0, :, :, 0]
