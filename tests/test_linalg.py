@@ -2,6 +2,10 @@
 
 import contextlib
 import math
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -553,3 +557,42 @@ def test_a_write_that_fails_leaves_the_old_checkpoint(monkeypatch, tmp_path):
             linalg.eigsh(op, 3, method="primal", checkpoint=path)
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["state.npz"]
+
+
+KILLED = """
+import sys, numpy as np
+sys.path.insert(0, {tests!r})
+from test_linalg import slow_operator
+from fisherops import linalg
+b = np.random.default_rng(0).standard_normal(200)
+print("started", flush=True)
+if {solver!r} == "eigsh":
+    linalg.eigsh(slow_operator(), 12, method="primal", ncv=26, checkpoint={path!r})
+else:
+    linalg.solve(slow_operator(), b, 1e-7, method="primal", rtol=1e-13, checkpoint={path!r})
+"""
+
+
+@pytest.mark.parametrize("solver", ["eigsh", "solve"])
+def test_a_process_that_is_killed(solver, tmp_path):
+    """Between any two instructions: what is on disk is a whole state or none, and leads to the same result."""
+    path = tmp_path / "state.npz"
+    b = np.random.default_rng(0).standard_normal(200)
+
+    def run(**options):
+        if solver == "eigsh":
+            return linalg.eigsh(slow_operator(), 12, method="primal", ncv=26, **options).eigenvectors
+        return linalg.solve(slow_operator(), b, 1e-7, method="primal", rtol=1e-13, **options).x
+
+    whole = run()
+    script = KILLED.format(tests=str(Path(__file__).parent), solver=solver, path=str(path))
+    generator = np.random.default_rng(0)
+    for _ in range(4):
+        process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
+        process.stdout.readline()
+        time.sleep(generator.uniform(0.0, 0.1))
+        process.kill()
+        process.communicate()
+    leftovers = [p for p in tmp_path.iterdir() if p != path]
+    assert all(p.name.startswith(".state.npz-") for p in leftovers)  # of writes that were cut off
+    np.testing.assert_array_equal(run(checkpoint=path), whole)
