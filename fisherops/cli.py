@@ -1,45 +1,31 @@
-"""The command line: ``python -m fisherops spectrum``."""
+"""The command line: ``python -m fisherops spectrum``, ``density``, ``solve`` and ``trace``."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib
-import importlib.util
-import itertools
 import json
 import os
 import sys
 import tempfile
 import time
-import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
-from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
-from torch import nn
-from tqdm import tqdm
 
 import fisherops
-from fisherops import FisherMCLinearOperator
-from fisherops._checks import first_line
-
-_LOSSES = {"ce": nn.CrossEntropyLoss, "mse": nn.MSELoss, "bce": nn.BCEWithLogitsLoss}
-_INSTALL = "install it with `pip install 'fisherops[demo]'`"
-
-
-class _UsageError(Exception):
-    """What the user can mend; its message is one line."""
+from fisherops import FisherMCLinearOperator, linalg
+from fisherops._problem import INSTALL, LOSSES, Problem, UsageError, demo, make_operator, own_problem
 
 
 class _Parser(argparse.ArgumentParser):
     """A parser whose errors are one line."""
 
     def error(self, message: str) -> NoReturn:
-        raise _UsageError(f"{message} (see `{self.prog} --help`)")
+        raise UsageError(f"{message} (see `{self.prog} --help`)")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -56,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = parser.parse_args(argv)
         name = f"{parser.prog} {arguments.command}"
         arguments.run(arguments)
-    except _UsageError as error:
+    except UsageError as error:
         print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -69,36 +55,63 @@ def _make_parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="python -m fisherops", description=fisherops.__doc__)
     parser.add_argument("--version", action="version", version=f"fisherops {fisherops.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
-    spectrum = commands.add_parser(
-        "spectrum",
-        help="top eigenvalues of a model's Monte-Carlo Fisher",
-        description="Top eigenvalues of the Monte-Carlo Fisher of a model, by SciPy's eigsh. Without --model and "
-        "--data: of a small convolutional network trained for a few seconds on scikit-learn's handwritten digits.",
+    demonstration = (
+        " Without --model and --data: of a small convolutional network trained for a few seconds on scikit-learn's "
+        "handwritten digits."
     )
-    spectrum.set_defaults(run=_spectrum)
-    work = spectrum.add_argument_group("your own work")
+
+    def add(name: str, help_: str, run: Callable[[argparse.Namespace], None], files: str | None) -> Any:
+        command = commands.add_parser(name, help=help_, description=help_[0].upper() + help_[1:] + "." + demonstration)
+        command.set_defaults(run=run)
+        _add_problem(command)
+        output = command.add_argument_group("output")
+        if files:
+            output.add_argument("--out", type=Path, default=Path(), metavar="DIR", help=f"for {files}; default: .")
+        output.add_argument("--json", action="store_true", help="print JSON in place of the table")
+        return command.add_argument_group("the computation")
+
+    spectrum = add("spectrum", "top eigenvalues of a model's Monte-Carlo Fisher", _spectrum, "spectrum.json and .png")
+    spectrum.add_argument("-k", type=_integer(1), default=50, help="how many, default: %(default)s")
+    spectrum.add_argument(
+        "--tol", type=_tolerance, default=0.0, help="relative accuracy; 0, the default: machine precision"
+    )
+    density = add("density", "how many eigenvalues of a model's Monte-Carlo Fisher are how large", _density,
+                  "density.json and .png")  # fmt: skip
+    density.add_argument("--probes", type=_integer(2), default=20, help="random vectors, default: %(default)s")
+    density.add_argument("--steps", type=_integer(1), default=80, help="products with each, default: %(default)s")
+    solve = add("solve", "the natural gradient (F + λI)⁻¹∇loss of a model", _solve, "natural_gradient.npz")
+    solve.add_argument("--damping", type=_positive, required=True, metavar="λ", help="in the units of the eigenvalues")
+    solve.add_argument("--rtol", type=_tolerance, default=1e-5, help="relative residual, default: %(default)s")
+    trace = add("trace", "the trace of a model's Monte-Carlo Fisher, and what else a number can say", _trace, None)
+    trace.add_argument(
+        "--damping",
+        type=_positive,
+        metavar="λ",
+        help="for the effective dimension and log det(F + λI); default: neither",
+    )
+    for command in (spectrum, density, solve, trace):
+        command.add_argument(
+            "--method", choices=["auto", "dual", "dense", "primal"], default="auto",
+            help="from the Gram matrix, F as a dense matrix, or products; default: the cheapest",
+        )  # fmt: skip
+    for command in (spectrum, solve):
+        command.add_argument("--checkpoint", type=Path, metavar="FILE", help="of --method primal, to go on from")
+    return parser
+
+
+def _add_problem(command: argparse.ArgumentParser) -> None:
+    work = command.add_argument_group("your own work")
     work.add_argument("--model", metavar="FILE.py:FACTORY", help="or package.module:FACTORY; called without arguments")
     work.add_argument("--weights", metavar="FILE", type=Path, help="state dict: safetensors, or torch (weights only)")
     work.add_argument("--data", metavar="FILE.npz", type=Path, help="arrays X and y, one row per datum")
-    work.add_argument("--loss", choices=list(_LOSSES), help="default: ce")
-    fisher = spectrum.add_argument_group("the Fisher")
+    work.add_argument("--loss", choices=list(LOSSES), help="default: ce")
+    fisher = command.add_argument_group("the Fisher")
     fisher.add_argument("--reduction", choices=["mean", "sum"], default="mean", help="default: %(default)s")
     fisher.add_argument("--mc-samples", type=_integer(1), default=1, metavar="M", help="draws per term, default: 1")
     fisher.add_argument("--seed", type=_integer(0), default=2147483647, help="of the draws, default: %(default)s")
     fisher.add_argument("--dtype", choices=["float32", "float64"], help="default: that of the parameters")
     fisher.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ...; default: %(default)s")
     fisher.add_argument("--batch-size", type=_integer(1), default=512, metavar="B", help="default: %(default)s")
-    solver = spectrum.add_argument_group("the eigenvalues")
-    solver.add_argument("-k", type=_integer(1), default=50, help="how many, default: %(default)s")
-    solver.add_argument(
-        "--tol", type=_tolerance, default=0.0, help="relative accuracy; 0, the default: machine precision"
-    )
-    output = spectrum.add_argument_group("output")
-    output.add_argument(
-        "--out", type=Path, default=Path(), metavar="DIR", help="for spectrum.json and .png; default: ."
-    )
-    output.add_argument("--json", action="store_true", help="print JSON in place of the table")
-    return parser
 
 
 def _integer(least: int) -> Callable[[str], int]:
@@ -124,66 +137,90 @@ def _tolerance(text: str) -> float:
     return value
 
 
-# ---- spectrum ----------------------------------------------------------------------------------------
-
-
-class _Problem(NamedTuple):
-    """What to take the Fisher of."""
-
-    model: nn.Module
-    X: Any
-    y: Any
-    loss: str
-    title: str
-    held_out_accuracy: float | None
-
-
-def _spectrum(arguments: argparse.Namespace) -> None:
-    plot = _import_plot()
-    _make_directory(arguments.out)
-    started = time.perf_counter()
-    problem = _own_problem(arguments) if arguments.model or arguments.data or arguments.weights else _demo(arguments)
+def _positive(text: str) -> float:
     try:
-        op = _operator(problem, arguments)
-        D = op.shape[0]
-        if arguments.k >= D:
-            raise _UsageError(
-                f"-k is {arguments.k}, but the model has {D} parameters and eigsh finds fewer than that: "
-                + (f"choose k < {D}" if D > 1 else "it cannot be used for one parameter")
-            )
-        trace = op.trace()
-        if trace == 0:
-            raise _UsageError("the Fisher of the model on these data is zero, so it has no eigenvalues to find")
-        values, products, seconds = _eigenvalues(op, arguments.k, arguments.tol)
-    except _UsageError:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"got {text!r}, a number above 0 is taken")
+    return value
+
+
+# ---- The commands ------------------------------------------------------------------------------------
+
+
+def _problem(arguments: argparse.Namespace) -> Problem:
+    return own_problem(arguments) if arguments.model or arguments.data or arguments.weights else demo(arguments)
+
+
+@contextlib.contextmanager
+def _on(problem: Problem, arguments: argparse.Namespace) -> Iterator[FisherMCLinearOperator]:
+    """Give the operator; what goes wrong with it is the user's model or data."""
+    try:
+        yield make_operator(problem, arguments)
+    except UsageError:
         raise
     except Exception as error:  # the model is the user's: anything may come from it
         kind = "" if isinstance(error, ValueError | FloatingPointError) else f"{type(error).__name__}: "
         shapes = f"X {tuple(problem.X.shape)} and y {tuple(problem.y.shape)}"
-        raise _UsageError(f"the Fisher of the model on {shapes} failed: {kind}{error}") from None
-    result = {
+        raise UsageError(f"the Fisher of the model on {shapes} failed: {kind}{error}") from None
+
+
+def _describe(problem: Problem, op: FisherMCLinearOperator, arguments: argparse.Namespace) -> dict[str, Any]:
+    return {
         "fisherops": fisherops.__version__,
         "model": problem.title,
         "loss": problem.loss,
         "reduction": arguments.reduction,
-        "parameters": D,
+        "parameters": op.shape[0],
         "data": len(problem.y),
         "mc_samples": arguments.mc_samples,
         "seed": arguments.seed,
         "dtype": op.dtype.name,
         "device": str(op.device),
         "held_out_accuracy": problem.held_out_accuracy,
+    }
+
+
+def _spectrum(arguments: argparse.Namespace) -> None:
+    plot = _import_plot()
+    _make_directory(arguments.out)
+    started = time.perf_counter()
+    problem = _problem(arguments)
+    with _on(problem, arguments) as op:
+        D = op.shape[0]
+        if arguments.k > D:
+            raise UsageError(f"-k is {arguments.k}, but the model has {D} parameters: choose k ≤ {D}")
+        trace = op.trace()
+        if trace == 0:
+            raise UsageError("the Fisher of the model on these data is zero, so it has no eigenvalues to find")
+        begun = time.perf_counter()
+        pairs = linalg.eigsh(
+            op, arguments.k, tol=arguments.tol, method=arguments.method, return_eigenvectors=False,
+            progressbar=sys.stderr.isatty(), checkpoint=arguments.checkpoint,
+        )  # fmt: skip
+        seconds = time.perf_counter() - begun
+    if not pairs.converged:
+        raise UsageError(
+            f"eigsh gave up after {pairs.products} products before --tol {arguments.tol:g}: ask for fewer eigenvalues, "
+            f"or "
+            "for a larger --tol such as 1e-3"
+        )
+    values = pairs.eigenvalues[::-1]
+    result = _describe(problem, op, arguments) | {
         "eigenvalues": [float(value) for value in values],
         "trace": trace,
         "share_of_trace": [float(value) / trace if trace > 0 else None for value in values],
         "rank_threshold": plot.rank_threshold(values, D, op.dtype),
-        "products": products,
+        "method": pairs.method,
+        "products": pairs.products,
         "eigsh_seconds": round(seconds, 3),
     }
     with _atomic_files(arguments.out / "spectrum.json", arguments.out / "spectrum.png") as (json_file, png_file):
         json_file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
         ax = plot.spectrum(values, trace=trace, threshold=result["rank_threshold"])
-        ax.set_title(f"Monte-Carlo Fisher, {problem.title}\n{D:,} parameters, {len(problem.y):,} data", fontsize=11)
+        ax.set_title(_title(problem, op), fontsize=11)
         ax.figure.savefig(png_file, format="png", dpi=160)
     if arguments.json:
         print(json.dumps(result, indent=2))
@@ -191,195 +228,149 @@ def _spectrum(arguments: argparse.Namespace) -> None:
         _print_table(result, time.perf_counter() - started, arguments.out)
 
 
+def _density(arguments: argparse.Namespace) -> None:
+    plot = _import_plot()
+    _make_directory(arguments.out)
+    problem = _problem(arguments)
+    with _on(problem, arguments) as op:
+        density = linalg.spectral_density(op, method=arguments.method, probes=arguments.probes, steps=arguments.steps)
+    result = _describe(problem, op, arguments) | {
+        "method": density.method,
+        "grid": density.grid.tolist(),
+        "counts": density.counts.tolist(),
+        "standard_error": density.standard_error.tolist(),
+        "below": density.below,
+        "above": density.above,
+    }
+    with _atomic_files(arguments.out / "density.json", arguments.out / "density.png") as (json_file, png_file):
+        json_file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        ax = plot.density(density)
+        ax.set_title(_title(problem, op), fontsize=11)
+        ax.figure.savefig(png_file, format="png", dpi=160)
+    if arguments.json:
+        print(json.dumps(result, indent=2))
+        return
+    _print_head(result)
+    print(f"{'from':>12}  {'to':>12}  {'eigenvalues':>12}  {'std. error':>10}")
+    for low, high, count, error in zip(
+        density.grid[:-1], density.grid[1:], density.counts, density.standard_error, strict=True
+    ):
+        if count > 0:
+            print(f"{low:>12.3e}  {high:>12.3e}  {count:>12.1f}  {error:>10.1f}")
+    print(f"\n{density.below:,.0f} below {density.grid[0]:.1e}; method {density.method}")
+    print(f"wrote {arguments.out / 'density.png'} and {arguments.out / 'density.json'}")
+
+
+def _solve(arguments: argparse.Namespace) -> None:
+    _make_directory(arguments.out)
+    problem = _problem(arguments)
+    with _on(problem, arguments) as op:
+        gradient = _gradient(problem, op, arguments)
+        solution = linalg.solve(
+            op, gradient, arguments.damping, method=arguments.method, rtol=arguments.rtol,
+            progressbar=sys.stderr.isatty(), checkpoint=arguments.checkpoint,
+        )  # fmt: skip
+        if not solution.converged:
+            raise UsageError(
+                f"the residual is {solution.residual:.1e} after {solution.iterations} iterations and does not come to "
+                f"--rtol "
+                f"{arguments.rtol:g}: choose a larger one, or a larger --damping, or --dtype float64"
+            )
+    result = _describe(problem, op, arguments) | {
+        "damping": arguments.damping,
+        "method": solution.method,
+        "iterations": solution.iterations,
+        "gradient_norm": float(gradient.norm()),
+        "residual": solution.residual,
+        "norm": float(solution.x.norm()),
+        "decrease": float(gradient @ solution.x),
+    }
+    arrays = {
+        name: solution.x[slice(*span)].reshape(op.parameter_shapes[name]).cpu().numpy()
+        for name, span in op.parameter_spans.items()
+    }
+    with _atomic_files(arguments.out / "natural_gradient.npz") as (file,), file.open("wb") as stream:
+        np.savez(stream, **arrays)
+    if arguments.json:
+        print(json.dumps(result, indent=2))
+        return
+    _print_head(result)
+    print(f"‖∇loss‖ {result['gradient_norm']:.5e}, damping {arguments.damping:g}")
+    print(f"‖x‖ {result['norm']:.5e}, ⟨∇loss, x⟩ {result['decrease']:.5e}")
+    print(f"residual {solution.residual:.1e} in {solution.iterations} iterations; method {solution.method}")
+    print(f"wrote {arguments.out / 'natural_gradient.npz'}")
+
+
+def _gradient(problem: Problem, op: FisherMCLinearOperator, arguments: argparse.Namespace) -> torch.Tensor:
+    """Return the gradient of the loss over all data, in the operator's order and precision."""
+    loss = LOSSES[problem.loss](reduction="sum")
+    terms = 0
+    names = dict(problem.model.named_parameters())
+    total = torch.zeros(op.shape[0], dtype=op.torch_dtype, device=op.device)
+    for X, y in zip(problem.X.split(arguments.batch_size), problem.y.split(arguments.batch_size), strict=True):
+        parameter = names[next(iter(op.parameter_shapes))]
+        X = X.to(parameter.device, parameter.dtype if X.is_floating_point() else None)
+        f = problem.model(X)
+        y = y.to(f.device, torch.int64 if problem.loss == "ce" else f.dtype)
+        terms += y.numel() if problem.loss == "ce" else f.numel()
+        gradients = torch.autograd.grad(loss(f, y), [names[name] for name in op.parameter_shapes])
+        total += torch.cat([g.reshape(-1) for g in gradients]).to(total)
+    return total / terms if arguments.reduction == "mean" else total
+
+
+def _trace(arguments: argparse.Namespace) -> None:
+    problem = _problem(arguments)
+    with _on(problem, arguments) as op:
+        norm = linalg.frobenius_norm(op, method=arguments.method)
+        numbers = {"trace": op.trace(), "frobenius_norm": norm.value}
+        errors = {"frobenius_norm": norm.standard_error}
+        if arguments.damping is not None:
+            dimension = linalg.effective_dimension(op, arguments.damping, method=arguments.method)
+            log = linalg.slogdet(op, arguments.damping, method=arguments.method)
+            numbers |= {"effective_dimension": dimension.value, "log_determinant": log.logabsdet}
+            errors |= {"effective_dimension": dimension.standard_error, "log_determinant": log.standard_error}
+    result = _describe(problem, op, arguments) | {"damping": arguments.damping, "method": norm.method} | numbers
+    result["standard_errors"] = errors
+    if arguments.json:
+        print(json.dumps(result, indent=2))
+        return
+    _print_head(result)
+    for name, value in numbers.items():
+        error = errors.get(name, 0.0)
+        print(f"{name.replace('_', ' '):>20}  {value:>14.6e}" + (f"  ± {error:.1e}" if error else ""))
+
+
 def _import_plot() -> Any:
     try:
         import matplotlib as mpl
     except ImportError:
-        raise _UsageError(f"matplotlib is needed for the picture and is not installed: {_INSTALL}") from None
+        raise UsageError(f"matplotlib is needed for the picture and is not installed: {INSTALL}") from None
     mpl.use("Agg")
     from fisherops import plot
 
     return plot
 
 
-def _demo(arguments: argparse.Namespace) -> _Problem:
-    if arguments.loss not in (None, "ce"):
-        raise _UsageError(f"--loss {arguments.loss} needs --model and --data; the digits are classified with ce")
-    from fisherops import _demo as demo
-
-    try:
-        model, X, y, accuracy = demo.train()
-    except ImportError:
-        raise _UsageError(f"scikit-learn is needed for the digits and is not installed: {_INSTALL}") from None
-    title = "convolutional network on scikit-learn's digits"
-    return _Problem(model, X, y, "ce", title, accuracy)
-
-
-def _own_problem(arguments: argparse.Namespace) -> _Problem:
-    if not arguments.model or not arguments.data:
-        given = "--model" if arguments.model else "--data" if arguments.data else "--weights"
-        raise _UsageError(f"{given} was given alone: give both --model FILE.py:FACTORY and --data FILE.npz")
-    loss = arguments.loss or "ce"
-    X, y = _load_data(arguments.data, loss)
-    model = _load_model(arguments.model)
-    if arguments.weights:
-        _load_weights(model, arguments.weights)
-    return _Problem(model.eval(), X, y, loss, arguments.model, None)
-
-
-def _load_data(path: Path, loss: str) -> tuple[torch.Tensor, torch.Tensor]:
-    try:
-        file = np.load(path, allow_pickle=False)
-        if not isinstance(file, np.lib.npyio.NpzFile):
-            raise _UsageError(f"--data {path} is one array, not an archive: write numpy.savez(FILE, X=..., y=...)")
-        with file:
-            missing = {"X", "y"} - set(file.files)
-            if missing:
-                raise _UsageError(
-                    f"--data {path} has the arrays {sorted(file.files)}: X and y are needed, "
-                    "write numpy.savez(FILE, X=..., y=...)"
-                )
-            X, y = file["X"], file["y"]
-    except FileNotFoundError:
-        raise _UsageError(f"--data {path} does not exist: give an .npz file with arrays X and y") from None
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise _UsageError(f"--data {path} cannot be read as .npz: {error}") from None
-    for name, array in (("X", X), ("y", y)):
-        if array.dtype.kind not in "biuf":
-            raise _UsageError(f"{name} in {path} has dtype {array.dtype}: real numbers are taken")
-        if array.dtype.kind == "f" and not np.isfinite(array).all():
-            row = int(np.argwhere(~np.isfinite(array))[0][0]) if array.ndim else 0
-            raise _UsageError(f"{name} in {path} has NaN or infinity in row {row}: remove or impute it")
-        if array.ndim == 0 or len(array) == 0 or len(X) != len(y):
-            raise _UsageError(
-                f"X and y in {path} have shapes {X.shape} and {y.shape}: they must have one row for each datum"
-            )
-    if loss == "ce" and y.dtype.kind == "f":
-        raise _UsageError(f"y in {path} has dtype {y.dtype}: --loss ce takes integer classes, mse and bce take floats")
-    return torch.from_numpy(np.ascontiguousarray(X)), torch.from_numpy(np.ascontiguousarray(y))
-
-
-def _load_model(where: str) -> nn.Module:
-    source, separator, name = where.rpartition(":")
-    if not separator or not source or not name:
-        raise _UsageError(f"--model is {where!r}: write FILE.py:FACTORY or package.module:FACTORY")
-    module = _import_file(Path(source)) if source.endswith(".py") else _import_module(source)
-    try:
-        factory = getattr(module, name)
-    except AttributeError:
-        public = sorted(n for n, value in vars(module).items() if callable(value) and not n.startswith("_"))
-        raise _UsageError(f"--model: {source} has no {name!r}; it has {', '.join(public) or 'no callables'}") from None
-    model = factory
-    if not isinstance(factory, nn.Module):
-        try:
-            model = factory()
-        except Exception as error:
-            raise _UsageError(f"--model: {name} in {source} raised {type(error).__name__}: {error}") from None
-    if not isinstance(model, nn.Module):
-        raise _UsageError(f"--model: {name} in {source} returned {type(model).__name__}: it must return an nn.Module")
-    return model
-
-
-def _import_file(path: Path) -> Any:
-    if not path.is_file():
-        raise _UsageError(f"--model: the file {path} does not exist")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module  # pickled classes and dataclasses look their module up here
-    sys.path.insert(0, str(path.parent))  # as if the file were run as a script
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise _UsageError(f"--model: {path} raised {type(error).__name__}: {error}") from None
-    return module
-
-
-def _import_module(name: str) -> Any:
-    sys.path.insert(0, os.getcwd())
-    try:
-        return importlib.import_module(name)
-    except Exception as error:
-        raise _UsageError(f"--model: importing {name} raised {type(error).__name__}: {error}") from None
-
-
-def _load_weights(model: nn.Module, path: Path) -> None:
-    if not path.is_file():
-        raise _UsageError(f"--weights {path} is no file")
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            state = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except ImportError:
-        raise _UsageError(f"safetensors is needed for {path} and is not installed: {_INSTALL}") from None
-    except Exception as error:
-        raise _UsageError(
-            f"--weights {path} cannot be read: {type(error).__name__}: {first_line(error)} "
-            "(safetensors and torch files of tensors alone are taken)"
-        ) from None
-    try:
-        model.load_state_dict(state)
-    except (RuntimeError, TypeError, AttributeError) as error:
-        raise _UsageError(f"--weights {path} do not fit the model: {error}") from None
-
-
-def _operator(problem: _Problem, arguments: argparse.Namespace) -> FisherMCLinearOperator:
-    try:
-        device = torch.device(arguments.device)
-        model = problem.model.to(device)
-    except (RuntimeError, AssertionError) as error:
-        raise _UsageError(f"--device {arguments.device} cannot be used: {first_line(error)}") from None
-    loss = _LOSSES[problem.loss](reduction=arguments.reduction)
-    X, y = problem.X, problem.y
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
-    if X.is_floating_point() and dtype is not None:
-        X = X.to(dtype)
-    return FisherMCLinearOperator(
-        model, loss, None, (X, y), seed=arguments.seed, mc_samples=arguments.mc_samples, dtype=arguments.dtype,
-        batch_size=arguments.batch_size,
-    )  # fmt: skip
-
-
-def _eigenvalues(op: FisherMCLinearOperator, k: int, tol: float) -> tuple[np.ndarray[Any, Any], int, float]:
-    """Return the top k eigenvalues in falling order, the number of products, and the time in seconds."""
-    started = time.perf_counter()
-    products = itertools.count()
-    with tqdm(desc="eigsh", unit=" products", leave=False, disable=None) as bar:
-
-        def multiply(x: Any) -> Any:
-            next(products)
-            bar.update()
-            return op @ x
-
-        v0 = np.random.default_rng(0).standard_normal(op.shape[0]).astype(op.dtype)
-        try:
-            counted = LinearOperator(op.shape, matvec=multiply, dtype=op.dtype)
-            values = eigsh(counted, k=k, tol=tol, v0=v0, return_eigenvectors=False)
-        except ArpackNoConvergence as error:
-            raise _UsageError(
-                f"eigsh found {len(error.eigenvalues)} of {k} eigenvalues to --tol {tol:g} and gave up after "
-                f"{next(products)} products: ask for fewer, or for a larger --tol such as 1e-3"
-            ) from None
-    return np.sort(values)[::-1], next(products), time.perf_counter() - started
-
-
 # ---- output --------------------------------------------------------------------------------------------
 
 
-def _print_table(result: dict[str, Any], seconds: float, out: Path) -> None:
-    accuracy = result["held_out_accuracy"]
+def _title(problem: Problem, op: FisherMCLinearOperator) -> str:
+    return f"Monte-Carlo Fisher, {problem.title}\n{op.shape[0]:,} parameters, {len(problem.y):,} data"
+
+
+def _print_head(result: dict[str, Any]) -> None:
     print(f"Monte-Carlo Fisher of {result['model']}")
     print(
         f"{result['parameters']:,} parameters, {result['data']:,} data, loss {result['loss']} ({result['reduction']}), "
         f"{result['mc_samples']} draw(s) per term, {result['dtype']} on {result['device']}"
     )
-    if accuracy is not None:
-        print(f"held-out accuracy: {accuracy:.1%}")
+    if result["held_out_accuracy"] is not None:
+        print(f"held-out accuracy: {result['held_out_accuracy']:.1%}")
     print()
+
+
+def _print_table(result: dict[str, Any], seconds: float, out: Path) -> None:
+    _print_head(result)
     print(f"{'rank':>4}  {'eigenvalue':>12}  {'share of trace':>14}  {'cumulative':>10}")
     cumulative = 0.0
     for rank, (value, share) in enumerate(zip(result["eigenvalues"], result["share_of_trace"], strict=True), 1):
@@ -389,7 +380,10 @@ def _print_table(result: dict[str, Any], seconds: float, out: Path) -> None:
     above = sum(value > result["rank_threshold"] for value in result["eigenvalues"])
     rank_text = f"{above}" if above < len(result["eigenvalues"]) else f"at least {above}"
     print(f"trace {result['trace']:.5e}; numerical rank {rank_text} (eigenvalues above {result['rank_threshold']:.1e})")
-    print(f"{result['products']} products in {result['eigsh_seconds']:.1f} s; {seconds:.1f} s in all")
+    print(
+        f"method {result['method']}, {result['products']} products in {result['eigsh_seconds']:.1f} s; "
+        f"{seconds:.1f} s in all"
+    )
     print(f"wrote {out / 'spectrum.png'} and {out / 'spectrum.json'}")
 
 
@@ -397,9 +391,9 @@ def _make_directory(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise _UsageError(f"--out {path} cannot be made: {error.strerror}") from None
+        raise UsageError(f"--out {path} cannot be made: {error.strerror}") from None
     if not os.access(path, os.W_OK):
-        raise _UsageError(f"--out {path} cannot be written to: choose another directory")
+        raise UsageError(f"--out {path} cannot be written to: choose another directory")
 
 
 @contextlib.contextmanager
@@ -412,4 +406,4 @@ def _atomic_files(*targets: Path) -> Iterator[list[Path]]:
             for source, target in zip(temporary, targets, strict=True):
                 source.replace(target)
         except OSError as error:
-            raise _UsageError(f"cannot write to {targets[0].parent}: {error.strerror}") from None
+            raise UsageError(f"cannot write to {targets[0].parent}: {error.strerror}") from None

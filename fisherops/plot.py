@@ -10,6 +10,8 @@ import numpy.typing as npt
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+    from fisherops.linalg import Density
+
 # Okabe and Ito's colours, which colour-blind people can tell apart.
 _BLUE, _ORANGE, _GREY = "#0072B2", "#D55E00", "#767676"
 
@@ -72,6 +74,51 @@ def spectrum(
         share.tick_params(axis="y", colors=_ORANGE)
         share.yaxis.set_major_formatter(PercentFormatter(1.0))
         share.spines[["top", "left"]].set_visible(False)
+    return ax
+
+
+def density(density: Density, *, ax: Axes | None = None) -> Axes:
+    """Draw the expected numbers of eigenvalues in the bins of a grid, with a band of two standard errors.
+
+    Parameters
+    ----------
+    density : fisherops.linalg.Density
+        As of `fisherops.linalg.spectral_density`.
+    ax : matplotlib.axes.Axes, optional
+        Where to draw; None makes a new figure.
+
+    Returns
+    -------
+    matplotlib.axes.Axes
+        Both axes are logarithmic where the grid is positive; counts go down to a tenth of an eigenvalue.
+    """
+    from matplotlib import pyplot as plt
+
+    if ax is None:
+        _, ax = plt.subplots(figsize=(7.2, 4.5), layout="constrained")
+    grid, counts, errors = (np.asarray(x, dtype=float) for x in (density.grid, density.counts, density.standard_error))
+    least = 0.1
+    if grid[0] > 0:
+        ax.set_xscale("log")
+    ax.set_yscale("log")
+    if errors.any():
+        low, high = np.maximum(counts - 2 * errors, least / 10), np.maximum(counts + 2 * errors, least / 10)
+        ax.stairs(high, grid, baseline=low, fill=True, color=_BLUE, alpha=0.3, linewidth=0, label="± 2 standard errors")
+    ax.stairs(
+        np.maximum(counts, least / 10), grid, baseline=least / 10, color=_BLUE, linewidth=1.3, label="eigenvalues"
+    )
+    ax.set_xlim(grid[0], 1.2 * grid[-1])
+    ax.set_ylim(least, 3 * max(1.0, (counts + 2 * errors).max()))
+    ax.set_xlabel("eigenvalue")
+    ax.set_ylabel("eigenvalues in the bin")
+    ax.grid(alpha=0.25, linewidth=0.6)
+    ax.spines[["top", "right"]].set_visible(False)
+    outside = f"{density.below:,.0f} below {grid[0]:.1e}"
+    if density.above > 0.5:
+        outside += f", {density.above:,.0f} above"
+    ax.annotate(outside, (0.015, 0.975), xycoords="axes fraction", va="top", ha="left", fontsize=9, color="#404040")
+    if errors.any():
+        ax.legend(frameon=False, fontsize=9, loc="upper right")
     return ax
 
 

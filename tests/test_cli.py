@@ -16,7 +16,7 @@ from tolerances import assert_same
 from torch import nn
 
 import fisherops as fo
-from fisherops import cli
+from fisherops import cli, linalg
 
 MODEL = """
     import torch
@@ -166,7 +166,7 @@ BAD = {
     "not a module": (["--model", "model.py:no_module"], None, "returned int: it must return an nn.Module"),
     "factory raises": (["--model", "model.py:broken"], None, "broken in model.py raised RuntimeError: out of luck"),
     "data alone": (["--model", ""], None, "--data was given alone: give both"),
-    "k too large": (["-k", "15"], None, "-k is 15, but the model has 15 parameters.*choose k < 15"),
+    "k too large": (["-k", "16"], None, "-k is 16, but the model has 15 parameters: choose k ≤ 15"),
     "k not a number": (["-k", "x"], None, "argument -k: got 'x', an integer of at least 1 is taken"),
     "k zero": (["-k", "0"], None, "argument -k: got 0, an integer of at least 1 is taken"),
     "tol": (["--tol", "-1"], None, "argument --tol: got '-1', a number from 0 to 1"),
@@ -238,7 +238,7 @@ def test_an_interrupt_writes_nothing(work, capsys, monkeypatch):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "eigsh", interrupt)
+    monkeypatch.setattr(linalg, "eigsh", interrupt)
     status, out, err = run(OWN, capsys)
     assert (status, out) == (130, "")
     assert "interrupted, nothing was written" in err
@@ -246,13 +246,89 @@ def test_an_interrupt_writes_nothing(work, capsys, monkeypatch):
 
 
 def test_no_convergence_is_said(work, capsys, monkeypatch):
-    def give_up(*args, **kwargs):
-        raise cli.ArpackNoConvergence("no", np.ones(1), np.ones((1, 1)))
-
-    monkeypatch.setattr(cli, "eigsh", give_up)
-    status, _, err = run(OWN, capsys)
+    eigsh = linalg.eigsh
+    monkeypatch.setattr(linalg, "eigsh", lambda *args, **options: eigsh(*args, **options, maxiter=4))
+    status, _, err = run([*OWN, "--method", "primal"], capsys)
     assert status == 2
-    assert "eigsh found 1 of 3 eigenvalues to --tol 0 and gave up" in err
+    assert "eigsh gave up after 4 products before --tol 0: ask for fewer eigenvalues" in err
+    monkeypatch.undo()
+    monkeypatch.chdir(work)
+    solve = linalg.solve
+    monkeypatch.setattr(linalg, "solve", lambda *args, **options: solve(*args, **options, maxiter=1))
+    status, _, err = run(["solve", *OWN[1:5], "--damping", "1e-3", "--method", "primal", "--rtol", "1e-9"], capsys)
+    assert status == 2
+    assert re.search("the residual is .* after 1 iterations and does not come to --rtol 1e-09", err)
+    assert not (work / "natural_gradient.npz").exists()
+
+
+@pytest.mark.parametrize("method", ["auto", "dual", "dense", "primal"])
+def test_density(work, capsys, method):
+    status, out, err = run(["density", *OWN[1:5], "--method", method, "--probes", "4", "--steps", "15"], capsys)
+    assert (status, err) == (0, "")
+    result = json.loads((work / "density.json").read_text())
+    assert result["parameters"] == 15
+    assert sum(result["counts"]) + result["below"] + result["above"] == pytest.approx(15)
+    assert result["method"] == method or method == "auto"
+    assert "eigenvalues" in out
+    assert (work / "density.png").read_bytes().startswith(b"\x89PNG")
+    status, out, _ = run(["density", *OWN[1:5], "--json"], capsys)
+    assert json.loads(out)["method"] in ("dual", "dense")
+
+
+@pytest.mark.parametrize("method", ["auto", "dense", "primal"])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_solve_gives_the_natural_gradient(work, capsys, method, reduction):
+    arguments = ["solve", *OWN[1:5], "--damping", "0.1", "--method", method, "--reduction", reduction]
+    status, out, err = run([*arguments, "--batch-size", "7", "--dtype", "float64", "--rtol", "1e-10"], capsys)
+    assert (status, err) == (0, "")
+    torch.manual_seed(0)
+    layer = nn.Linear(4, 3)
+    with np.load("data.npz") as data:
+        X, y = torch.from_numpy(data["X"]).float(), torch.from_numpy(data["y"])
+    nn.CrossEntropyLoss(reduction=reduction)(layer(X), y).backward()
+    g = torch.cat([p.grad.reshape(-1) for p in layer.parameters()]).double().numpy()
+    op = fo.FisherMCLinearOperator(layer, nn.CrossEntropyLoss(reduction=reduction), data=(X, y), dtype="float64")
+    expected = np.linalg.solve(op.todense() + 0.1 * np.eye(15), g)
+    with np.load("natural_gradient.npz") as found:
+        assert sorted(found.files) == ["layer.bias", "layer.weight"]
+        assert found["layer.weight"].shape == (3, 4)
+        x = np.concatenate([found["layer.weight"].ravel(), found["layer.bias"]])
+    np.testing.assert_allclose(x, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+    assert "residual" in out
+
+
+def test_trace(work, capsys):
+    F = expected_operator().todense().astype(float)
+    status, out, err = run(["trace", *OWN[1:5], "--damping", "0.1", "--json"], capsys)
+    assert (status, err) == (0, "")
+    result = json.loads(out)
+    values = np.linalg.eigvalsh(F).clip(0)
+    assert result["trace"] == pytest.approx(values.sum(), rel=1e-5)
+    assert result["frobenius_norm"] == pytest.approx(np.linalg.norm(F), rel=1e-5)
+    assert result["effective_dimension"] == pytest.approx((values / (values + 0.1)).sum(), rel=1e-5)
+    assert result["log_determinant"] == pytest.approx(np.log(values + 0.1).sum(), rel=1e-5)
+    assert set(result["standard_errors"].values()) == {0.0}
+    status, out, err = run(["trace", *OWN[1:5]], capsys)
+    assert (status, err) == (0, "")
+    assert "effective dimension" not in out
+    assert "frobenius norm" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["solve"], "the following arguments are required: --damping"),
+        (["solve", "--damping", "0"], "argument --damping: got '0', a number above 0 is taken"),
+        (["trace", "--damping", "x"], "argument --damping: got 'x', a number above 0 is taken"),
+        (["density", "--probes", "1"], "argument --probes: got 1, an integer of at least 2 is taken"),
+        (["density", "--method", "gram"], "argument --method: invalid choice: 'gram'"),
+    ],
+)
+def test_options_of_the_other_commands(work, capsys, arguments, message):
+    status, out, err = run([*arguments[:1], *OWN[1:5], *arguments[1:]], capsys)
+    assert (status, out) == (2, "")
+    assert message in err
+    assert err.count("\n") == 1
 
 
 @pytest.mark.parametrize("library", ["matplotlib", "sklearn"])

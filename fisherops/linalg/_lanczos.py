@@ -143,9 +143,10 @@ def eigenpairs(
         residuals = space.residuals(vectors)
         scale = max(float(abs(values).max()), float(np.finfo(np.float64).tiny))
         converged = bool((residuals[order] <= tol * scale).all()) and len(order) == k
+        converged = converged or space.size == space.basis.shape[1]  # all of it
         report(space, values[order], residuals[order])
-        if converged or space.products >= maxiter or m == space.basis.shape[1]:
-            return values[order], vectors[:, order], residuals[order], converged or m == space.basis.shape[1]
+        if converged or space.products >= maxiter:
+            return values[order], vectors[:, order], residuals[order], converged
         # Some more than are wanted, which speeds up convergence.
         kept = np.sort(np.argsort(values if largest else -values, kind="stable")[-min(m - 1, k + (m - k) // 2) :])
         space.restart(values[kept], vectors[:, kept])

@@ -15,12 +15,15 @@ from fisherops.fisher import FisherOperator
 
 METHODS = ("auto", "dual", "dense", "primal")
 
-# Flops of LAPACK for a symmetric matrix of size n, in n³: all eigenvectors, some of them, and Cholesky. Eigenvectors
-# run at a fifth of the speed of matrix products.
-EIGEN, SOME_EIGEN, CHOLESKY = 50.0, 10.0, 0.5
+# What LAPACK does with a symmetric matrix of size n, in n³ and in the time of a flop of a matrix product: all
+# eigenvectors, some of them, eigenvalues alone, and Cholesky. Measured for n = 1024.
+EIGEN, SOME_EIGEN, EIGENVALUES, CHOLESKY = 20.0, 8.0, 8.0, 0.5
 
-# What a product costs beside its flops, in flops.
-_OVERHEAD = 2e7
+# Likewise a product with F, for each number of G, and beside: rows are read from memory, and Python takes its time.
+_PRODUCT, _OVERHEAD = 8.0, 2e8
+
+# How many times its cost an exact result is worth, where the other is an estimate.
+EXACT = 100.0
 
 # Numbers of 8 bytes, in n², that LAPACK and we need beside the matrix in the compute precision.
 _DENSE_WORK = 3
@@ -87,7 +90,7 @@ def choose(op: TorchLinearOperator, method: str, products: float, dense_flops: f
                 f"{max(memory, 0)} are left of max_memory: raise it, or use method='auto' or 'primal'."
             )
         return method
-    product = 4.0 * sizes.get("dual", D) * D + _OVERHEAD
+    product = _PRODUCT * sizes.get("dual", D) * D + _OVERHEAD
     costs = {"primal": products * product}
     for way, n in fitting.items():
         costs[way] = dense_flops * n**3

@@ -13,7 +13,7 @@ from fisherops.fisher import FisherOperator
 from fisherops.linalg._lanczos import Matrix
 from fisherops.linalg._probes import spectral_sums
 from fisherops.linalg._results import Density
-from fisherops.linalg._ways import EIGEN, as_operator, choose, zero_threshold
+from fisherops.linalg._ways import EIGENVALUES, EXACT, as_operator, choose, zero_threshold
 from fisherops.linalg.eigen import eigsh, spectrum_of
 
 _BINS = 60
@@ -46,7 +46,7 @@ def spectral_density(
     Density
     """
     A = as_operator(op)
-    way = choose(A, method, products=float(probes * steps), dense_flops=EIGEN)
+    way = choose(A, method, products=EXACT * probes * steps, dense_flops=EIGENVALUES)
     values = None if way == "primal" else spectrum_of(A, way).cpu().numpy()
     n = A.scores.shape[0] if way != "dense" and isinstance(A, FisherOperator) else A.shape[0]
     if grid is None:

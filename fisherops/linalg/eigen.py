@@ -19,7 +19,7 @@ from fisherops.linalg import _lanczos
 from fisherops.linalg._checkpoint import Checkpoint
 from fisherops.linalg._lanczos import Krylov
 from fisherops.linalg._results import Eigenpairs, Interrupted
-from fisherops.linalg._ways import EIGEN, SOME_EIGEN, as_operator, choose, dense_matrix, zero_threshold
+from fisherops.linalg._ways import EIGEN, EIGENVALUES, SOME_EIGEN, as_operator, choose, dense_matrix, zero_threshold
 
 
 def eigsh(
@@ -139,7 +139,7 @@ def eigvalsh(op: Any, *, method: str = "auto", like: Any = None) -> Any:
     A = as_operator(op)
     if method == "primal":
         raise ValueError("all eigenvalues are found by method='dual' or 'dense'; for some of them use eigsh.")
-    way = choose(A, method, products=float("inf"), dense_flops=EIGEN)
+    way = choose(A, method, products=float("inf"), dense_flops=EIGENVALUES)
     if way == "primal":
         raise ValueError(
             "neither the Gram matrix nor F fits max_memory: use eigsh for some eigenvalues, spectral_density for their "

@@ -12,7 +12,16 @@ from fisherops._checks import integer
 from fisherops.fisher import FisherOperator
 from fisherops.linalg._probes import rademacher, spectral_sums
 from fisherops.linalg._results import Estimate
-from fisherops.linalg._ways import CHOLESKY, EIGEN, as_damping, as_operator, choose, dense_matrix, zero_threshold
+from fisherops.linalg._ways import (
+    CHOLESKY,
+    EIGENVALUES,
+    EXACT,
+    as_damping,
+    as_operator,
+    choose,
+    dense_matrix,
+    zero_threshold,
+)
 from fisherops.linalg.eigen import leave_for, spectrum_of
 
 PROBES, STEPS = 30, 40
@@ -116,7 +125,7 @@ def frobenius_norm(op: Any, *, method: str = "auto", probes: int = PROBES, seed:
         Of the probes.
     """
     A = as_operator(op)
-    way = choose(A, method, products=probes, dense_flops=0.0)
+    way = choose(A, method, products=EXACT * probes, dense_flops=0.0)
     if way != "primal":
         return Estimate(float(dense_matrix(A, way).norm()), 0.0, way)
     samples = A._times(rademacher(A, integer("probes", probes, 2), seed)).square().sum(0, dtype=torch.float64)
@@ -150,7 +159,7 @@ def slogdet(
         A named tuple (sign, logabsdet, standard_error, method).
     """
     A, damping = as_operator(op), as_damping(damping)
-    way = choose(A, method, products=probes * steps, dense_flops=CHOLESKY if damping > 0 else EIGEN)
+    way = choose(A, method, products=EXACT * probes * steps, dense_flops=CHOLESKY if damping > 0 else EIGENVALUES)
     D = A.shape[0]
     if way == "primal":
         if damping == 0:
@@ -198,7 +207,7 @@ def effective_dimension(
     A, damping = as_operator(op), as_damping(damping)
     if damping == 0:
         raise ValueError("the effective dimension needs damping > 0; with 0 it is the rank, see eigvalsh.")
-    way = choose(A, method, products=probes * steps, dense_flops=EIGEN)
+    way = choose(A, method, products=EXACT * probes * steps, dense_flops=EIGENVALUES)
     if way == "primal":
         value, error = spectral_sums(
             A, lambda nodes: nodes / (nodes + damping), integer("probes", probes, 2), steps, seed
