@@ -27,7 +27,7 @@ class _Suite:
         self.D = sum(p.numel() for p in net.parameters())
 
     def operator(self):
-        return fo.FisherMCLinearOperator(*self.arguments)
+        return fo.FisherMCLinearOperator(*self.arguments, check_deterministic=False)  # as the peer's
 
     def peers(self):
         if peer is None:

@@ -26,7 +26,7 @@ _PRODUCT, _OVERHEAD = 8.0, 2e8
 EXACT = 100.0
 
 # Numbers of 8 bytes, in n², that LAPACK and we need beside the matrix in the compute precision.
-_DENSE_WORK = 3
+_DENSE_WORK = 4
 
 
 def as_operator(op: Any) -> TorchLinearOperator:
