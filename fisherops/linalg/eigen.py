@@ -311,7 +311,7 @@ def _finish(
     values, V, residuals, products, converged = found
     values = values.to(A.device, A.torch_dtype)
     if vectors and product:
-        residuals = (A._times(V) - V * values).norm(dim=0)
+        residuals = A._times(V).addcmul_(V, values, value=-1).norm(dim=0)
         products += V.shape[1]
     return Eigenpairs(
         leave(values),
@@ -326,5 +326,5 @@ def _finish(
 def leave_for(like: Any) -> Callable[[Tensor], Any]:
     """Return how tensors go to the library and device of `like`, in their own dtype."""
     if like is None:
-        return lambda t: t.cpu().contiguous().numpy()
+        return lambda t: t.cpu().numpy()
     return _arrays.leave_like(like)
