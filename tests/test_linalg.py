@@ -161,7 +161,7 @@ def test_other_operators_and_ways_that_are_not_open():
         linalg.eigvalsh(op, method="primal")
     small = operator(rng.standard_normal((6, 9)), max_memory=600)
     with pytest.raises(
-        ValueError, match=r"method='dual' takes a matrix of size 6, 1152 bytes with its factors, and \d+ are"
+        ValueError, match=r"method='dual' takes a matrix of size 6, 1440 bytes with its factors, and \d+ are"
     ):
         linalg.eigsh(small, 2, method="dual")
     assert linalg.eigsh(small, 2).method == "primal"
