@@ -16,9 +16,21 @@ EXAMPLES = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 MODULES = [module.name for module in pkgutil.walk_packages(fisherops.__path__, "fisherops.")]
 
 
+PAGES = sorted((ROOT / "docs").rglob("*.md"))
+
+
+def test_examples_of_the_pages_run():
+    ran = 0
+    for page in PAGES:
+        for number, code in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)):
+            exec(compile(code, f"{page.name} example {number}", "exec"), {})
+            ran += 1
+    assert ran >= 2
+
+
 @pytest.mark.parametrize("number", range(len(EXAMPLES)))
 def test_examples_of_the_readme_run(number):
-    assert len(EXAMPLES) == 2
+    assert len(EXAMPLES) == 3
     exec(compile(EXAMPLES[number], f"README example {number}", "exec"), {})
 
 
@@ -33,9 +45,9 @@ def test_some_doctest_is_there():
 
 
 def test_links_of_the_readme_lead_somewhere():
-    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md"):
+    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *PAGES):
         for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
-            assert target.startswith("http") or (ROOT / target).exists(), target
+            assert target.startswith("http") or (page.parent / target).exists(), target
 
 
 def test_the_constraints_pin_everything_they_name():
