@@ -220,3 +220,29 @@ def test_cupy_is_not_imported_by_torch_vectors(op):
     if "cupy" not in sys.modules:
         op @ torch.from_numpy(x_of(op)).cuda()
         assert "cupy" not in sys.modules
+
+
+@pytest.mark.parametrize("method", ["dual", "dense", "primal"])
+def test_linear_algebra(op, F, cp, method):
+    tolerance = 100 * np.finfo(op.dtype).eps ** (0.5 if method == "primal" else 1) * np.linalg.norm(F, 2)
+    pairs = fo.linalg.eigsh(op, 3, method=method, like=cp.ones(1))
+    assert isinstance(pairs.eigenvectors, cp.ndarray)
+    np.testing.assert_allclose(pairs.eigenvalues.get(), np.linalg.eigvalsh(F)[-3:], atol=tolerance)
+    b = x_of(op)
+    result = fo.linalg.solve(op, cp.asarray(b), SHIFT, method=method)
+    assert isinstance(result.x, cp.ndarray)
+    assert result.converged
+    expected = np.linalg.solve(F + SHIFT * np.eye(D), b)
+    np.testing.assert_allclose(result.x.get(), expected, atol=1e-3 * np.abs(expected).max())
+    log = fo.linalg.slogdet(op, SHIFT, method=method)
+    assert abs(log.logabsdet - np.linalg.slogdet(F + SHIFT * np.eye(D))[1]) <= 6 * log.standard_error + 1e-2
+    assert fo.linalg.spectral_density(op, method=method).counts.sum() <= D + 1e-6
+
+
+def test_the_score_matrix(op, F, cp):
+    v = cp.asarray(x_of(op))
+    Gv = op.scores @ v
+    assert isinstance(Gv, cp.ndarray)
+    assert_same((op.scores.T @ Gv).get(), F @ v.get(), op.dtype)
+    G = op.scores.todense()
+    assert_same(op.scores.gram(), G @ G.T, op.dtype)

@@ -6,6 +6,7 @@ import pytest
 from matplotlib import pyplot as plt
 
 from fisherops import plot
+from fisherops.linalg import Density
 
 mpl.use("Agg")
 
@@ -60,3 +61,28 @@ def test_the_threshold_is_that_of_matrix_rank():
     A = np.diag(eigenvalues.astype(np.float32))
     above = np.sum(eigenvalues > plot.rank_threshold(eigenvalues, 3, np.float32))
     assert above == np.linalg.matrix_rank(A)
+
+
+def test_density():
+    grid, counts = np.geomspace(1e-3, 10, 5), np.array([12.0, 0.0, 3.0, 0.5])
+    exact = Density(grid, counts, np.zeros(4), 100.0, 0.0, "dual")
+    ax = plot.density(exact)
+    assert (ax.get_xscale(), ax.get_yscale()) == ("log", "log")
+    assert ax.get_xlabel() == "eigenvalue"
+    assert [text.get_text() for text in ax.texts] == ["100 below 1.0e-03"]
+    (drawn,) = ax.patches
+    np.testing.assert_allclose(drawn.get_data().edges, grid)
+    np.testing.assert_allclose(drawn.get_data().values, [12, 0.01, 3, 0.5])
+    assert ax.get_legend() is None
+    _, given = plt.subplots()
+    estimate = Density(np.linspace(-1, 1, 5), counts, np.full(4, 0.2), 0.0, 7.0, "primal")
+    ax = plot.density(estimate, ax=given)
+    assert ax is given
+    assert ax.get_xscale() == "linear"
+    assert [text.get_text() for text in ax.texts] == ["0 below -1.0e+00, 7 above"]
+    assert len(ax.patches) == 2
+    np.testing.assert_allclose(ax.patches[0].get_data().values, [12.4, 0.4, 3.4, 0.9])
+    np.testing.assert_allclose(ax.patches[0].get_data().baseline, [11.6, 0.01, 2.6, 0.1])
+    assert ax.get_legend() is not None
+    # Every bin and its band are within the picture.
+    assert ax.get_ylim()[1] > 12.4

@@ -70,7 +70,8 @@ def spectral_density(
     if values is not None:
         if edges[0] >= 0:
             values = values.clip(min=0)
-        counts, errors = in_bins(values).sum(0), np.zeros(len(edges) + 1)
+        zeros = (A.shape[0] - len(values)) * in_bins(np.zeros(1))[0]
+        counts, errors = in_bins(values).sum(0) + zeros, np.zeros(len(edges) + 1)
     else:
         counts, errors = spectral_sums(A, in_bins, integer("probes", probes, 2), integer("steps", steps, 1), seed)
     return Density(edges, counts[1:-1], errors[1:-1], float(counts[0]), float(counts[-1]), way)

@@ -118,9 +118,9 @@ def eigsh(
 
 
 def eigvalsh(op: Any, *, method: str = "auto", like: Any = None) -> Any:
-    """Return all D eigenvalues of a Fisher matrix, ascending.
+    """Return the whole nonzero spectrum of a Fisher matrix, ascending.
 
-    From the Gram matrix (rows × rows) or F (D × D), the smaller; a rank below D shows as zeros. There is no primal way.
+    From the Gram matrix (rows × rows) or F (D × D); there is no primal way.
 
     Parameters
     ----------
@@ -133,8 +133,8 @@ def eigvalsh(op: Any, *, method: str = "auto", like: Any = None) -> Any:
     Returns
     -------
     array
-        (D,); those that are zero to rounding, below λ_max · n · eps for a matrix of size n, may be of either sign in
-        "dense", and in "dual" are followed by D − rows exact zeros.
+        (n,) with n the smaller of D and the number of rows of the score matrix in "dual", and D in "dense". All other
+        eigenvalues are zero. Those below λ_max · n · eps are zero to rounding, and may be of either sign.
     """
     A = as_operator(op)
     if method == "primal":
@@ -152,15 +152,9 @@ def eigvalsh(op: Any, *, method: str = "auto", like: Any = None) -> Any:
 
 
 def spectrum_of(A: TorchLinearOperator, way: str) -> Tensor:
-    """Return all D eigenvalues in float64, ascending, from the dense or the Gram matrix."""
+    """Return the eigenvalues in float64, ascending; where there are fewer than D, the others are zero."""
     values: Tensor = torch.linalg.eigvalsh(dense_matrix(A, way))
-    D = A.shape[0]
-    if way == "dense":
-        return values
-    if len(values) > D:  # as many as that are zero
-        values = values[-D:]
-    all_values: Tensor = torch.cat([values.new_zeros(D - len(values)), values]).sort()[0]
-    return all_values
+    return values[-A.shape[0] :]  # where there are more rows, as many of the others are zero
 
 
 def top_of_matrix(matrix: Tensor, k: int, largest: bool = True) -> tuple[Tensor, Tensor]:

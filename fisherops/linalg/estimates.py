@@ -170,7 +170,7 @@ def slogdet(
         return LogDeterminant(1.0, float(value), float(error), way)
     if damping == 0:
         values = spectrum_of(A, way)
-        if float(values[0]) <= zero_threshold(A, float(values[-1]), D):
+        if len(values) < D or float(values[0]) <= zero_threshold(A, float(values[-1]), D):
             return LogDeterminant(0.0, -math.inf, 0.0, way)
         return LogDeterminant(1.0, float(values.log().sum()), 0.0, way)
     matrix = dense_matrix(A, way)
