@@ -599,3 +599,25 @@ def test_a_process_that_is_killed(solver, tmp_path):
     leftovers = [p for p in tmp_path.iterdir() if p != path]
     assert all(p.name.startswith(".state.npz-") for p in leftovers)  # of writes that were cut off
     np.testing.assert_array_equal(run(checkpoint=path), whole)
+
+
+@pytest.mark.parametrize("kind", ["random", "clustered", "multiple", "badly scaled", "deficient", "zero"])
+@pytest.mark.parametrize("k", [1, 5])
+def test_some_eigenpairs_of_a_large_matrix(kind, k, monkeypatch):
+    """Multiple eigenvalues, which Lanczos' method misses, are noticed; the others need no dense decomposition."""
+    rng = np.random.default_rng(0)
+    Q = np.linalg.qr(rng.standard_normal((120, 120)))[0]
+    K = torch.from_numpy((Q * np.sort(spectrum(kind, 120, rng)) ** 2) @ Q.T)
+    K = (K + K.T) / 2
+    decompositions = []
+    eigh = torch.linalg.eigh
+    monkeypatch.setattr(torch.linalg, "eigh", lambda matrix: decompositions.append(1) or eigh(matrix))
+    values, vectors = linalg.eigen.top_of_matrix(K.clone(), k, 1e-14)
+    expected = torch.linalg.eigvalsh(K)
+    torch.testing.assert_close(values, expected[-k:], rtol=0, atol=1e-13 * float(expected[-1]) + 1e-300)
+    assert (K @ vectors - vectors * values).norm() <= 1e-12 * expected[-1]
+    torch.testing.assert_close(vectors.T @ vectors, torch.eye(k, dtype=torch.float64), rtol=0, atol=1e-12)
+    if kind in ("random", "badly scaled"):
+        assert not decompositions
+    if kind == "multiple" and k == 5:
+        assert decompositions

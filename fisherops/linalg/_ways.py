@@ -17,7 +17,7 @@ METHODS = ("auto", "dual", "dense", "primal")
 
 # What LAPACK does with a symmetric matrix of size n, in n³ and in the time of a flop of a matrix product: all
 # eigenvectors, some of them, eigenvalues alone, and Cholesky. Measured for n = 1024.
-EIGEN, SOME_EIGEN, EIGENVALUES, CHOLESKY = 20.0, 8.0, 8.0, 0.5
+EIGEN, SOME_EIGEN, EIGENVALUES, CHOLESKY = 20.0, 2.0, 8.0, 0.5
 
 # Likewise a product with F, for each number of G, and beside: rows are read from memory, and Python takes its time.
 _PRODUCT, _OVERHEAD = 8.0, 2e8
