@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
@@ -170,6 +171,39 @@ class FisherOperator(TorchLinearOperator):
         return self._parameters.spans
 
     @property
+    def parameter_checksum(self) -> int:
+        """A checksum of the present values of the parameters."""
+        checksum = 0
+        for tensor in self._parameters.point().values():
+            checksum = zlib.crc32(tensor.cpu().contiguous().numpy().tobytes(), checksum)
+        return checksum
+
+    @property
+    def state(self) -> Any:
+        """What products depend on and torch counts: it compares equal as long as the operator is the same matrix."""
+        return self._model.state()
+
+    @property
+    def max_memory(self) -> int:
+        """Bytes that may be kept."""
+        return self._max_memory
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the score matrix."""
+        if self._keeper is not None and self._keeper.complete and self._state == self._model.state():
+            return sum(scores.count for scores in self._keeper.kept if scores is not None)
+        _ = self.plan
+        with self._pass("rows") as batches:
+            return sum(scores.count for scores in batches)
+
+    @property
+    def rows_have_order(self) -> bool:
+        """Whether every pass lists the rows of the score matrix in the same order, as `scores` needs it."""
+        _ = self.plan
+        return not self._data.order_is_free or (self._keeper is not None and self._keeper.complete)
+
+    @property
     def reductions(self) -> tuple[str, ...]:
         """The reduction, "mean" or "sum", of each head of the loss."""
         return tuple(self._likelihood.reductions)
@@ -182,13 +216,12 @@ class FisherOperator(TorchLinearOperator):
     @contextmanager
     def _ordered_pass(self, description: str) -> Iterator[Iterable[Scores]]:
         """Go through G by batches that come in the same order every time, as the rows of G do."""
-        _ = self.plan  # after it, all that can be kept is
+        if not self.rows_have_order:
+            raise ValueError(
+                "the batches come in another order in every pass and are not all kept, so the rows of the score "
+                "matrix have no order: pass data in a fixed order, or a larger max_memory."
+            )
         with self._pass(description) as batches:
-            if self._data.order_is_free and not isinstance(batches, list):
-                raise ValueError(
-                    "the batches come in another order in every pass and are not all kept, so the rows of the score "
-                    "matrix have no order: pass data in a fixed order, or a larger max_memory."
-                )
             yield batches
 
     # ---- What is kept -------------------------------------------------------------------------

@@ -154,7 +154,7 @@ def test_other_operators_and_ways_that_are_not_open():
         linalg.eigsh(op, 1, "BE")
     with pytest.raises(ValueError, match="`tol` must be from 0 to 1"):
         linalg.eigsh(op, 1, tol=-1)
-    with pytest.raises(ValueError, match="`v0` must be a vector of 9 numbers that are not all zero"):
+    with pytest.raises(ValueError, match="`v0` must be 9 finite numbers, not all zero"):
         linalg.eigsh(op, 1, method="primal", v0=np.zeros(9))
     with pytest.raises(TypeError, match="got ndarray: a Fisher operator or another SciPy LinearOperator is taken"):
         linalg.eigsh(F, 1)
@@ -229,8 +229,6 @@ def test_a_singular_matrix_is_not_solved_in_silence():
             ValueError, match="F is singular .its rank is at most 4 of 9.*pass damping > 0, or least_norm"
         ):
             linalg.solve(operator(wide), b, method=method)
-    with pytest.raises(ValueError, match="F is singular .it has eigenvalues that are zero to rounding"):
-        linalg.solve(operator(wide), b, method="dense")
     tall[:, 4] = tall[:, 3]
     with pytest.raises(ValueError, match="zero to rounding"):
         linalg.solve(operator(tall), np.ones(5))
@@ -521,9 +519,9 @@ def test_checkpoints_of_others_are_refused(tmp_path):
     before = path.read_bytes()
     b = np.ones(200)
     for call, reason in (
-        (lambda: linalg.eigsh(op, 4, method="primal", checkpoint=path), "of another problem: k differs"),
-        (lambda: linalg.eigsh(op, 3, "SA", method="primal", checkpoint=path), "largest differs"),
-        (lambda: linalg.eigsh(op, 3, method="primal", v0=b, checkpoint=path), "start differs"),
+        (lambda: linalg.eigsh(op, 4, method="primal", checkpoint=path), "of another problem: k is 3 there and 4 here"),
+        (lambda: linalg.eigsh(op, 3, "SA", method="primal", checkpoint=path), "largest is True there and False here"),
+        (lambda: linalg.eigsh(op, 3, method="primal", v0=b, checkpoint=path), "checksum of v0 is"),
         (lambda: linalg.eigsh(1.01 * op, 3, method="primal", checkpoint=path), "the operator differs"),
         (
             lambda: linalg.solve(op, b, 1.0, method="primal", checkpoint=path),

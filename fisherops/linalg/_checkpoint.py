@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from fisherops._linop import TorchLinearOperator
+from fisherops.fisher import FisherOperator
 
 _VERSION = 1
 
@@ -26,19 +27,24 @@ class Checkpoint:
         Name of the solver; states of others are refused.
     op : TorchLinearOperator
         The operator: a product with it is the fingerprint.
-    options : mapping of str to float or array
-        What else makes the problem: states with others are refused.
+    options : mapping of str to int, float or array
+        What else makes the problem: states with other integers, or numbers that differ by more than rounding, are
+        refused.
     """
 
     def __init__(self, path: Any, solver: str, op: TorchLinearOperator, **options: Any) -> None:
         self.path = Path(path)
-        self._rounding = 100 * float(torch.finfo(op.torch_dtype).eps) ** 0.5
+        self._rounding = 1000 * float(torch.finfo(op.torch_dtype).eps)
         self._identity: dict[str, Any] = {"version": _VERSION, "solver": solver, "dtype": op.dtype.name}
+        self._identity |= {name: value for name, value in options.items() if isinstance(value, int)}
+        options = {name: value for name, value in options.items() if not isinstance(value, int)}
         self._identity |= {f"shape of {name}": np.shape(value) for name, value in options.items()}
         generator = torch.Generator("cpu").manual_seed(0)
-        probe = torch.randn(op.shape[1], 2, generator=generator, dtype=torch.float64)
+        probe = torch.randn(op.shape[1], 2, generator=generator, dtype=torch.float64, device="cpu")
         probe = probe.to(op.device, op.torch_dtype)
         self._identity["D"] = op.shape[1]
+        if isinstance(op, FisherOperator):
+            self._identity["checksum of the parameters"] = op.parameter_checksum
         self._numbers = {name: np.asarray(value, dtype=float) for name, value in options.items()}
         self._numbers["the operator"] = (probe.T @ op._times(probe)).double().cpu().numpy()
         self._check_folder()

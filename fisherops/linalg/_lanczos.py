@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -14,14 +14,23 @@ Multiply = Callable[[Tensor], Tensor]
 Matrix = npt.NDArray[np.float64]
 
 
-@dataclass
+class _State(NamedTuple):
+    """All that changes of a space: replaced as a whole, so that an interrupt finds one state or the next."""
+
+    basis: Tensor
+    projected: Matrix
+    size: int
+    coupling: float
+    products: int
+
+
 class Krylov:
     """An orthonormal basis and the operator within it.
 
     Attributes
     ----------
     basis : torch.Tensor
-        (m + 1, D); rows up to `size` span the space, and the next one is the direction in which it grows.
+        (m + 1, D); the first `size` rows span the space, and the next one is the direction in which it grows.
     projected : numpy.ndarray
         (m, m), V A Vᵀ for the rows V of the space.
     size : int
@@ -32,44 +41,65 @@ class Krylov:
         Products with A so far.
     """
 
-    basis: Tensor
-    projected: Matrix
-    size: int = 0
-    coupling: float = 0.0
-    products: int = 0
+    def __init__(self, state: _State) -> None:
+        self._state = state
 
     @classmethod
     def start(cls, v0: Tensor, m: int) -> Krylov:
         """Return the empty space that starts from a vector."""
         basis = v0.new_zeros(m + 1, len(v0))
-        basis[0] = v0 / v0.norm()
-        return cls(basis, np.zeros((m, m)))
+        basis[0] = v0 / v0.norm(dtype=torch.float64)
+        return cls(_State(basis, np.zeros((m, m)), 0, 0.0, 0))
+
+    def restore(self, basis: Tensor, projected: Matrix, coupling: float, products: int) -> None:
+        """Take up a state that was saved: the rows of the basis up to the next direction, and the rest."""
+        self.basis[: len(basis)] = basis.to(self.basis)
+        self._state = _State(self.basis, np.array(projected), len(basis) - 1, coupling, products)
+
+    @property
+    def basis(self) -> Tensor:
+        return self._state.basis
+
+    @property
+    def projected(self) -> Matrix:
+        return self._state.projected
+
+    @property
+    def size(self) -> int:
+        return self._state.size
+
+    @property
+    def coupling(self) -> float:
+        return self._state.coupling
+
+    @property
+    def products(self) -> int:
+        return self._state.products
 
     def grow(self, multiply: Multiply, random: Callable[[], Tensor]) -> None:
         """Add a vector by one product; where the space is invariant, the next direction is random."""
-        j = self.size
-        V = self.basis[: j + 1]
-        w = multiply(self.basis[j])
-        before = float(w.norm())
+        basis, projected, j, _, products = self._state
+        V = basis[: j + 1]
+        w = multiply(basis[j])
+        before = _norm(w)
         h = torch.zeros(j + 1, dtype=w.dtype, device=w.device)
         for _ in range(2):  # twice is enough to be orthogonal to rounding
             more = V @ w
             w = w - more @ V
             h += more
-        self.projected[: j + 1, j] = self.projected[j, : j + 1] = h.double().cpu().numpy()
-        norm = float(w.norm())
-        self.size, self.products = j + 1, self.products + 1
+        norm = coupling = _norm(w)
         eps = float(torch.finfo(w.dtype).eps)
-        if norm > 10 * eps * before:
-            self.coupling = norm
-        else:  # what is left is rounding
-            self.coupling = 0.0
+        if not norm > 10 * eps * before:  # what is left is rounding
+            coupling = 0.0
             w = random()
             for _ in range(2):
                 w = w - (V @ w) @ V
-            norm = float(w.norm())
+            norm = _norm(w)
+        # Beyond the present state; it takes effect with the new one.
+        projected[: j + 1, j] = projected[j, : j + 1] = h.double().cpu().numpy()
         if norm > 0:
-            self.basis[j + 1] = w / norm
+            basis[j + 1] = w / norm
+        self._state = _State(basis, projected, j + 1, coupling, products + 1)
 
     def ritz(self) -> tuple[Matrix, Matrix]:
         """Return the eigenvalues of the projected matrix, ascending, and its eigenvectors."""
@@ -82,13 +112,19 @@ class Krylov:
 
     def restart(self, values: Matrix, vectors: Matrix) -> None:
         """Shrink the space to some Ritz vectors (thick restart)."""
-        p = len(values)
-        S = torch.as_tensor(vectors.T.copy(), dtype=self.basis.dtype, device=self.basis.device)
-        self.basis[:p] = S @ self.basis[: self.size]
-        self.basis[p] = self.basis[self.size].clone()
-        self.projected[:] = 0
-        self.projected[:p, :p] = np.diag(values)
-        self.size = p
+        old, p = self._state, len(values)
+        S = torch.as_tensor(vectors.T.copy(), dtype=old.basis.dtype, device=old.basis.device)
+        basis = torch.zeros_like(old.basis)
+        basis[:p] = S @ old.basis[: old.size]
+        basis[p] = old.basis[old.size]
+        projected = np.zeros_like(old.projected)
+        projected[:p, :p] = np.diag(values)
+        self._state = _State(basis, projected, p, old.coupling, old.products)
+
+
+def _norm(v: Tensor) -> float:
+    """Return ‖v‖, also where its square is out of the range of the precision."""
+    return float(v.norm(dtype=torch.float64))
 
 
 def eigenpairs(

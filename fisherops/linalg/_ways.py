@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
@@ -33,6 +37,8 @@ def as_operator(op: Any) -> TorchLinearOperator:
     """Return an operator as one that computes in torch, or say that it is none."""
     if not isinstance(op, LinearOperator):
         raise TypeError(f"got {type(op).__name__}: a Fisher operator or another SciPy LinearOperator is taken.")
+    if op.dtype is not None and np.dtype(op.dtype).kind == "c":
+        raise TypeError("got a complex operator: real symmetric ones are taken.")
     if op.shape[0] != op.shape[1]:
         raise ValueError(f"got an operator of shape {op.shape}: a square one is taken (op.scores has svds and gram).")
     return as_torch_operator(op)
@@ -50,7 +56,7 @@ def as_damping(damping: Any) -> float:
     return float(value)
 
 
-def choose(op: TorchLinearOperator, method: str, products: float, dense_flops: float) -> str:
+def choose(op: TorchLinearOperator, method: str, products: float, dense_flops: float, dual: bool = True) -> str:
     """Return "dual", "dense" or "primal".
 
     Parameters
@@ -62,6 +68,8 @@ def choose(op: TorchLinearOperator, method: str, products: float, dense_flops: f
         Products with F that the primal way is expected to take, its own work counted too.
     dense_flops : float
         Of the algebra with a dense matrix of size n, in n³.
+    dual : bool
+        Whether the dual is open; it is not where zero eigenvalues of F matter.
     """
     if method not in METHODS:
         raise ValueError(f"`method` must be one of {', '.join(map(repr, METHODS))}, got {method!r}.")
@@ -76,9 +84,14 @@ def choose(op: TorchLinearOperator, method: str, products: float, dense_flops: f
         )
     D, itemsize = op.shape[0], op.dtype.itemsize
     sizes: dict[str, int] = {"dense": D}
+    rows = D
     if fisher is not None:
-        sizes["dual"] = fisher.scores.shape[0]
-        memory = fisher.plan.max_memory - fisher.plan.nbytes
+        rows = fisher.num_rows
+        if method == "dual":
+            _ = fisher.scores  # or the error that says why there are none
+        if dual and fisher.rows_have_order:
+            sizes["dual"] = rows
+        memory = fisher.max_memory - fisher.plan.nbytes
     else:
         memory = as_bytes(None, op.device)
     fitting = {way: n for way, n in sizes.items() if n * n * (itemsize + 8 * _DENSE_WORK) <= memory}
@@ -90,7 +103,7 @@ def choose(op: TorchLinearOperator, method: str, products: float, dense_flops: f
                 f"{max(memory, 0)} are left of max_memory: raise it, or use method='auto' or 'primal'."
             )
         return method
-    product = _PRODUCT * sizes.get("dual", D) * D + _OVERHEAD
+    product = _PRODUCT * rows * D + _OVERHEAD
     costs = {"primal": products * product}
     for way, n in fitting.items():
         costs[way] = dense_flops * n**3
@@ -99,7 +112,7 @@ def choose(op: TorchLinearOperator, method: str, products: float, dense_flops: f
         held = fisher.plan.nbytes / itemsize if fisher.plan.holds_rows else 4.0 * D * sizes["dual"]
         costs["dual"] += 2.0 * sizes["dual"] * held
     if "dense" in costs:
-        costs["dense"] += 2.0 * sizes.get("dual", D) * D**2
+        costs["dense"] += 2.0 * rows * D**2
     return min(costs, key=costs.__getitem__)
 
 
@@ -113,5 +126,27 @@ def dense_matrix(op: TorchLinearOperator, way: str) -> Tensor:
 
 
 def zero_threshold(op: TorchLinearOperator, largest: float, n: int) -> float:
-    """Return the size below which eigenvalues of a matrix of size n are zero to rounding: λ_max · n · eps."""
+    """Return the size below which eigenvalues are zero to rounding: λ_max · n · eps, n the longer side of G."""
+    n = max(n, op.shape[0], op.num_rows if isinstance(op, FisherOperator) else 0)
     return abs(largest) * n * float(torch.finfo(op.torch_dtype).eps)
+
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Compute in one's own precision and without graphs, whatever the caller's contexts."""
+    with torch.no_grad(), torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+        yield
+
+
+def outside_of_autocast(function: Function) -> Function:
+    """Let a routine compute in its own precision and without graphs, whatever the caller's contexts."""
+
+    @functools.wraps(function)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        with quiet():
+            return function(*args, **kwargs)
+
+    return wrapped  # type: ignore[return-value]

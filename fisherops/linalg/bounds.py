@@ -12,11 +12,12 @@ from torch import Tensor
 from fisherops import _arrays
 from fisherops.fisher import FisherOperator
 from fisherops.linalg._results import Bounds
-from fisherops.linalg._ways import EIGEN, choose, dense_matrix, zero_threshold
+from fisherops.linalg._ways import EIGEN, choose, dense_matrix, outside_of_autocast, zero_threshold
 
 _NAMED_DIRECTIONS, _NAMED_ENTRIES = 10, 4
 
 
+@outside_of_autocast
 def crlb(op: Any, of: Any = None, *, method: str = "auto") -> Bounds:
     r"""Return Cramér-Rao bounds: the least covariance of unbiased estimates of the parameters, or of functions of them.
 

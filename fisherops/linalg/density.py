@@ -13,12 +13,13 @@ from fisherops.fisher import FisherOperator
 from fisherops.linalg._lanczos import Matrix
 from fisherops.linalg._probes import spectral_sums
 from fisherops.linalg._results import Density
-from fisherops.linalg._ways import EIGENVALUES, EXACT, as_operator, choose, zero_threshold
+from fisherops.linalg._ways import EIGENVALUES, EXACT, as_operator, choose, outside_of_autocast, zero_threshold
 from fisherops.linalg.eigen import eigsh, spectrum_of
 
 _BINS = 60
 
 
+@outside_of_autocast
 def spectral_density(
     op: Any, grid: Any = None, *, method: str = "auto", probes: int = 20, steps: int = 80, seed: int = 0
 ) -> Density:

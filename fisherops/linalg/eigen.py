@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -18,9 +19,19 @@ from fisherops.linalg import _lanczos
 from fisherops.linalg._checkpoint import Checkpoint
 from fisherops.linalg._lanczos import Krylov
 from fisherops.linalg._results import Eigenpairs, Interrupted
-from fisherops.linalg._ways import EIGEN, EIGENVALUES, SOME_EIGEN, as_operator, choose, dense_matrix, zero_threshold
+from fisherops.linalg._ways import (
+    EIGEN,
+    EIGENVALUES,
+    SOME_EIGEN,
+    as_operator,
+    choose,
+    dense_matrix,
+    outside_of_autocast,
+    zero_threshold,
+)
 
 
+@outside_of_autocast
 def eigsh(
     op: Any,
     k: int = 6,
@@ -110,12 +121,17 @@ def eigsh(
     found: tuple[Any, ...]
     if way == "primal":
         maxiter = 10 * D if maxiter is None else integer("maxiter", maxiter, 1)
-        found = _primal(A, k, largest, v0, ncv, maxiter, tol, callback, progressbar, checkpoint)
+
+        def finish(found: Any) -> Eigenpairs:
+            return _finish(A, found, return_eigenvectors, way, leave, product=False)
+
+        found = _primal(A, k, largest, v0, ncv, maxiter, tol, callback, progressbar, checkpoint, finish)
     else:
         found = *_dense(A, way, k, largest, return_eigenvectors), None, 0, True
     return _finish(A, found, return_eigenvectors, way, leave)
 
 
+@outside_of_autocast
 def eigvalsh(op: Any, *, method: str = "auto", like: Any = None) -> Any:
     """Return the whole nonzero spectrum of a Fisher matrix, ascending.
 
@@ -165,7 +181,7 @@ def top_of_matrix(matrix: Tensor, k: int, tol: float) -> tuple[Tensor, Tensor]:
     n = len(matrix)
     if 8 * k < n:
         generator = torch.Generator("cpu").manual_seed(0)
-        start = torch.randn(n, generator=generator, dtype=torch.float64).to(matrix)
+        start = torch.randn(n, generator=generator, dtype=torch.float64, device="cpu").to(matrix)
         space = Krylov.start(start, max(2 * k + 1, 20))
         found, S, _, converged = _lanczos.eigenpairs(
             space, lambda v: matrix @ v, k, True, tol, n, lambda: torch.zeros_like(start), lambda *_: None
@@ -226,10 +242,14 @@ def _lift(A: FisherOperator, U: Tensor) -> Tensor:
     return V
 
 
+def _crc(v: Tensor) -> int:
+    return zlib.crc32(v.cpu().contiguous().numpy().tobytes())
+
+
 def _complement(V: Tensor, count: int) -> Tensor:
     """Return orthonormal vectors that are orthogonal to the columns of V, which are orthonormal."""
     generator = torch.Generator("cpu").manual_seed(0)
-    Z = torch.randn(len(V), count, generator=generator, dtype=torch.float64).to(V.device, V.dtype)
+    Z = torch.randn(len(V), count, generator=generator, dtype=torch.float64, device="cpu").to(V.device, V.dtype)
     for _ in range(2):
         Z = torch.linalg.qr(Z - V @ (V.T @ Z))[0]
     return Z
@@ -246,21 +266,25 @@ def _primal(
     callback: Callable[[int, Any, Any], object] | None,
     progressbar: bool,
     checkpoint: Any,
+    finish: Callable[[Any], Eigenpairs],
 ) -> tuple[Tensor, Tensor, Tensor, int, bool]:
     D = A.shape[0]
 
     def random(seed: int) -> Tensor:
         generator = torch.Generator("cpu").manual_seed(seed)
-        return torch.randn(D, generator=generator, dtype=torch.float64).to(A.device, A.torch_dtype)
+        return torch.randn(D, generator=generator, dtype=torch.float64, device="cpu").to(A.device, A.torch_dtype)
 
     start = random(0) if v0 is None else _arrays.enter(v0)[0].to(A.device, A.torch_dtype)
-    if start.shape != (D,) or not float(start.norm()) > 0:
-        raise ValueError(f"`v0` must be a vector of {D} numbers that are not all zero, got shape {tuple(start.shape)}.")
+    if start.shape != (D,) or not 0 < float(start.norm(dtype=torch.float64)) < float("inf"):
+        raise ValueError(f"`v0` must be {D} finite numbers, not all zero, got shape {tuple(start.shape)}.")
     space = Krylov.start(start, ncv)
     file = None
     if checkpoint is not None:
-        file = Checkpoint(checkpoint, "eigsh", A, k=k, largest=largest, ncv=ncv, start=start[:3].double().cpu())
-        _restore(space, file.load())
+        file = Checkpoint(checkpoint, "eigsh", A, k=k, largest=largest, ncv=ncv, **{"checksum of v0": _crc(start)})
+        state = file.load()
+        if state is not None:
+            basis = torch.as_tensor(state["basis"])
+            space.restore(basis, state["projected"], float(state["coupling"]), int(state["products"]))
     bar = tqdm(desc="eigsh", unit=" products", leave=False, disable=not progressbar)
     bar.update(space.products)
 
@@ -293,8 +317,7 @@ def _primal(
             ends = slice(max(0, len(values) - k), None) if largest else slice(k)
             residuals = space.residuals(vectors) if space.size else values
             pairs = values[ends], vectors[:, ends], residuals[ends], False
-            found = _lifted(A, space, pairs)
-            raise Interrupted(_finish(A, found, True, "primal", leave_for(None), product=False)) from None
+            raise Interrupted(finish(_lifted(A, space, pairs))) from None
     return _lifted(A, space, pairs)
 
 
@@ -302,16 +325,8 @@ def _lifted(A: TorchLinearOperator, space: Krylov, pairs: Any) -> tuple[Tensor, 
     values, S, residuals, converged = pairs
     S = torch.as_tensor(S, dtype=A.torch_dtype, device=A.device)
     vectors = (S.T @ space.basis[: len(S)]).T
-    return torch.as_tensor(values), vectors, torch.as_tensor(residuals), space.products, converged
-
-
-def _restore(space: Krylov, state: dict[str, Any] | None) -> None:
-    if state is not None:
-        basis = torch.as_tensor(state["basis"]).to(space.basis)
-        space.basis[: len(basis)] = basis
-        space.projected[:] = state["projected"]
-        space.size, space.coupling = len(basis) - 1, float(state["coupling"])
-        space.products = int(state["products"])
+    values, residuals = (torch.as_tensor(x, device=A.device) for x in (values, residuals))
+    return values, vectors, residuals, space.products, converged
 
 
 def _finish(
@@ -320,7 +335,7 @@ def _finish(
     values, V, residuals, products, converged = found
     values = values.to(A.device, A.torch_dtype)
     if vectors and product:
-        residuals = A._times(V).addcmul_(V, values, value=-1).norm(dim=0)
+        residuals = A._times(V).addcmul_(V, values, value=-1).norm(dim=0, dtype=torch.float64)
         products += V.shape[1]
     return Eigenpairs(
         leave(values),

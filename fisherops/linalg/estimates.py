@@ -20,6 +20,7 @@ from fisherops.linalg._ways import (
     as_operator,
     choose,
     dense_matrix,
+    outside_of_autocast,
     zero_threshold,
 )
 from fisherops.linalg.eigen import leave_for, spectrum_of
@@ -49,6 +50,7 @@ class LogDeterminant(NamedTuple):
     method: str
 
 
+@outside_of_autocast
 def trace(op: Any, *, probes: int = PROBES, seed: int = _SEED) -> Estimate:
     """Return the trace of F: exact for a Fisher, from its rows; by Hutch++ for other operators.
 
@@ -79,6 +81,7 @@ def trace(op: Any, *, probes: int = PROBES, seed: int = _SEED) -> Estimate:
     return Estimate(caught + float(samples.mean()), float(samples.std()) / third**0.5, "primal")
 
 
+@outside_of_autocast
 def diagonal(op: Any, *, like: Any = None, probes: int = PROBES, seed: int = _SEED) -> Estimate:
     """Return the diagonal of F: exact for a Fisher, from its rows; by random signs for other operators.
 
@@ -111,6 +114,7 @@ def diagonal(op: Any, *, like: Any = None, probes: int = PROBES, seed: int = _SE
     return Estimate(leave(samples.mean(1)), leave(samples.std(1) / probes**0.5), "primal")
 
 
+@outside_of_autocast
 def frobenius_norm(op: Any, *, method: str = "auto", probes: int = PROBES, seed: int = _SEED) -> Estimate:
     """Return ‖F‖_F, the root of the sum of squared eigenvalues.
 
@@ -133,6 +137,7 @@ def frobenius_norm(op: Any, *, method: str = "auto", probes: int = PROBES, seed:
     return Estimate(mean**0.5, error / (2 * mean**0.5) if mean > 0 else 0.0, "primal")
 
 
+@outside_of_autocast
 def slogdet(
     op: Any, damping: float = 0.0, *, method: str = "auto", probes: int = PROBES, steps: int = STEPS, seed: int = _SEED
 ) -> LogDeterminant:
@@ -184,6 +189,7 @@ def slogdet(
     return LogDeterminant(1.0, value, 0.0, way)
 
 
+@outside_of_autocast
 def effective_dimension(
     op: Any, damping: float, *, method: str = "auto", probes: int = PROBES, steps: int = STEPS, seed: int = _SEED
 ) -> Estimate:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,12 +16,23 @@ from fisherops._linop import TorchLinearOperator
 from fisherops.fisher import FisherOperator
 from fisherops.linalg._checkpoint import Checkpoint
 from fisherops.linalg._results import Interrupted, Solution
-from fisherops.linalg._ways import CHOLESKY, EIGEN, as_damping, as_operator, choose, dense_matrix, zero_threshold
+from fisherops.linalg._ways import (
+    CHOLESKY,
+    EIGEN,
+    as_damping,
+    as_operator,
+    choose,
+    dense_matrix,
+    outside_of_autocast,
+    quiet,
+    zero_threshold,
+)
 
 # Steps of refinement after a direct solve; each gains all the digits that the first one had.
 _REFINEMENTS = 5
 
 
+@outside_of_autocast
 def solve(
     op: Any,
     b: Any,
@@ -93,28 +105,36 @@ def solve(
     B, leave = _columns(A, b)
     single = B.ndim == 1
     B = B[:, None] if single else B
+    if not (0 <= rtol < 1 and 0 <= atol < float("inf")):
+        raise ValueError(f"`rtol` must be from 0 to 1 and `atol` at least 0, got {rtol!r} and {atol!r}.")
+    targets = (rtol * _norms(B)).clamp_min(atol)
+    if damping == 0 and not least_norm:
+        _refuse_singular(A)
     products = float("inf") if least_norm else 100.0 * B.shape[1] ** 0.5
-    way = choose(A, method, products=products, dense_flops=EIGEN if least_norm else CHOLESKY)
-    targets = torch.maximum(rtol * B.norm(dim=0), torch.full_like(B[0], atol))
+    flops = EIGEN if least_norm else CHOLESKY
+    way = choose(A, method, products, flops, dual=damping > 0 or least_norm or method == "dual")
+    inverse: Any = None
     if way == "primal":
         if least_norm:
             raise ValueError("least_norm=True is found from the eigenvalues: use method='dual' or 'dense'.")
-        if damping == 0:
-            _refuse_singular(A)
-        start = None if x0 is None else _columns(A, x0)[0].reshape(B.shape)
+        start = None if x0 is None else _columns(A, x0)[0]
+        if start is not None:
+            start = start[:, None] if start.ndim == 1 else start
+            if start.shape != B.shape:
+                raise ValueError(f"`x0` has shape {tuple(start.shape)}, and `b` {tuple(B.shape)}.")
         X, R, iterations = _conjugate_gradients(
             A, B, damping, start, targets, maxiter, M, callback, progressbar, checkpoint, leave, single
         )
     else:
         inverse = _Pseudoinverse(A, way) if least_norm and damping == 0 else DampedInverse(A, damping, way)
         X, R, iterations = _refined(A, B, damping, inverse, targets)
-    norms = R.norm(dim=0)
-    reached = norms
-    if least_norm and way != "primal" and damping == 0:
-        reached = A._times(R).norm(dim=0) / max(inverse.largest, torch.finfo(B.dtype).tiny)
+    norms = reached = _norms(R)
+    if isinstance(inverse, _Pseudoinverse):
+        reached = _norms(A._times(R)) / max(inverse.largest, torch.finfo(B.dtype).tiny)
     return _solution(X, norms, bool((reached <= targets).all()), iterations, way, leave, single)
 
 
+@outside_of_autocast
 def inv(
     op: Any, damping: float, *, method: str = "auto", rtol: float = 1e-5, maxiter: int | None = None
 ) -> DampedInverse:
@@ -127,24 +147,28 @@ def inv(
     damping : float
         λ > 0, in the units of F's eigenvalues; 0 where F is not singular.
     method : {"auto", "dual", "dense", "primal"}
-        "dual" and "dense" keep a Cholesky factor; "primal" runs conjugate gradients in each product.
-    rtol, maxiter : float, int
+        "dual" and "dense" keep a Cholesky factor, and refine each product by products with F; "primal" runs conjugate
+        gradients in each product.
+    rtol : float
+        Relative residual that each product comes to; where it cannot, the product raises RuntimeError.
+    maxiter : int, optional
         Of conjugate gradients.
 
     Returns
     -------
     DampedInverse
-        A SciPy ``LinearOperator``. It is of F as it is now: parameters that change later do not change it, except in
-        the primal way.
+        A SciPy ``LinearOperator``. Like a Fisher operator it follows parameters that are changed in place: the factor
+        is then made anew.
     """
     A = as_operator(op)
     damping = as_damping(damping)
-    way = choose(A, method, products=300.0, dense_flops=CHOLESKY)
-    if way == "primal" and damping == 0:
+    if damping == 0:
         _refuse_singular(A)
+    way = choose(A, method, products=300.0, dense_flops=CHOLESKY, dual=damping > 0 or method == "dual")
     return DampedInverse(A, damping, way, rtol, maxiter)
 
 
+@outside_of_autocast
 def natural_gradient(op: Any, grad: Any, damping: float, **options: Any) -> Any:
     """Return the natural gradient (F + λI)⁻¹ g in the structure of the parameters.
 
@@ -219,19 +243,20 @@ class DampedInverse(TorchLinearOperator):
         super().__init__(op.shape, op.torch_dtype, op.device)
         self.method, self.damping = way, damping
         self._op, self._rtol, self._maxiter = op, rtol, maxiter
-        if way == "primal":
-            return
-        matrix = dense_matrix(op, way)
-        n, D = len(matrix), op.shape[0]
         if way == "dual" and damping == 0:
-            raise ValueError(
-                _SINGULAR.format(f"its rank is at most {n} of {D}" if n < D else "no Woodbury identity for it")
-            )
+            raise ValueError(_SINGULAR.format("or Woodbury's identity has no meaning for it"))
+        if way != "primal":
+            self._factorize()
+
+    def _factorize(self) -> None:
+        op, damping = self._op, self.damping
+        self._state = op.state if isinstance(op, FisherOperator) else None
+        matrix = dense_matrix(op, self.method)
         matrix.diagonal().add_(damping)
         self._factor, info = torch.linalg.cholesky_ex(matrix)
         pivots = self._factor.diagonal()
         eps = float(torch.finfo(op.torch_dtype).eps)
-        if int(info) or (damping == 0 and float(pivots.min()) ** 2 <= n * eps * float(pivots.max()) ** 2):
+        if int(info) or (damping == 0 and float(pivots.min()) ** 2 <= len(matrix) * eps * float(pivots.max()) ** 2):
             raise ValueError(
                 _SINGULAR.format("it has eigenvalues that are zero to rounding")
                 if damping == 0
@@ -239,14 +264,26 @@ class DampedInverse(TorchLinearOperator):
             )
 
     def _apply(self, V: Tensor) -> Tensor:
-        if self.method == "primal":
-            solution = solve(self._op, V, self.damping, method="primal", rtol=self._rtol, maxiter=self._maxiter)
+        with quiet():
+            if self.method == "primal":
+                solution = solve(self._op, V, self.damping, method="primal", rtol=self._rtol, maxiter=self._maxiter)
+            else:
+                targets = self._rtol * _norms(V)
+                X, R, steps = _refined(self._op, V, self.damping, self, targets)
+                norms = _norms(R)
+                solution = Solution(X, norms, steps, bool((norms <= targets).all()), self.method)
             X: Tensor = _converged(solution).x
-            return X
+        return X
+
+    def direct(self, V: Tensor) -> Tensor:
+        """Multiply by the factor alone, without refinement."""
+        op = self._op
+        if isinstance(op, FisherOperator) and op.state != self._state:
+            self._factorize()
         if self.method == "dense":
             return torch.cholesky_solve(V.double(), self._factor).to(V.dtype)
-        assert isinstance(self._op, FisherOperator)
-        scores = self._op.scores
+        assert isinstance(op, FisherOperator)
+        scores = op.scores
         inner: Tensor = torch.cholesky_solve(scores._times(V).double(), self._factor).to(V.dtype)
         return V.sub(scores.T._times(inner)).div_(self.damping)
 
@@ -263,7 +300,8 @@ class _Pseudoinverse:
         powers = values.clamp_min(1e-300) ** (-2.0 if way == "dual" else -1.0)
         self._inverse = torch.where(positive, powers, torch.zeros_like(powers))
 
-    def _times(self, V: Tensor) -> Tensor:
+    def direct(self, V: Tensor) -> Tensor:
+        """Multiply F⁺."""
         W = V if self._way == "dense" else self._op.scores._times(V)
         W = (self._U @ (self._inverse[:, None] * (self._U.T @ W.double()))).to(V.dtype)
         result: Tensor = W if self._way == "dense" else self._op.scores.T._times(W)
@@ -274,14 +312,14 @@ def _refined(
     A: TorchLinearOperator, B: Tensor, damping: float, inverse: Any, targets: Tensor
 ) -> tuple[Tensor, Tensor, int]:
     """Solve directly, and again for the residual as long as that helps."""
-    X = inverse._times(B)
+    X = inverse.direct(B)
     R = B - A._times(X).add_(X, alpha=damping)
     for step in range(_REFINEMENTS):
-        if bool((R.norm(dim=0) <= targets).all()):
+        if bool((_norms(R) <= targets).all()):
             return X, R, step
-        better = X + inverse._times(R)
+        better = X + inverse.direct(R)
         left = B - A._times(better).add_(better, alpha=damping)
-        improved = left.norm(dim=0) < R.norm(dim=0)
+        improved = _norms(left) < _norms(R)
         if not bool(improved.any()):
             return X, R, step
         X, R = torch.where(improved, better, X), torch.where(improved, left, R)
@@ -309,12 +347,21 @@ def _conjugate_gradients(
     M. Hestenes, E. Stiefel, Methods of conjugate gradients for solving linear systems, J. Res. NBS 49 (1952) 409–436.
     """
     maxiter = 10 * A.shape[0] if maxiter is None else integer("maxiter", maxiter, 0)
+    # Columns of norm 1, so that squares stay in the range of the precision.
+    scales = _norms(B)
+    scales = torch.where(scales > 0, scales, torch.ones_like(scales))
+    B, targets = (B / scales).to(B.dtype), targets / scales
+    x0 = None if x0 is None else (x0 / scales).to(B.dtype)
     precondition = _preconditioner(A, damping, M)
 
     def multiply(V: Tensor) -> Tensor:
         return A._times(V).add_(V, alpha=damping)
 
-    file = None if checkpoint is None else Checkpoint(checkpoint, "solve", A, damping=damping, b=B.double().cpu())
+    file = (
+        None
+        if checkpoint is None
+        else Checkpoint(checkpoint, "solve", A, damping=damping, b=scales.cpu(), directions=_crc(B))
+    )
     state = file.load() if file is not None else None
     if state is not None:
         X, R, P, rho = (torch.as_tensor(state[name]).to(B) for name in ("X", "R", "P", "rho"))
@@ -336,10 +383,10 @@ def _conjugate_gradients(
     with bar:
         try:
             while done < maxiter:
-                if bool((R.norm(dim=0) <= targets).all()):
+                if bool((_norms(R) <= targets).all()):
                     # The residual of the recursion drifts from the true one; where that matters, start from it.
                     R = B - multiply(X)
-                    if replacements == _REFINEMENTS or bool((R.norm(dim=0) <= targets).all()):
+                    if replacements == _REFINEMENTS or bool((_norms(R) <= targets).all()):
                         break
                     P = precondition(R)
                     rho, replacements = (R * P).sum(0), replacements + 1
@@ -355,18 +402,21 @@ def _conjugate_gradients(
                 beta = torch.where(rho > 0, following / rho, torch.zeros_like(rho))
                 # All at once, so that an interrupt finds one state or the next.
                 X, R, P, rho, done = *step, Z + beta * P, following, done + 1
-                norms = R.norm(dim=0)
+                norms = _norms(R)
                 bar.update()
-                bar.set_postfix_str(f"residual {float((norms / B.norm(dim=0)).nan_to_num().max()):.1e}", refresh=False)
+                bar.set_postfix_str(f"residual {float((norms / _norms(B)).nan_to_num().max()):.1e}", refresh=False)
                 if callback is not None:
-                    callback(done, leave(norms[0] if single else norms))
+                    callback(done, leave((norms * scales).to(B.dtype)[0] if single else (norms * scales).to(B.dtype)))
                 if done % 20 == 0:
                     save()
             save()
-            return X, B - multiply(X), done
+            R = B - multiply(X)
+            return (X * scales).to(B.dtype), (R * scales).to(B.dtype), done
         except KeyboardInterrupt:
             save()
-            raise Interrupted(_solution(X, R.norm(dim=0), False, done, "primal", leave, single)) from None
+            raise Interrupted(
+                _solution((X * scales).to(B.dtype), _norms(R) * scales, False, done, "primal", leave, single)
+            ) from None
 
 
 def _preconditioner(A: TorchLinearOperator, damping: float, M: Any) -> Callable[[Tensor], Tensor]:
@@ -410,8 +460,18 @@ def _columns(A: TorchLinearOperator, b: Any) -> tuple[Tensor, Callable[[Tensor],
 def _solution(
     X: Tensor, norms: Tensor, converged: bool, iterations: int, way: str, leave: Callable[[Tensor], Any], single: bool
 ) -> Solution:
-    residual = float(norms[0]) if single else leave(norms)
+    residual = float(norms[0]) if single else leave(norms.to(X.dtype))
     return Solution(leave(X[:, 0] if single else X), residual, iterations, converged, way)
+
+
+def _crc(X: Tensor) -> int:
+    return zlib.crc32(X.cpu().contiguous().numpy().tobytes())
+
+
+def _norms(X: Tensor) -> Tensor:
+    """Return the norms of columns in float64, also where their squares are out of the range of the precision."""
+    norms: Tensor = torch.linalg.vector_norm(X, dim=0, dtype=torch.float64)
+    return norms
 
 
 def _converged(solution: Solution) -> Solution:
