@@ -32,6 +32,9 @@ from fisherops.scores import CACHES, BatchJacobian, Differentiation, Keeper, Pla
 _CHUNK_BYTES = 2**24
 _FEW_COLUMNS = 8
 
+# Rows that are summed in the compute precision without compensation.
+_ROWS_PER_SUM = 8192
+
 
 class _Evaluation:
     """The model as a function of parameters and inputs, with fixed random numbers and inputs left as they are."""
@@ -142,7 +145,8 @@ class FisherOperator(TorchLinearOperator):
         with self._pass("dense") as batches:
             for scores in batches:
                 for rows in scores.rows():
-                    total.add(rows.T @ rows)
+                    for block in rows.split(_ROWS_PER_SUM):
+                        total.add(block.T @ block)
         return _check_result(total.value()).cpu().numpy()
 
     def diagonal(self) -> np.ndarray[Any, Any]:

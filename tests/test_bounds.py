@@ -107,3 +107,43 @@ def test_what_has_no_bound():
         crlb(op, method="primal")
     with pytest.raises(ValueError, match="dimension mismatch in crlb"):
         crlb(op, of=np.ones(3))
+
+
+def test_parameters_of_other_scales():
+    """Information of 1 and 1e-12 is not a singular matrix, but units."""
+    t = np.random.default_rng(0).standard_normal(50)
+    model = Curve(lambda t, a, b: a + 1e-6 * b * t, a=1.0, b=1.0)
+    design = np.stack([np.ones(50), 1e-6 * t], 1)
+    expected = np.linalg.inv(design.T @ design / SIGMA**2)
+    for dtype, rtol in (("float64", 1e-8), ("float32", 1e-4)):
+        bounds = crlb(information(model, t, dtype=dtype))
+        assert bounds.nullity == 0
+        np.testing.assert_allclose(np.diag(bounds.covariance), np.diag(expected), rtol=rtol)
+
+
+def test_some_parameters_of_a_large_model():
+    model = nn.Sequential(nn.Linear(300, 300, bias=False), nn.Linear(300, 2))
+    data = (torch.randn(3, 300), torch.zeros(3, 2))
+    op = fo.FisherLinearOperator(model, nn.MSELoss(reduction="sum"), data=data, max_memory="100MB")
+    bounds = crlb(op, of="1.bias")
+    assert bounds.covariance.shape == (2, 2)
+    assert bounds.method == "dual"
+    with pytest.raises(ValueError, match="90602 functions of 90602 parameters take 131339558464 bytes: pass fewer"):
+        crlb(op)
+
+
+@pytest.mark.parametrize(
+    ("of", "error", "message"),
+    [
+        ({}, ValueError, "`of` names no function"),
+        ({"f": {"a": torch.ones(3)}}, ValueError, r"the coefficients of 'a' have shape \(3,\), the parameter \(\)"),
+        ({"f": 3}, TypeError, "`of` maps the name of a function to a mapping of coefficients by parameter, got 3"),
+        (np.array([np.nan]), ValueError, "`of` contains NaN or infinity"),
+        (np.array([1j]), TypeError, "real functions are taken"),
+    ],
+)
+def test_functions_that_are_none(of, error, message):
+    op = information(Curve(lambda t, a: a * t, a=1.0), np.linspace(0, 1, 5))
+    with pytest.raises(error, match=message):
+        crlb(op, of=of)
+    assert np.isfinite(crlb(op, of={"f": {"a": torch.tensor(2.0, requires_grad=True)}}).covariance).all()

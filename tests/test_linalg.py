@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from models import make_case
 from scipy.sparse.linalg import aslinearoperator
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import fisherops as fo
 from fisherops import linalg
@@ -619,3 +620,190 @@ def test_some_eigenpairs_of_a_large_matrix(kind, k, monkeypatch):
         assert not decompositions
     if kind == "multiple" and k == 5:
         assert decompositions
+
+
+# ---- What a review found ------------------------------------------------------------------------------------
+
+
+def in_lines_of(module, number):
+    """Trace that raises KeyboardInterrupt before the n-th line that is run in a module."""
+    count = [0]
+
+    def trace(frame, event, _):
+        if frame.f_code.co_filename != module.__file__:
+            return None
+        if event == "line":
+            count[0] += 1
+            if count[0] == number:
+                raise KeyboardInterrupt
+        return trace
+
+    return trace
+
+
+@pytest.mark.parametrize("number", [*range(1, 60, 3), *range(400, 3000, 137)])
+def test_an_interrupt_at_any_line(number, tmp_path):
+    op = slow_operator()
+    whole = linalg.eigsh(op, 3, method="primal")
+    path = tmp_path / "state.npz"
+    before = sys.gettrace()
+    sys.settrace(in_lines_of(linalg._lanczos, number))
+    try:
+        linalg.eigsh(op, 3, method="primal", checkpoint=path)
+    except linalg.Interrupted as interrupt:
+        result = interrupt.result
+    except KeyboardInterrupt:  # before there was anything
+        result = None
+    else:
+        pytest.fail("no interrupt")
+    finally:
+        sys.settrace(before)
+    if result is not None and len(result.eigenvalues):
+        vectors = result.eigenvectors
+        residuals = np.linalg.norm(op @ vectors - vectors * result.eigenvalues, axis=0)
+        np.testing.assert_allclose(result.residuals, residuals, rtol=1e-6, atol=1e-12)
+    resumed = linalg.eigsh(op, 3, method="primal", checkpoint=path)
+    np.testing.assert_array_equal(resumed.eigenvectors, whole.eigenvectors)
+    assert resumed.products == whole.products
+
+
+@pytest.mark.parametrize("method", ["dual", "dense", "primal"])
+def test_an_inverse_follows_parameters(method):
+    case = make_case("dense", "ce", sizes=(6, 5))
+    op = fo.FisherMCLinearOperator(case.model, case.loss, data=case.data)
+    inverse = linalg.inv(op, 0.1, method=method, rtol=1e-9)
+    b = np.random.default_rng(0).standard_normal(case.D)
+    first = inverse @ b
+    with torch.no_grad():
+        for p in case.model.parameters():
+            p.mul_(1.5)
+    second = inverse @ b
+    assert np.abs(second - first).max() > 1e-3
+    np.testing.assert_allclose(second, np.linalg.solve(dense(op) + 0.1 * np.eye(case.D), b), atol=1e-7)
+
+
+def test_a_checkpoint_in_single_precision_knows_its_parameters(tmp_path):
+    case = make_case("dense", "ce", sizes=(30,), dtype=torch.float32)
+    op = fo.FisherMCLinearOperator(case.model, case.loss, data=case.data)
+    path = tmp_path / "state.npz"
+    linalg.eigsh(op, 2, method="primal", checkpoint=path)
+    with torch.no_grad():
+        next(case.model.parameters()).mul_(1 + 1e-6)
+    with pytest.raises(ValueError, match="checksum of the parameters is"):
+        linalg.eigsh(op, 2, method="primal", checkpoint=path)
+
+
+def test_a_regular_system_without_damping():
+    G = np.random.default_rng(0).standard_normal((30, 8))
+    b = np.ones(8)
+    expected = np.linalg.solve(G.T @ G, b)
+    op = operator(G)
+    for method in ("auto", "dense", "primal"):
+        np.testing.assert_allclose(linalg.solve(op, b, method=method, rtol=1e-11).x, expected, rtol=1e-8)
+        np.testing.assert_allclose(linalg.inv(op, 0.0, method=method, rtol=1e-11) @ b, expected, rtol=1e-8)
+    for routine in (lambda: linalg.solve(op, b, method="dual"), lambda: linalg.inv(op, 0, method="dual")):
+        with pytest.raises(ValueError, match="F is singular .or Woodbury's identity has no meaning for it"):
+            routine()
+
+
+@pytest.mark.parametrize("method", ["dual", "dense"])
+def test_inverses_are_as_good_as_they_say(method):
+    G = np.random.default_rng(0).standard_normal((50, 200))
+    op = operator(G, torch.float32)
+    F = dense(op)
+    largest = np.linalg.norm(F, 2)
+    b = F @ np.random.default_rng(1).standard_normal(200)
+    for ratio in (1e-2, 1e-4, 1e-5):
+        A = F + ratio * largest * np.eye(200)
+        x = linalg.inv(op, ratio * largest, method=method) @ b.astype(np.float32)
+        assert np.linalg.norm(A @ x - b) <= 1.1e-5 * np.linalg.norm(b) + 1e-6 * largest * np.linalg.norm(x)
+    with pytest.raises((RuntimeError, ValueError), match="not solved to its tolerance|not positive definite"):
+        linalg.inv(op, 1e-12 * largest, method=method) @ b.astype(np.float32)
+
+
+@pytest.mark.parametrize("size", [1e-23, 1e-12, 1e12, 1e20, 1e25])
+def test_right_hand_sides_of_any_size(size):
+    op = operator(np.random.default_rng(0).standard_normal((6, 9)), torch.float32)
+    b = np.ones(9, np.float32)
+    expected = np.linalg.solve(dense(op) + np.eye(9), b)
+    for method in WAYS:
+        result = linalg.solve(op, (size * b).astype(np.float32), 1.0, method=method)
+        assert result.converged
+        np.testing.assert_allclose(result.x / size, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("size", [1e-11, 1e11])
+def test_matrices_of_any_size(size):
+    op = operator(size * np.random.default_rng(0).standard_normal((6, 9)), torch.float32)
+    expected = np.linalg.eigvalsh(dense(op) / size**2)
+    for method in WAYS:
+        values = linalg.eigsh(op, 3, method=method).eigenvalues / size**2
+        np.testing.assert_allclose(values, expected[-3:], rtol=1e-4)
+        norm = linalg.frobenius_norm(op, method=method, probes=200)
+        error = 6 * norm.standard_error / size**2 + 1e-4
+        assert norm.value / size**2 == pytest.approx(np.linalg.norm(expected), abs=error)
+
+
+def test_rounding_is_not_a_dimension():
+    """F of rank 10, in single precision, with damping near to the rounding of its eigenvalues."""
+    rng = np.random.default_rng(0)
+    U, V = (np.linalg.qr(rng.standard_normal((n, 10)))[0] for n in (1500, 300))
+    op = operator(U @ V.T, torch.float32)
+    for method in ("dual", "dense"):
+        for damping in (1e-5, 1e-6, 1e-7):
+            assert linalg.effective_dimension(op, damping, method=method).value == pytest.approx(10, rel=1e-3)
+            log = linalg.slogdet(op, damping, method=method).logabsdet
+            assert log == pytest.approx(10 * np.log1p(damping) + 290 * np.log(damping), abs=0.02)
+
+
+@pytest.mark.parametrize("rows", [10_000, 300_000])
+def test_many_equal_rows_keep_their_digits(rows):
+    op = operator(np.full((rows, 2), 1.1), torch.float32)
+    expected = np.full((2, 2), rows * np.float32(1.1 / 2**0.5).astype(float) ** 2 * 2)
+    np.testing.assert_allclose(op.todense(), expected, rtol=1e-4)
+    np.testing.assert_allclose(op.diagonal(), np.diag(expected), rtol=1e-5)
+    np.testing.assert_allclose(op @ np.ones(2, np.float32), expected.sum(1), rtol=3e-4)
+
+
+@pytest.mark.parametrize("options", [{"cache": "none"}, {"max_memory": 10}])
+def test_data_in_an_order_that_changes(options):
+    X, y = torch.randn(24, 3, dtype=torch.float64), torch.randint(3, (24,))
+    loader = DataLoader(TensorDataset(X, y, torch.arange(24)), batch_size=8, shuffle=True)
+    model = nn.Linear(3, 3).double()
+    op = fo.FisherMCLinearOperator(model, nn.CrossEntropyLoss(), data=loader, **options)
+    F = fo.FisherMCLinearOperator(model, nn.CrossEntropyLoss(), data=(X, y)).todense()
+    b = np.ones(12)
+    for method in ("auto", "primal"):
+        np.testing.assert_allclose(linalg.eigsh(op, 2, method=method).eigenvalues, np.linalg.eigvalsh(F)[-2:])
+        x = linalg.solve(op, b, 0.1, method=method, rtol=1e-10).x
+        np.testing.assert_allclose(x, np.linalg.solve(F + 0.1 * np.eye(12), b), rtol=1e-7)
+        assert linalg.spectral_density(op, method=method).counts.sum() <= 12 + 1e-9
+    with pytest.raises(ValueError, match="the rows of the score matrix have no order"):
+        linalg.eigsh(op, 2, method="dual")
+
+
+@pytest.mark.parametrize(
+    "context", [torch.device("meta"), torch.autocast("cpu", torch.bfloat16), torch.inference_mode()]
+)
+def test_the_callers_contexts_do_not_reach_in(context):
+    op = operator(np.random.default_rng(0).standard_normal((6, 9)), torch.float32)
+
+    def results(method):
+        pairs = linalg.eigsh(op, 2, method=method), linalg.eigsh(op, 2, "SM", method=method)
+        yield from (pair.eigenvalues for pair in pairs)
+        yield linalg.solve(op, np.ones(9), 0.1, method=method).x
+        yield linalg.slogdet(op, 0.1, method=method).logabsdet
+        yield linalg.spectral_density(op, np.linspace(0, 40, 5), method=method).counts
+        yield linalg.frobenius_norm(op, method=method).value
+
+    for method in WAYS:
+        expected = list(results(method))
+        with context:
+            for result, other in zip(results(method), expected, strict=True):
+                np.testing.assert_array_equal(result, other)
+
+
+def test_complex_operators_are_refused():
+    H = np.eye(3) + 0j
+    with pytest.raises(TypeError, match="got a complex operator: real symmetric ones are taken"):
+        linalg.eigsh(aslinearoperator(H), 1)

@@ -16,6 +16,9 @@ from fisherops.linalg._ways import EIGEN, choose, dense_matrix, outside_of_autoc
 
 _NAMED_DIRECTIONS, _NAMED_ENTRIES = 10, 4
 
+# Parameters up to which F itself is looked at, which tells scales from ranks.
+_DENSE = 2000
+
 
 @outside_of_autocast
 def crlb(op: Any, of: Any = None, *, method: str = "auto") -> Bounds:
@@ -34,6 +37,7 @@ def crlb(op: Any, of: Any = None, *, method: str = "auto") -> Bounds:
         functions, as columns A. A mapping from the name of a function to a mapping from names of parameters to
         coefficients: likewise, by name. For a function that is not linear pass its gradient.
     method : {"auto", "dual", "dense"}
+        "dense" decides the rank of F in units in which each parameter has unit information; "dual" in the user's.
 
     Returns
     -------
@@ -72,13 +76,25 @@ def crlb(op: Any, of: Any = None, *, method: str = "auto") -> Bounds:
     if method == "primal":
         raise ValueError("a singular F is told from a regular one by its eigenvalues: use method='dual' or 'dense'.")
     A, names = _functions(op, of)
-    way = choose(op, method, products=float("inf"), dense_flops=EIGEN)
+    if not names:
+        raise ValueError("`of` names no function.")
+    if not bool(A.isfinite().all()):
+        raise ValueError("`of` contains NaN or infinity.")
+    way = choose(op, method, products=float("inf"), dense_flops=EIGEN, dual=op.shape[0] > _DENSE or method == "dual")
     if way == "primal":
         raise ValueError("neither the Gram matrix nor F fits max_memory: raise it.")
-    values, U = torch.linalg.eigh(dense_matrix(op, way))
+    matrix = dense_matrix(op, way)
+    scale = None
+    if way == "dense":
+        # In units in which each parameter has unit information, so that rank does not depend on the user's.
+        diagonal = matrix.diagonal()
+        scale = torch.where(diagonal > 0, diagonal, torch.ones_like(diagonal)).rsqrt()
+        matrix = matrix * scale * scale[:, None]
+    values, U = torch.linalg.eigh(matrix)
     positive = values > zero_threshold(op, float(values[-1]), len(values))
     values, U = values[positive], U[:, positive]
-    if way == "dense":
+    if scale is not None:
+        A = A * scale[:, None]
         inner = U.T @ A
         inside = U @ inner
         scaled = inner / values.sqrt()[:, None]
@@ -93,7 +109,7 @@ def crlb(op: Any, of: Any = None, *, method: str = "auto") -> Bounds:
     infinite = lost.cpu().numpy()
     covariance[infinite] = covariance[:, infinite] = np.inf
     nullity = op.shape[0] - len(values)
-    directions = _name_directions(op, way, values, U, nullity)
+    directions = _name_directions(op, scale, values, U, nullity)
     return Bounds(covariance, np.sqrt(np.diag(covariance)), tuple(names), directions, nullity, way)
 
 
@@ -107,26 +123,38 @@ def _functions(op: FisherOperator, of: Any) -> tuple[Tensor, list[str]]:
             raise ValueError(f"`of` names {name!r}, which is no parameter: they are {list(shapes)}.")
         return str(name)
 
-    eye = torch.eye(D, dtype=torch.float64, device=op.device) if of is None or isinstance(of, str | list) else None
-    if of is None:
-        assert eye is not None
-        return eye, entries
-    if isinstance(of, str) or (isinstance(of, list) and of and all(isinstance(name, str) for name in of)):
-        assert eye is not None
-        chosen = [k for name in ([of] if isinstance(of, str) else of) for k in range(*spans[check(name)])]
-        return eye[:, chosen], [entries[k] for k in chosen]
+    def zeros(p: int) -> Tensor:
+        if 16 * D * p > op.max_memory:
+            raise ValueError(f"{p} functions of {D} parameters take {16 * D * p} bytes: pass fewer as `of`.")
+        return torch.zeros(D, p, dtype=torch.float64, device=op.device)
+
+    if of is None or isinstance(of, str) or (isinstance(of, list) and of and all(isinstance(n, str) for n in of)):
+        names = list(shapes) if of is None else [of] if isinstance(of, str) else of
+        chosen = [k for name in names for k in range(*spans[check(name)])]
+        A = zeros(len(chosen))
+        A[chosen, list(range(len(chosen)))] = 1
+        return A, [entries[k] for k in chosen]
     if isinstance(of, Mapping):
-        columns = []
-        for function in of.values():
-            column = torch.zeros(D, dtype=torch.float64, device=op.device)
+        A = zeros(len(of))
+        for column, function in enumerate(of.values()):
+            if not isinstance(function, Mapping):
+                raise TypeError(
+                    f"`of` maps the name of a function to a mapping of coefficients by parameter, got {function!r}."
+                )
             for name, coefficients in function.items():
-                values = torch.as_tensor(coefficients, dtype=torch.float64).to(op.device)
-                start, stop = spans[check(name)]
-                column[start:stop] = values.expand(shapes[name]).reshape(-1)
-            columns.append(column)
-        return torch.stack(columns, 1), [str(name) for name in of]
+                shape = shapes[check(name)]
+                values = coefficients.detach() if isinstance(coefficients, Tensor) else coefficients
+                values = torch.as_tensor(values, dtype=torch.float64, device=op.device)
+                if values.shape not in ((), shape):
+                    raise ValueError(
+                        f"the coefficients of {name!r} have shape {tuple(values.shape)}, the parameter {tuple(shape)}."
+                    )
+                A[slice(*spans[name]), column] = values.expand(shape).reshape(-1)
+        return A, [str(name) for name in of]
     A = _arrays.enter(of)[0]
     op._check_shape(A, "crlb")
+    if A.is_complex():
+        raise TypeError("real functions are taken, got complex coefficients: pass their parts.")
     A = A.to(op.device, torch.float64)
     A = A[:, None] if A.ndim == 1 else A
     return A, [f"function {k}" for k in range(A.shape[1])]
@@ -140,12 +168,17 @@ def _entry_names(op: FisherOperator) -> list[str]:
     return names
 
 
-def _name_directions(op: FisherOperator, way: str, values: Tensor, U: Tensor, nullity: int) -> tuple[str, ...]:
+def _name_directions(
+    op: FisherOperator, scale: Tensor | None, values: Tensor, U: Tensor, nullity: int
+) -> tuple[str, ...]:
     """Describe some directions of the null space by their largest entries."""
     if nullity == 0:
         return ()
     D = op.shape[0]
-    V = U if way == "dense" else op.scores.T._times(U.to(op.torch_dtype)).double() / values.sqrt()
+    if scale is None:
+        V = op.scores.T._times(U.to(op.torch_dtype)).double() / values.sqrt()
+    else:  # the null space in the user's units is that of U scaled, and orthogonal to U over the scale
+        V = torch.linalg.qr(U / scale[:, None])[0]
     # The projector onto the null space; its pivoted columns are the directions nearest to single parameters.
     entries = _entry_names(op)
     remaining = 1 - V.square().sum(1)

@@ -9,7 +9,6 @@ import torch
 
 from fisherops import _arrays
 from fisherops._checks import integer
-from fisherops.fisher import FisherOperator
 from fisherops.linalg._lanczos import Matrix
 from fisherops.linalg._probes import spectral_sums
 from fisherops.linalg._results import Density
@@ -31,12 +30,12 @@ def spectral_density(
         F, symmetric and positive semi-definite, (D, D).
     grid : array, optional
         (n + 1,), ascending edges of the bins. None makes 60 bins of equal width in log λ, from the size below which
-        eigenvalues are zero to rounding, λ_max · n · eps, to just above λ_max.
+        eigenvalues are zero to rounding, λ_max · n · eps with n the longer side of G, to just above λ_max.
     method : {"auto", "dual", "dense", "primal"}
         "dual" and "dense" count all eigenvalues; "primal" is stochastic Lanczos quadrature, whose mean over random "
         "vectors has
         a standard error. It resolves the upper end of the spectrum to single eigenvalues, and in the bulk as many bins
-        as it has steps.
+        as it has steps. The standard error is that of the random vectors, not of this resolution.
     probes, steps : int
         Random vectors of the primal way, at least 2, and products with each.
     seed : int
@@ -49,14 +48,13 @@ def spectral_density(
     A = as_operator(op)
     way = choose(A, method, products=EXACT * probes * steps, dense_flops=EIGENVALUES)
     values = None if way == "primal" else spectrum_of(A, way).cpu().numpy()
-    n = A.scores.shape[0] if way != "dense" and isinstance(A, FisherOperator) else A.shape[0]
     if grid is None:
         top = (
             eigsh(A, 1, method="primal", return_eigenvectors=False, tol=1e-3).eigenvalues[0]
             if values is None
             else values[-1]
         )
-        edges = _default_grid(float(top), zero_threshold(A, float(top), min(n, A.shape[0])))
+        edges = _default_grid(float(top), zero_threshold(A, float(top), A.shape[0]))
     else:
         edges = np.asarray(_arrays.enter(grid)[0].cpu(), dtype=float)
         if edges.ndim != 1 or len(edges) < 2 or not np.isfinite(edges).all() or (np.diff(edges) <= 0).any():

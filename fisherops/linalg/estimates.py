@@ -7,8 +7,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from fisherops._checks import integer
+from fisherops._linop import TorchLinearOperator
 from fisherops.fisher import FisherOperator
 from fisherops.linalg._probes import rademacher, spectral_sums
 from fisherops.linalg._results import Estimate
@@ -132,7 +134,7 @@ def frobenius_norm(op: Any, *, method: str = "auto", probes: int = PROBES, seed:
     way = choose(A, method, products=EXACT * probes, dense_flops=0.0)
     if way != "primal":
         return Estimate(float(dense_matrix(A, way).norm()), 0.0, way)
-    samples = A._times(rademacher(A, integer("probes", probes, 2), seed)).square().sum(0, dtype=torch.float64)
+    samples = A._times(rademacher(A, integer("probes", probes, 2), seed)).norm(dim=0, dtype=torch.float64).square()
     mean, error = float(samples.mean()), float(samples.std()) / probes**0.5
     return Estimate(mean**0.5, error / (2 * mean**0.5) if mean > 0 else 0.0, "primal")
 
@@ -170,7 +172,7 @@ def slogdet(
         if damping == 0:
             raise ValueError("the primal way needs damping > 0: the logarithm of zero eigenvalues has no quadrature.")
         value, error = spectral_sums(
-            A, lambda nodes: np.log(nodes + damping), integer("probes", probes, 2), steps, seed
+            A, lambda nodes: np.log(nodes + damping), integer("probes", probes, 2), integer("steps", steps, 1), seed
         )
         return LogDeterminant(1.0, float(value), float(error), way)
     if damping == 0:
@@ -180,6 +182,11 @@ def slogdet(
         return LogDeterminant(1.0, float(values.log().sum()), 0.0, way)
     matrix = dense_matrix(A, way)
     n = len(matrix)
+    if damping < 100 * zero_threshold(A, float(matrix.norm()), n):
+        # Eigenvalues of the size of rounding would count beside λ.
+        values = _without_rounding(A, torch.linalg.eigvalsh(matrix)[-D:])
+        value = float((values + damping).log().sum()) + (D - len(values)) * math.log(damping)
+        return LogDeterminant(1.0, value, 0.0, way)
     matrix.diagonal().add_(damping)
     factor, info = torch.linalg.cholesky_ex(matrix)
     if int(info):
@@ -216,8 +223,14 @@ def effective_dimension(
     way = choose(A, method, products=EXACT * probes * steps, dense_flops=EIGENVALUES)
     if way == "primal":
         value, error = spectral_sums(
-            A, lambda nodes: nodes / (nodes + damping), integer("probes", probes, 2), steps, seed
+            A, lambda nodes: nodes / (nodes + damping), integer("probes", probes, 2), integer("steps", steps, 1), seed
         )
         return Estimate(float(value), float(error), way)
-    values = spectrum_of(A, way).clamp_min(0)
+    values = _without_rounding(A, spectrum_of(A, way))
     return Estimate(float((values / (values + damping)).sum()), 0.0, way)
+
+
+def _without_rounding(A: TorchLinearOperator, values: Tensor) -> Tensor:
+    """Return eigenvalues with those that are zero to rounding as zeros."""
+    threshold = zero_threshold(A, float(values[-1]), len(values))
+    return torch.where(values > threshold, values, torch.zeros_like(values))

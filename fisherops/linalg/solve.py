@@ -272,8 +272,8 @@ class DampedInverse(TorchLinearOperator):
                 X, R, steps = _refined(self._op, V, self.damping, self, targets)
                 norms = _norms(R)
                 solution = Solution(X, norms, steps, bool((norms <= targets).all()), self.method)
-            X: Tensor = _converged(solution).x
-        return X
+            product: Tensor = _converged(solution).x
+        return product
 
     def direct(self, V: Tensor) -> Tensor:
         """Multiply by the factor alone, without refinement."""

@@ -16,6 +16,9 @@ _CACHED_BYTES = 5 * 2**19
 _MANY_ROWS, _FEW_ROWS = 128, 64
 _LONG = 2**17
 
+# Rows that are summed at once in the compute precision: more of them would lose digits.
+_ROWS_PER_SUM = 2**14
+
 # Bytes that a block of rows, or what a product needs beside its vectors, may take.
 _BLOCK_BYTES = 2**26
 
@@ -86,7 +89,7 @@ class HeldScores:
         cached, least = (8 * _CACHED_BYTES, _MANY_ROWS) if takes_onednn(V) else (_CACHED_BYTES, 2)
         if V.device.type != "cpu":
             cached = _BLOCK_BYTES
-        step = max(least, cached // (length * self._dense.itemsize))
+        step = min(max(least, cached // (length * self._dense.itemsize)), _ROWS_PER_SUM)
         for rows, w in zip(self._dense.split(step), W.split(step, 1), strict=True):
             w += times_transposed(V, rows)
             w = w.contiguous()
@@ -127,7 +130,7 @@ class HeldScores:
             blocks = (rows.square().sum(0) for rows in self.rows())
             return sum(blocks, self._dense.new_zeros(self._numel))
         total = self._dense.new_zeros(1, self._numel)
-        self._scatter(self._dense.square().sum(0, keepdim=True), total)
+        self._scatter(self._dense.square().sum(0, keepdim=True, dtype=torch.float64).to(total.dtype), total)
         for (start, stop), part in self._parts:
             total[0, start:stop] = part.diagonal()
         return total[0]
