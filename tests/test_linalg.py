@@ -807,3 +807,12 @@ def test_complex_operators_are_refused():
     H = np.eye(3) + 0j
     with pytest.raises(TypeError, match="got a complex operator: real symmetric ones are taken"):
         linalg.eigsh(aslinearoperator(H), 1)
+
+
+def test_small_eigenvalues_of_many_parameters_are_not_zeros():
+    """Far above the rounding of the Gram matrix, though below D · eps."""
+    rng = np.random.default_rng(0)
+    V = np.linalg.qr(rng.standard_normal((200_000, 3)))[0]
+    op = operator(np.diag([1.0, 0.9, 0.1]) @ V.T, torch.float32)
+    for method in ("dual", "primal"):
+        np.testing.assert_allclose(linalg.eigsh(op, 3, method=method).eigenvalues, [0.01, 0.81, 1.0], rtol=1e-3)

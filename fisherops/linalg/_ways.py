@@ -126,9 +126,13 @@ def dense_matrix(op: TorchLinearOperator, way: str) -> Tensor:
 
 
 def zero_threshold(op: TorchLinearOperator, largest: float, n: int) -> float:
-    """Return the size below which eigenvalues are zero to rounding: λ_max · n · eps, n the longer side of G."""
-    n = max(n, op.shape[0], op.num_rows if isinstance(op, FisherOperator) else 0)
-    return abs(largest) * n * float(torch.finfo(op.torch_dtype).eps)
+    """Return the size below which eigenvalues of a matrix of size n are zero to rounding.
+
+    λ_max · eps · n is NumPy's convention for the rank of the matrix; its entries are sums over the other side of G, m
+    terms, whose rounding is about √m · eps.
+    """
+    sides = op.shape[0], op.num_rows if isinstance(op, FisherOperator) else 0
+    return abs(largest) * max(n, max(sides) ** 0.5) * float(torch.finfo(op.torch_dtype).eps)
 
 
 Function = TypeVar("Function", bound=Callable[..., Any])

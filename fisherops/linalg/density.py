@@ -30,7 +30,7 @@ def spectral_density(
         F, symmetric and positive semi-definite, (D, D).
     grid : array, optional
         (n + 1,), ascending edges of the bins. None makes 60 bins of equal width in log λ, from the size below which
-        eigenvalues are zero to rounding, λ_max · n · eps with n the longer side of G, to just above λ_max.
+        eigenvalues are zero to rounding, about λ_max · n · eps for a matrix of size n, to just above λ_max.
     method : {"auto", "dual", "dense", "primal"}
         "dual" and "dense" count all eigenvalues; "primal" is stochastic Lanczos quadrature, whose mean over random "
         "vectors has
