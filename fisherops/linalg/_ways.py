@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -132,7 +133,7 @@ def zero_threshold(op: TorchLinearOperator, largest: float, n: int) -> float:
     terms, whose rounding is about √m · eps.
     """
     sides = op.shape[0], op.num_rows if isinstance(op, FisherOperator) else 0
-    return abs(largest) * max(n, max(sides) ** 0.5) * float(torch.finfo(op.torch_dtype).eps)
+    return abs(largest) * max(n, math.sqrt(max(sides))) * float(torch.finfo(op.torch_dtype).eps)
 
 
 Function = TypeVar("Function", bound=Callable[..., Any])
