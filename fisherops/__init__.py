@@ -1,6 +1,6 @@
 """The Fisher information matrix of a PyTorch model as a true SciPy ``LinearOperator``."""
 
-from fisherops import linalg
+from fisherops import distributed, linalg
 from fisherops.fisher import EmpiricalFisherLinearOperator, FisherLinearOperator, FisherMCLinearOperator
 from fisherops.scores import PlanWarning
 
@@ -12,5 +12,6 @@ __all__ = [
     "FisherMCLinearOperator",
     "PlanWarning",
     "__version__",
+    "distributed",
     "linalg",
 ]

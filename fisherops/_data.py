@@ -6,6 +6,7 @@ import operator
 import weakref
 import zlib
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -14,12 +15,17 @@ from tqdm import tqdm
 
 from fisherops import _arrays
 from fisherops._checks import integer
+from fisherops._ranks import Alone
 from fisherops._tree import leaves, map_arrays
 
 _EXPECTED = (
     "Pass a list of batches [(X, y), ...] or [(X, y, index), ...], a DataLoader, another re-iterable of them, or one "
     "pair of arrays (X, y)."
 )
+
+
+# Places that ranks compare at a time.
+_PLACES_AT_ONCE = 2**20
 
 
 class Batch(NamedTuple):
@@ -58,11 +64,13 @@ class Data:
         Whether the order of the data matters even where batches (X, y, index) say which data they hold.
     progressbar : bool
         Whether passes show a tqdm bar on stderr.
+    ranks : Alone
+        Those among which the data are divided.
 
     Attributes
     ----------
     num_data : int or None
-        Number of data, known after the first complete pass.
+        Number of data here, known after the first complete pass.
     """
 
     def __init__(
@@ -78,6 +86,7 @@ class Data:
         verify: bool,
         ordered: bool,
         progressbar: bool,
+        ranks: Alone,
     ) -> None:
         self._device = device
         self._dtype = dtype
@@ -86,12 +95,14 @@ class Data:
         self._said_num_data = None if num_data is None else integer("num_data", num_data, 1)
         self._verify = verify
         self._ordered = ordered
-        self._progressbar = progressbar
+        self._progressbar = progressbar and ranks.rank == 0
+        self._ranks = ranks
+        self._offset = 0
         self._prints: list[_Print] = []
-        self._sum_of_places = 0
+        self._sum_of_places = self._passes = 0
         self.num_data: int | None = None
         self.order_is_free = False
-        """Whether batches say which data they hold, so that another pass may read them in another order."""
+        """Whether batches say which data they hold, and were read in another order or contents were not looked at."""
         self._source = _as_source(source, batch_size)
 
     def batches(self, description: str) -> Generator[Batch]:
@@ -121,35 +132,55 @@ class Data:
         ) as bar:
             for index, item in enumerate(bar):
                 X, y, size, places = self._unpack(index, item)
-                self.order_is_free = free = places is not None and not self._ordered
+                free = places is not None and not self._ordered
                 contents = (X, y) if places is None else (X, y, places)
                 if first_pass:
-                    prints.append(_Print(contents, size, self._verify and not free))
+                    prints.append(_Print(contents, size, self._verify))
+                    self.order_is_free = free and not self._verify
                 elif index >= len(prints):
                     raise RuntimeError(_changed(f"the first pass read {len(prints)} batches, this one has more"))
-                elif not free and not prints[index].matches(contents, size):
-                    raise RuntimeError(_changed(f"batch {index} is not the one that the first pass read"))
+                elif not self.order_is_free and not prints[index].matches(contents, size):
+                    if not free or self._passes > 1:
+                        raise RuntimeError(_changed(f"batch {index} is not the one that the first pass read"))
+                    self.order_is_free = True
                 if places is None:
-                    places = torch.arange(total, total + size, device="cpu")
+                    places = torch.arange(total, total + size, device="cpu") + self._offset
+                else:
+                    sum_of_places += int(places.sum())
                 if first_pass and free:
                     seen.append(places)
-                sum_of_places += int(places.sum())
                 count, total = index + 1, total + size
                 ready = self._ready(X, self._convert), self._ready(y, False)
                 yield Batch(index, *ready, size, places.to(self._device))
         if count < len(prints):
             raise RuntimeError(_changed(f"the first pass read {len(prints)} batches, this one only {count}"))
-        if count == 0:
+        if first_pass:
+            _check_distinct(seen)
+            self._join(total, seen)
+        elif (total, sum_of_places) != (self.num_data, self._sum_of_places):
+            raise RuntimeError(_changed(f"the first pass read {self.num_data} data, this one other ones ({total})"))
+        self._prints, self.num_data, self._sum_of_places = prints, total, sum_of_places
+        self._passes += 1
+
+    def _join(self, own: int, places: list[Tensor]) -> None:
+        """Compare with the data of the other ranks: without indices, ours follow those of the ranks before."""
+        ranks = self._ranks
+        ranks.agree("the first pass over the data", num_data=self._said_num_data)
+        shares = ranks.share((own, bool(places)))
+        total = sum(number for number, _ in shares)
+        if total == 0:
             raise ValueError(f"`data` has no batches, so there is no Fisher. {_EXPECTED}")
         if self._said_num_data is not None and total != self._said_num_data:
             raise ValueError(
                 f"`num_data` is {self._said_num_data}, but the data has {total}: leave it out, or correct it. "
                 "(A `batch_size_fn` that counts wrongly also causes this.)"
             )
-        _check_distinct(seen)
-        if not first_pass and (total, sum_of_places) != (self.num_data, self._sum_of_places):
-            raise RuntimeError(_changed(f"the first pass read {self.num_data} data, this one other ones ({total})"))
-        self._prints, self.num_data, self._sum_of_places = prints, total, sum_of_places
+        if len({indexed for number, indexed in shares if number}) > 1:
+            raise ValueError("the batches of some ranks are (X, y, index), and those of others are not.")
+        if any(indexed for _, indexed in shares):
+            _check_distinct_over(ranks, torch.cat(places) if places else torch.zeros(0, dtype=torch.int64))
+        else:
+            self._offset = sum(number for number, _ in shares[: ranks.rank])
 
     def _unpack(self, index: int, item: Any) -> tuple[Any, Any, int, Tensor | None]:
         if not isinstance(item, tuple | list) or len(item) not in (2, 3):
@@ -226,7 +257,7 @@ class Data:
 
 def _as_source(source: Any, batch_size: int | None) -> Iterable[Any]:
     batch_size = None if batch_size is None else integer("batch_size", batch_size, 1)
-    if _is_pair(source):
+    if is_pair(source):
         return _slices(source[0], source[1], batch_size)
     if batch_size is not None:
         raise ValueError(
@@ -245,7 +276,7 @@ def _as_source(source: Any, batch_size: int | None) -> Iterable[Any]:
     return source  # type: ignore[no-any-return]
 
 
-def _is_pair(source: Any) -> bool:
+def is_pair(source: Any) -> bool:
     """Whether the data are (X, y) at once, and not two batches (X, y)."""
     if not isinstance(source, tuple | list) or len(source) != 2:
         return False
@@ -258,6 +289,15 @@ def _is_pair(source: Any) -> bool:
 
 def _slices(X: Any, y: Any, batch_size: int | None) -> list[tuple[Any, Any]]:
     """Cut a pair of arrays into batches, which are views."""
+    N = length_of_pair(X, y)
+    step = batch_size or max(N, 1)
+    cuts = [slice(start, min(start + step, N)) for start in range(0, N, step)]
+    rows = [operator.itemgetter((cut, ...)) for cut in cuts]
+    return [(map_arrays(own, X), map_arrays(own, y)) for own in rows]
+
+
+def length_of_pair(X: Any, y: Any) -> int:
+    """Return the number of data in a pair of arrays."""
     inputs, targets = leaves(X), leaves(y)
     if not inputs:
         raise TypeError(f"the inputs X of the pair must be arrays, got {type(X).__name__}. {_EXPECTED}")
@@ -266,10 +306,7 @@ def _slices(X: Any, y: Any, batch_size: int | None) -> list[tuple[Any, Any]]:
         shapes = [str([tuple(a.shape) for a in arrays]) for arrays in (inputs, targets)]
         raise ValueError(f"the arrays X and y must have one row for each datum, got shapes {' and '.join(shapes)}.")
     (N,) = lengths
-    step = batch_size or max(N, 1)
-    cuts = [slice(start, min(start + step, N)) for start in range(0, N, step)]
-    rows = [operator.itemgetter((cut, ...)) for cut in cuts]
-    return [(map_arrays(own, X), map_arrays(own, y)) for own in rows]
+    return N
 
 
 def _check_distinct(places: list[Tensor]) -> None:
@@ -285,6 +322,24 @@ def _check_distinct(places: list[Tensor]) -> None:
                     "must be the place of one datum in the data set."
                 )
             batches[place] = number
+
+
+def _check_distinct_over(ranks: Alone, own: Tensor) -> None:
+    """Raise ValueError if a datum occurs on two ranks."""
+    ends = [int(own.min()), int(own.max()) + 1] if len(own) else [0, 0]
+    spans = sorted((start, stop) for start, stop in ranks.share(ends) if stop)
+    if all(before[1] <= after[0] for before, after in pairwise(spans)):
+        return
+    for start in range(spans[0][0], max(stop for _, stop in spans), _PLACES_AT_ONCE):
+        inside = own[(own >= start) & (own < start + _PLACES_AT_ONCE)] - start
+        counts = ranks.sum(torch.bincount(inside, minlength=_PLACES_AT_ONCE))
+        if (counts > 1).any():
+            place = start + int(counts.argmax())
+            holders = [rank for rank, holds in enumerate(ranks.share(bool((own == place).any()))) if holds]
+            raise ValueError(
+                f"the index {place} names a datum on rank {holders[0]} and another on rank {holders[1]}: each must be "
+                "the place of one datum in the data set."
+            )
 
 
 class _Print:
@@ -334,7 +389,8 @@ def _checksum(t: Tensor) -> int:
     elif t.layout is not torch.strided:
         t = t.to_dense()
     t = t.detach().resolve_conj().resolve_neg().cpu().contiguous()
-    return zlib.crc32(t.reshape(-1).view(torch.uint8).numpy().data)
+    t = t.as_strided((t.numel(),), (1,))  # one element alone may have any stride
+    return zlib.crc32(t.view(torch.uint8).numpy().data)
 
 
 def _changed(what: str) -> str:

@@ -17,6 +17,7 @@ from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
 from fisherops import _arrays
+from fisherops._ranks import Alone
 
 # Shapes that products take: with one vector, with a matrix, with either.
 _SHAPES = {True: "({0},) or ({0}, 1)", False: "({0}, K)", None: "({0},) or ({0}, K)"}
@@ -74,6 +75,13 @@ class TorchLinearOperator(LinearOperator):
     def _adjoint(self) -> TorchLinearOperator:
         """Return the conjugate transpose; the same as the transpose where the operator is real."""
         return self._transpose()
+
+    @property
+    def ranks(self) -> Alone:
+        """The processes that multiply together; all of them make the same calls."""
+        parts = (getattr(self, name, None) for name in ("_A", "_B"))
+        known = [part.ranks for part in parts if isinstance(part, TorchLinearOperator) and part.ranks.size > 1]
+        return known[0] if known else Alone()
 
     # ---- Products -----------------------------------------------------------------------------
 

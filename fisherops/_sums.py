@@ -12,12 +12,18 @@ class CompensatedSum:
     Its error stays at about one rounding of the result however many tensors are added, where a plain running sum
     loses digits in proportion to their number.
 
+    Parameters
+    ----------
+    like : torch.Tensor
+        Of the shape, dtype and device of the terms.
+
     References
     ----------
     W. Kahan, Further remarks on reducing truncation errors, Comm. ACM 8 (1965) 40, doi:10.1145/363707.363723.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, like: Tensor) -> None:
+        self._like = like
         self._sum: Tensor | None = None
         self._error: Tensor | None = None
 
@@ -34,6 +40,5 @@ class CompensatedSum:
         self._sum.copy_(total)
 
     def value(self) -> Tensor:
-        """Return the sum; at least one tensor must have been added."""
-        assert self._sum is not None
-        return self._sum
+        """Return the sum; that of no terms is zero."""
+        return torch.zeros_like(self._like) if self._sum is None else self._sum

@@ -6,8 +6,8 @@ import copy
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager
-from typing import Any
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -22,15 +22,22 @@ from fisherops._memory import as_bytes, is_memory_error
 from fisherops._model import ModelFunction, as_function, isolated
 from fisherops._params import Parameters, as_dtype, select
 from fisherops._randomness import fixed_randomness
+from fisherops._ranks import Alone, ranks_of
 from fisherops._sums import CompensatedSum
 from fisherops._tree import leaves, map_arrays
+from fisherops.distributed import with_indices
 from fisherops.likelihoods import Draws, Likelihood, OutputFactor, Terms
 from fisherops.score_matrix import ScoreMatrix
 from fisherops.scores import CACHES, BatchJacobian, Differentiation, Keeper, Plan, RecomputedScores, Scores
 
-# Columns of a product are taken together up to this size, or few of them where the model is evaluated for each block.
+# Columns of a product are taken together up to this size, but a few at least.
 _CHUNK_BYTES = 2**24
 _FEW_COLUMNS = 8
+
+# What the ranks of a process group compare before they sum.
+_VECTORS = "the checksum of the vectors (SciPy's solvers draw others on each rank unless v0 or rng is given)"
+
+Item = TypeVar("Item")
 
 # Rows that are summed in the compute precision without compensation.
 _ROWS_PER_SUM = 8192
@@ -53,6 +60,14 @@ class _Evaluation:
             return self._model(point, X)
         with fixed_randomness(self._device, 1):
             return self._model(point, X)
+
+
+class Kept(NamedTuple):
+    """What all ranks of an operator keep, and the memory that is left on the one with the least."""
+
+    nbytes: int
+    memory_left: int
+    holds_rows: bool
 
 
 class FisherOperator(TorchLinearOperator):
@@ -79,6 +94,7 @@ class FisherOperator(TorchLinearOperator):
         batch_size: int | None = None,
         cache: str = "auto",
         max_memory: int | str | None = None,
+        process_group: Any = None,
     ) -> None:
         if cache not in CACHES:
             raise ValueError(f"`cache` must be one of {', '.join(map(repr, CACHES))}, got {cache!r}.")
@@ -89,10 +105,11 @@ class FisherOperator(TorchLinearOperator):
         self._likelihood = likelihoods.of_loss(loss_func)
         self._parameters = Parameters(select(model_func, params), as_dtype(dtype))
         self._model = as_function(model_func, self._parameters, functional=isinstance(params, Mapping))
+        self._ranks = ranks_of(process_group, self._parameters.device)
         self._evaluate = _Evaluation(self._model, self._parameters.device, check_deterministic)
         self._differentiation = Differentiation(self._evaluate, self._likelihood.flatten, self._parameters)
         self._data = Data(
-            data,
+            with_indices(data, self._ranks),
             device=self._parameters.device,
             dtype=self._parameters.dtype,
             convert=self._model.converts,
@@ -102,6 +119,7 @@ class FisherOperator(TorchLinearOperator):
             verify=check_deterministic,
             ordered=self._ordered,
             progressbar=progressbar,
+            ranks=self._ranks,
         )
         self._cache = cache
         self._max_memory = as_bytes(max_memory, self._parameters.device)
@@ -111,11 +129,30 @@ class FisherOperator(TorchLinearOperator):
         super().__init__((D, D), self._parameters.dtype, self._parameters.device)
         self._checked = check_deterministic
         self._reached: frozenset[str] = frozenset()
+        self._divisors = _Divisors(self._likelihood)
         self._c: Tensor | None = None
-        if check_deterministic:
-            self._check_deterministic()
+        self._number = self._ranks.number()
+        with self._step("construction", **self._identity()):
+            if check_deterministic:
+                self._check_deterministic()
+            elif self._ranks.size > 1:
+                self._read()  # which data are whose must be known before the first draw
 
     # ---- What a subclass says -----------------------------------------------------------------
+
+    def _identity(self) -> dict[str, Any]:
+        """Return what must be the same on all ranks."""
+        if self._ranks.size == 1:
+            return {}
+        return {
+            "the operator": type(self).__name__,
+            "the dtype": str(self.torch_dtype),
+            "the loss": "/".join(self._likelihood.reductions) + f" of {type(self._likelihood).__name__}",
+            "the shapes of the parameters": {name: tuple(shape) for name, shape in self.parameter_shapes.items()},
+            "the checksum of the parameters": self.parameter_checksum,
+            "rows": self._rows,
+            "mc_samples": self._samples,
+        }
 
     def _start_sampler(self) -> StreamSampler | CounterSampler | None:
         """Return the sampler for one pass over the data, if any is needed."""
@@ -128,26 +165,26 @@ class FisherOperator(TorchLinearOperator):
     # ---- Products -----------------------------------------------------------------------------
 
     def _apply(self, V: Tensor) -> Tensor:
-        with self._pass("product") as batches:
-            # Few columns at a time, whose memory is used again for the next.
-            step = max(1 if isinstance(batches, list) else _FEW_COLUMNS, _CHUNK_BYTES // (V.shape[0] * V.itemsize))
-            products = _sums_of_products(batches, torch.split(V, step, dim=1))
-            if V.shape[1] <= step:
-                return _check_result(next(products), V)
-            result = torch.empty_like(V, memory_format=torch.contiguous_format)
-            for columns in torch.split(result, step, dim=1):
-                columns.copy_(next(products))
+        with self._pass("product", **self._marks(V)) as batches:
+            # Few columns at a time, whose memory is used again for the next; as many on all ranks.
+            step = max(_FEW_COLUMNS, _CHUNK_BYTES // (V.shape[0] * V.itemsize))
+            blocks = torch.split(V, step, dim=1)
+            # The sum of a block over the ranks is under way while the next block is multiplied.
+            sums = _one_ahead(map(self._ranks.begin_sum, _sums_of_products(batches, blocks)))
+            if len(blocks) == 1:
+                result = next(sums).value()
+            else:
+                result = torch.empty_like(V, memory_format=torch.contiguous_format)
+                for columns, total in zip(torch.split(result, step, dim=1), sums, strict=True):
+                    columns.copy_(total.value())
         return _check_result(result, V)
 
     def todense(self) -> np.ndarray[Any, Any]:
         """Return F as a NumPy array of shape (D, D), from the rows of G."""
-        total = CompensatedSum()
         with self._pass("dense") as batches:
-            for scores in batches:
-                for rows in scores.rows():
-                    for block in rows.split(_ROWS_PER_SUM):
-                        total.add(block.T @ block)
-        return _check_result(total.value()).cpu().numpy()
+            blocks = (block for scores in batches for rows in scores.rows() for block in rows.split(_ROWS_PER_SUM))
+            result = self._sum((block.T @ block for block in blocks), *self.shape)
+        return _check_result(result).cpu().numpy()
 
     def diagonal(self) -> np.ndarray[Any, Any]:
         """Return the diagonal of F as a NumPy array of shape (D,), exactly: the squared norms of the columns of G."""
@@ -158,11 +195,16 @@ class FisherOperator(TorchLinearOperator):
         return float(self._diagonal().sum(dtype=torch.float64))
 
     def _diagonal(self) -> Tensor:
-        total = CompensatedSum()
         with self._pass("diagonal") as batches:
-            for scores in batches:
-                total.add(scores.diagonal())
-        return _check_result(total.value())
+            result = self._sum((scores.diagonal() for scores in batches), self.shape[0])
+        return _check_result(result)
+
+    def _sum(self, terms: Iterable[Tensor], *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """Sum over batches and ranks."""
+        total = CompensatedSum(torch.empty(shape, dtype=dtype or self.torch_dtype, device=self.device))
+        for term in terms:
+            total.add(term)
+        return self._ranks.sum(total.value())
 
     @property
     def parameter_shapes(self) -> dict[str, torch.Size]:
@@ -188,24 +230,38 @@ class FisherOperator(TorchLinearOperator):
         return self._model.state()
 
     @property
+    def ranks(self) -> Alone:
+        """The processes among which the data are divided; all of them make the same calls (see `process_group`)."""
+        return self._ranks
+
+    @property
     def max_memory(self) -> int:
-        """Bytes that may be kept."""
+        """Bytes that may be kept, on this rank."""
         return self._max_memory
 
     @property
+    def kept(self) -> Kept:
+        """What is kept between products on all ranks together."""
+        plan = self.plan
+        with self._step("what is kept"):
+            shares = self._ranks.share((plan.nbytes, self._max_memory - plan.nbytes, plan.holds_rows))
+        nbytes, left, rows = zip(*shares, strict=True)
+        return Kept(sum(nbytes), min(left), all(rows))
+
+    @property
     def num_rows(self) -> int:
-        """Rows of the score matrix."""
-        if self._keeper is not None and self._keeper.complete and self._state == self._model.state():
-            return sum(scores.count for scores in self._keeper.kept if scores is not None)
+        """Rows of the score matrix, of all ranks."""
         _ = self.plan
         with self._pass("rows") as batches:
-            return sum(scores.count for scores in batches)
+            return sum(self._ranks.share(sum(scores.count for scores in batches)))
 
     @property
     def rows_have_order(self) -> bool:
         """Whether every pass lists the rows of the score matrix in the same order, as `scores` needs it."""
         _ = self.plan
-        return not self._data.order_is_free or (self._keeper is not None and self._keeper.complete)
+        assert self._keeper is not None
+        with self._step("order of the rows"):
+            return all(self._ranks.share(not self._data.order_is_free or self._keeper.complete))
 
     @property
     def reductions(self) -> tuple[str, ...]:
@@ -218,14 +274,14 @@ class FisherOperator(TorchLinearOperator):
         return ScoreMatrix(self)
 
     @contextmanager
-    def _ordered_pass(self, description: str) -> Iterator[Iterable[Scores]]:
+    def _ordered_pass(self, description: str, V: Tensor | None = None) -> Iterator[Iterable[Scores]]:
         """Go through G by batches that come in the same order every time, as the rows of G do."""
         if not self.rows_have_order:
             raise ValueError(
                 "the batches come in another order in every pass and are not all kept, so the rows of the score "
                 "matrix have no order: pass data in a fixed order, or a larger max_memory."
             )
-        with self._pass(description) as batches:
+        with self._pass(description, **self._marks(V)) as batches:
             yield batches
 
     # ---- What is kept -------------------------------------------------------------------------
@@ -254,14 +310,25 @@ class FisherOperator(TorchLinearOperator):
 
     # ---- One pass over the data ---------------------------------------------------------------
 
+    def _marks(self, V: Tensor | None) -> dict[str, Any]:
+        """Return what the ranks compare of the vectors that they multiply."""
+        return {} if V is None else {"the number of columns": V.shape[1], _VECTORS: self._ranks.checksum(V)}
+
+    def _step(self, description: str, **values: Any) -> AbstractContextManager[None]:
+        """Do something together with the other ranks, which must pass the same values."""
+        return self._ranks.step(f"{description} of operator {self._number}", **values)
+
     @contextmanager
-    def _pass(self, description: str, kept: bool = True) -> Iterator[Iterable[Scores]]:
+    def _pass(self, description: str, kept: bool = True, **values: Any) -> Iterator[Iterable[Scores]]:
         """Go through G by batches: those that are kept, as a list if they are all, and the others by reading the data.
 
-        With ``kept=False`` vectors of the output factor are as they were drawn, and nothing is kept.
+        With ``kept=False`` vectors of the output factor are as they were drawn, and nothing is kept. All ranks go
+        through their own batches; what they find is summed or gathered inside.
         """
-        with isolated(self.device), torch.no_grad(), ExitStack() as stack:
-            keeper = self._keeper if kept and self._state == self._model.state() else None
+        keeper = self._keeper if kept and self._state == self._model.state() else None
+        # What a rank does next must not depend on more than the ranks have compared.
+        values["whether the parameters are those of the last product"] = keeper is not None
+        with isolated(self.device), torch.no_grad(), self._step(description, **values), ExitStack() as stack:
             if keeper is not None and keeper.complete:
                 yield [scores for scores in keeper.kept if scores is not None]
                 return
@@ -269,7 +336,8 @@ class FisherOperator(TorchLinearOperator):
             if self._checked:
                 stack.enter_context(self._model.refuse_faults())
             if self._c is None:
-                self._c = self._sum_divisors()
+                self._sum_divisors()
+            assert self._c is not None
             batches = stack.enter_context(self._batches(description))
             if not kept:
                 yield self._scores(batches, self._c, None)
@@ -277,6 +345,8 @@ class FisherOperator(TorchLinearOperator):
                 yield self._scores(batches, self._c, keeper)
             else:
                 self._keeper = None
+                if self._ranks.size > 1:
+                    self._ranks.agree("parameters", **{"the checksum of the parameters": self.parameter_checksum})
                 keeper = Keeper(self._cache, self._max_memory)
                 yield self._scores(batches, self._c, keeper)
                 if not keeper.complete and (self._data.order_is_free or self._ordered):
@@ -338,8 +408,9 @@ class FisherOperator(TorchLinearOperator):
                 yield RecomputedScores(jacobian, make_factor(), batch.size)
         if chosen is not None and any(scores is not None for scores in chosen):
             return  # not every batch was looked at
-        self._check_reached(reached)
-        if not torch.allclose(divisors.total(), c, rtol=1e-6):
+        if self._data.num_data:
+            self._check_reached(reached)
+        if not torch.allclose(divisors.sum, self._divisors.sum, rtol=1e-6):
             raise RuntimeError(
                 "what reduction='mean' divides by changed from one pass to the next: the weights of the loss were "
                 "changed. Make a new operator."
@@ -367,8 +438,14 @@ class FisherOperator(TorchLinearOperator):
         except (TypeError, ValueError) as error:
             raise type(error)(f"batch {batch.number}: {error}") from None
 
-    def _sum_divisors(self) -> Tensor:
-        """Return c by a pass over the data that only evaluates the model."""
+    def _read(self) -> None:
+        """Read the data once."""
+        with isolated(self.device), self._batches("first pass") as batches:
+            for _ in batches:
+                pass
+
+    def _sum_divisors(self) -> None:
+        """Find c by a pass over the data that only evaluates the model."""
         divisors = _Divisors(self._likelihood)
         if divisors.needed:
             point = self._parameters.point()
@@ -377,7 +454,7 @@ class FisherOperator(TorchLinearOperator):
                 for batch in batches:
                     output = self._evaluate(point, batch.X)
                     divisors.add(self._terms(output, batch))
-        return divisors.total()
+        self._divisors, self._c = divisors, divisors.total(self._ranks)
 
     # ---- Checks -------------------------------------------------------------------------------
 
@@ -409,7 +486,7 @@ class FisherOperator(TorchLinearOperator):
                 for _ in batches:
                     pass
         self._evaluate.clones_inputs = writes
-        self._c = divisors.total()
+        self._divisors, self._c = divisors, divisors.total(self._ranks)
 
     def _check_reached(self, reached: frozenset[str]) -> None:
         """Compare the parameters that the outputs depend on with those of earlier passes."""
@@ -432,21 +509,22 @@ class _Divisors:
 
     def __init__(self, likelihood: Likelihood) -> None:
         self._mean = torch.tensor([reduction == "mean" for reduction in likelihood.reductions], device="cpu")
-        self._sum = torch.zeros(len(self._mean), dtype=torch.float64, device="cpu")
+        self.sum = torch.zeros(len(self._mean), dtype=torch.float64, device="cpu")
         self.needed = bool(self._mean.any())
 
     def add(self, terms: Terms) -> None:
         """Add those of one batch."""
-        self._sum = self._sum + torch.as_tensor(terms.divisor, dtype=torch.float64, device="cpu")
+        self.sum = self.sum + torch.as_tensor(terms.divisor, dtype=torch.float64, device="cpu") * self._mean
 
-    def total(self) -> Tensor:
-        """Return c for each head: 1 where the reduction is a sum."""
-        if (self._mean & (self._sum == 0)).any():
+    def total(self, ranks: Alone) -> Tensor:
+        """Return c for each head, of the data of all ranks: 1 where the reduction is a sum."""
+        total = ranks.sum(self.sum)
+        if (self._mean & (total == 0)).any():
             raise ValueError(
                 "every loss term of the data is ignored or has weight 0, so reduction='mean' divides by zero: "
                 "check `ignore_index` and the class weights, or use reduction='sum'."
             )
-        return torch.where(self._mean, self._sum, torch.ones_like(self._sum))
+        return torch.where(self._mean, total, torch.ones_like(total))
 
 
 class FisherMCLinearOperator(FisherOperator):
@@ -594,6 +672,7 @@ class FisherMCLinearOperator(FisherOperator):
         batch_size: int | None = None,
         cache: str = "auto",
         max_memory: int | str | None = None,
+        process_group: Any = None,
     ) -> None:
         self._seed = _seed(seed)
         self._samples = integer("mc_samples", mc_samples, 1)
@@ -614,11 +693,18 @@ class FisherMCLinearOperator(FisherOperator):
             batch_size=batch_size,
             cache=cache,
             max_memory=max_memory,
+            process_group=process_group,
         )
         self._needs_terms_by_datum = rows == "datum" or sampler == "counter"
 
+    def _identity(self) -> dict[str, Any]:
+        return {**super()._identity(), "seed": self._seed, "sampler": "stream" if self._ordered else "counter"}
+
     def _start_sampler(self) -> StreamSampler | CounterSampler:
-        return StreamSampler(self._seed, self.device) if self._ordered else CounterSampler(self._seed)
+        if not self._ordered:
+            return CounterSampler(self._seed)
+        # Ranks must not draw the same numbers; the golden ratio spreads their seeds.
+        return StreamSampler((self._seed + 0x9E3779B97F4A7C15 * self._ranks.rank) % 2**64, self.device)
 
     def resample(self, seed: int) -> FisherMCLinearOperator:
         """Return the operator with other draws for the same model and data; what was learnt about those is shared.
@@ -636,6 +722,8 @@ class FisherMCLinearOperator(FisherOperator):
         """
         other = copy.copy(self)
         other._seed = _seed(seed)
+        other._number = self._ranks.number()
+        self._ranks.agree(f"resampling of operator {self._number}", seed=seed)
         if self._keeper is not None and self._state == self._model.state():
             with isolated(self.device), torch.no_grad():
                 other._keeper, other._state = self._keeper.redrawn(other, other._start_sampler()), self._state
@@ -681,12 +769,11 @@ class FisherMCLinearOperator(FisherOperator):
         V = (x if x.ndim == 2 else x.unsqueeze(1)).to(self.device, self.torch_dtype)
         if V.shape[1] == 0:
             return leave(V[0].clone())
-        total = CompensatedSum()
-        with self._pass("standard error", kept=False) as batches:
-            for scores in batches:
-                forms = scores.apply(V).square().view(-1, self._samples, V.shape[1])
-                total.add(forms.double().var(1).sum(0) * self._samples)
-        error = _check_result(total.value(), V).sqrt().to(self.torch_dtype)
+        with self._pass("standard error", kept=False, **self._marks(V)) as batches:
+            forms = (scores.apply(V).square().view(-1, self._samples, V.shape[1]).double() for scores in batches)
+            terms = (own.var(1).sum(0) * self._samples for own in forms)
+            variance = self._sum(terms, V.shape[1], dtype=torch.float64)
+        error = _check_result(variance, V).sqrt().to(self.torch_dtype)
         return float(error) if x.ndim == 1 else leave(error)
 
     def _factor(self, q: Likelihood, f: Tensor, terms: Terms, draws: Draws | None) -> OutputFactor:
@@ -750,6 +837,7 @@ class FisherLinearOperator(FisherOperator):
         batch_size: int | None = None,
         cache: str = "auto",
         max_memory: int | str | None = None,
+        process_group: Any = None,
     ) -> None:
         # Without `rows`: the terms of a datum are independent, so its joint likelihood has the same Fisher.
         super().__init__(
@@ -765,6 +853,7 @@ class FisherLinearOperator(FisherOperator):
             batch_size=batch_size,
             cache=cache,
             max_memory=max_memory,
+            process_group=process_group,
         )
 
     def _factor(self, q: Likelihood, f: Tensor, terms: Terms, draws: Draws | None) -> OutputFactor:
@@ -807,10 +896,19 @@ class EmpiricalFisherLinearOperator(FisherOperator):
         return _checked(q.scores(f, q.observed(terms)), q, f, 1)
 
 
+def _one_ahead(items: Iterable[Item]) -> Iterator[Item]:
+    """Yield each item when the next is made."""
+    previous: list[Item] = []
+    for item in items:
+        yield from previous
+        previous = [item]
+    yield from previous
+
+
 def _sums_of_products(batches: Iterable[Scores], blocks: Sequence[Tensor]) -> Iterator[Tensor]:
     """Sum GᵀG V over batches for blocks of columns V, one after the other; but data are read once for all blocks."""
     for group in [[V] for V in blocks] if isinstance(batches, list) else [blocks]:
-        totals = deque(CompensatedSum() for _ in group)
+        totals = deque(CompensatedSum(V) for V in group)
         for scores in batches:
             for total, V in zip(totals, group, strict=True):
                 total.add(_product(scores, V))

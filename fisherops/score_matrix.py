@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fisherops._linop import TorchLinearOperator, Transposed
 from fisherops._sums import CompensatedSum
-from fisherops.scores import HeldScores
+from fisherops.scores import HeldScores, Scores
 
 if TYPE_CHECKING:
     from fisherops.fisher import FisherOperator
@@ -35,25 +35,30 @@ class ScoreMatrix(TorchLinearOperator):
 
     def __init__(self, fisher: FisherOperator) -> None:
         self._fisher = fisher
+        self._ranks = fisher.ranks
         with fisher._ordered_pass("rows") as batches:
             self._counts = [scores.count for scores in batches]
-        super().__init__((sum(self._counts), fisher.shape[1]), fisher.torch_dtype, fisher.device)
+            by_rank = self._ranks.share(sum(self._counts))
+        start = sum(by_rank[: self._ranks.rank])
+        self._own = slice(start, start + sum(self._counts))
+        super().__init__((sum(by_rank), fisher.shape[1]), fisher.torch_dtype, fisher.device)
 
     def _apply(self, V: Tensor) -> Tensor:
-        with self._fisher._ordered_pass("scores") as batches:
+        with self._fisher._ordered_pass("scores", V) as batches:
             blocks = [
                 torch.cat([scores.apply(columns) for columns in V.split(scores.columns, dim=1)], 1)
                 for scores in batches
             ]
-        return torch.cat(blocks)
+            own = torch.cat(blocks) if blocks else V.new_empty(0, V.shape[1])
+            return torch.cat(self._ranks.gather(own))
 
     def _apply_transposed(self, W: Tensor) -> Tensor:
-        total = CompensatedSum()
-        with self._fisher._ordered_pass("transposed scores") as batches:
-            for scores, own in zip(batches, W.split(self._counts), strict=True):
+        total = CompensatedSum(W.new_empty(self.shape[1], W.shape[1]))
+        with self._fisher._ordered_pass("transposed scores", W) as batches:
+            for scores, own in zip(batches, W[self._own].split(self._counts), strict=True):
                 blocks = [scores.apply_transposed(w).T for w in own.split(scores.columns, dim=1)]
                 total.add((torch.cat(blocks) if len(blocks) > 1 else blocks[0]).T)
-        return total.value()
+            return self._ranks.sum(total.value())
 
     def _transpose(self) -> Transposed:
         return Transposed(self)
@@ -70,7 +75,7 @@ class ScoreMatrix(TorchLinearOperator):
         """Return the Gram matrix as a torch tensor on the operator's device; see `gram`."""
         R = self.shape[0]
         with self._fisher._ordered_pass("Gram matrix") as batches:
-            result = self._gram_of_held(batches) if isinstance(batches, list) else None
+            result = self._gram_of_held(batches if isinstance(batches, list) else None)
         if result is None:
             result = torch.empty(R, R, dtype=self.torch_dtype, device=self.device)
             for start in range(0, R, _BLOCK):
@@ -81,24 +86,40 @@ class ScoreMatrix(TorchLinearOperator):
             result = (result + result.T).div_(2)
         return result
 
-    def _gram_of_held(self, batches: list[Any]) -> Tensor | None:
-        if not all(isinstance(scores, HeldScores) for scores in batches):
+    def _gram_of_held(self, batches: list[Scores] | None) -> Tensor | None:
+        """Multiply every two batches that are held, whatever rank holds them; None where some are not, or not alike."""
+        ranks = self._ranks
+        own = [scores for scores in batches or [] if isinstance(scores, HeldScores)]
+        layouts = [scores.layout for scores in own] if batches is not None and len(own) == len(batches) else [None]
+        known = ranks.share(layouts)
+        if len({layout for by_rank in known for layout in by_rank} | {None}) > 2 or any(None in k for k in known):
             return None
+        # A rank fills in the blocks that it finds, and leaves zeros for the others.
         R = self.shape[0]
-        result = torch.empty(R, R, dtype=self.torch_dtype, device=self.device)
-        row = 0
-        for k, scores in enumerate(batches):
-            column = row
-            for other in batches[k:]:
-                block = scores.gram(other)
-                if block is None:
-                    return None
-                mine, theirs = slice(row, row + scores.count), slice(column, column + other.count)
-                if other is scores:
-                    result[mine, mine] = (block + block.T).div_(2)
-                else:
-                    result[mine, theirs] = block
-                    result[theirs, mine] = block.T
+        result = torch.zeros(R, R, dtype=self.torch_dtype, device=self.device)
+        column = 0
+        for source, by_rank in enumerate(known):
+            for k in range(len(by_rank)):
+                other = ranks.broadcast(own[k] if source == ranks.rank else None, source)
+                row = self._own.start
+                for j, scores in enumerate(own):
+                    mine, theirs = slice(row, row + scores.count), slice(column, column + other.count)
+                    row += scores.count
+                    if source == ranks.rank and j == k:
+                        block = scores.gram(scores)
+                        result[mine, mine] = (block + block.T).div_(2)
+                    elif j < k if source == ranks.rank else _falls_to(ranks.rank, source, ranks.size):
+                        block = scores.gram(other)
+                        result[mine, theirs] = block
+                        result[theirs, mine] = block.T
                 column += other.count
-            row += scores.count
+        if ranks.size > 1:
+            for rows in result.split(_BLOCK):
+                rows.copy_(ranks.sum(rows))
         return result
+
+
+def _falls_to(rank: int, other: int, size: int) -> bool:
+    """Whether the products of the rows of two ranks are found by the first, so that each rank has as many."""
+    distance = (other - rank) % size
+    return distance < size - distance or (2 * distance == size and rank < other)

@@ -47,7 +47,10 @@ class Checkpoint:
             self._identity["checksum of the parameters"] = op.parameter_checksum
         self._numbers = {name: np.asarray(value, dtype=float) for name, value in options.items()}
         self._numbers["the operator"] = (probe.T @ op._times(probe)).double().cpu().numpy()
-        self._check_folder()
+        self._ranks = op.ranks
+        with self._ranks.step("checkpoint"):
+            if self._ranks.rank == 0:
+                self._check_folder()
 
     def _check_folder(self) -> None:
         folder = self.path.parent
@@ -55,7 +58,9 @@ class Checkpoint:
             raise FileNotFoundError(f"the folder of the checkpoint {str(self.path)!r} does not exist: make it first.")
 
     def save(self, **arrays: Any) -> None:
-        """Write the state; the file is the old one until the new one is complete."""
+        """Write the state, on the first rank; the file is the old one until the new one is complete."""
+        if self._ranks.rank > 0:
+            return
         content = {f"state {name}": np.asarray(value) for name, value in arrays.items()}
         content |= {f"number {name}": value for name, value in self._numbers.items()}
         content |= {f"identity {name}": np.asarray(repr(value)) for name, value in self._identity.items()}
@@ -71,13 +76,18 @@ class Checkpoint:
             raise
 
     def load(self) -> dict[str, Any] | None:
-        """Return the state, or None if there is no file yet.
+        """Return the state, or None if there is no file yet; the first rank reads it for all.
 
         Raises
         ------
         ValueError
             If the file is damaged, or of another problem; it is left as it is.
         """
+        with self._ranks.step("checkpoint"):
+            state: dict[str, Any] | None = self._ranks.broadcast(self._load() if self._ranks.rank == 0 else None, 0)
+        return state
+
+    def _load(self) -> dict[str, Any] | None:
         if not self.path.exists():
             return None
         where = f"the checkpoint {str(self.path)!r}"

@@ -92,9 +92,11 @@ def choose(op: TorchLinearOperator, method: str, products: float, dense_flops: f
             _ = fisher.scores  # or the error that says why there are none
         if dual and fisher.rows_have_order:
             sizes["dual"] = rows
-        memory = fisher.max_memory - fisher.plan.nbytes
+        kept = fisher.kept
+        memory = kept.memory_left
     else:
-        memory = as_bytes(None, op.device)
+        with op.ranks.step("free memory"):
+            memory = min(op.ranks.share(as_bytes(None, op.device)))
     fitting = {way: n for way, n in sizes.items() if n * n * (itemsize + 8 * _DENSE_WORK) <= memory}
     if method != "auto":
         if method not in fitting:
@@ -110,7 +112,7 @@ def choose(op: TorchLinearOperator, method: str, products: float, dense_flops: f
         costs[way] = dense_flops * n**3
     if "dual" in costs and fisher is not None:
         # From what is held, each number of a row meets those of all other rows; otherwise by products with G and Gᵀ.
-        held = fisher.plan.nbytes / itemsize if fisher.plan.holds_rows else 4.0 * D * sizes["dual"]
+        held = kept.nbytes / itemsize if kept.holds_rows else 4.0 * D * sizes["dual"]
         costs["dual"] += 2.0 * sizes["dual"] * held
     if "dense" in costs:
         costs["dense"] += 2.0 * rows * D**2

@@ -285,7 +285,7 @@ def _primal(
         if state is not None:
             basis = torch.as_tensor(state["basis"])
             space.restore(basis, state["projected"], float(state["coupling"]), int(state["products"]))
-    bar = tqdm(desc="eigsh", unit=" products", leave=False, disable=not progressbar)
+    bar = tqdm(desc="eigsh", unit=" products", leave=False, disable=not progressbar or A.ranks.rank > 0)
     bar.update(space.products)
 
     def multiply(v: Tensor) -> Tensor:

@@ -379,7 +379,7 @@ def _conjugate_gradients(
             )
 
     replacements = 0
-    bar = tqdm(desc="solve", unit=" iterations", initial=done, leave=False, disable=not progressbar)
+    bar = tqdm(desc="solve", unit=" iterations", initial=done, leave=False, disable=not progressbar or A.ranks.rank > 0)
     with bar:
         try:
             while done < maxiter:

@@ -115,10 +115,15 @@ class HeldScores:
         self._transpose_parts(W, result)
         return result.T
 
-    def gram(self, other: HeldScores) -> Tensor | None:
-        """Multiply with the transpose of another batch, or return None where parameters are held in another form."""
-        if self._layout() != other._layout() or self._has_ties():
+    @property
+    def layout(self) -> tuple[object, ...] | None:
+        """How each parameter is held; None where one has several parts, of which its rows are the sum."""
+        if self._has_ties():
             return None
+        return (*self._spans, *((span, type(part).__name__) for span, part in self._parts))
+
+    def gram(self, other: HeldScores) -> Tensor:
+        """Multiply with the transpose of another batch of the same layout."""
         total = times_transposed(self._dense, other._dense)
         for (_, part), (_, other_part) in zip(self._parts, other._parts, strict=True):
             total += part.gram(other_part)
@@ -146,9 +151,6 @@ class HeldScores:
             for (start, stop), part in self._parts:
                 rows[:, start:stop] += part.dense(first, last).flatten(0, 1)
             yield rows
-
-    def _layout(self) -> list[object]:
-        return [*self._spans, *((span, type(part)) for span, part in self._parts)]
 
     def _has_ties(self) -> bool:
         """Whether a parameter has several parts, of which its rows are the sum."""

@@ -1,0 +1,400 @@
+"""The processes among which the data are divided: sums over them, and that none waits for another in vain."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import pickle
+import time
+import zlib
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fisherops._checks import first_line
+
+# Seconds between looks at whether another rank has raised the alarm, at first and at most; and for all to answer it.
+_FIRST_LOOK, _LOOKS = 0.1, 1.0
+_ROLL_CALL = 10.0
+
+
+class RankError(RuntimeError):
+    """The processes that share an operator do not do the same, or one of them failed or is gone."""
+
+
+class PendingSum:
+    """A sum over the ranks that is under way; of one rank alone it is done."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor = tensor
+
+    def value(self) -> Tensor:
+        """Return the sum, once it is there."""
+        return self._tensor
+
+
+class Alone:
+    """One process that has all data: what `Ranks` does for several, done for one."""
+
+    rank = 0
+    size = 1
+
+    @contextlib.contextmanager
+    def step(self, what: str, **values: Any) -> Iterator[None]:  # noqa: ARG002
+        """Do something inside that all ranks do: sums, gathering and broadcasts are inside of such steps.
+
+        What it is and the values are compared while the rank works, at the latest before the first sum. If something
+        fails inside, the others are told.
+        """
+        yield
+
+    def begin_sum(self, tensor: Tensor) -> PendingSum:
+        """Begin to sum a tensor over all ranks: in float64, rounded once, the same bits on each of them."""
+        return PendingSum(tensor)
+
+    def gather(self, tensor: Tensor) -> list[Tensor]:
+        """Return the tensors of all ranks, which may differ in the length of their first axis."""
+        return [tensor]
+
+    def share(self, value: Any) -> list[Any]:
+        """Return the objects of all ranks, small ones."""
+        return [value]
+
+    def broadcast(self, value: Any, source: int) -> Any:  # noqa: ARG002
+        """Return the object that rank `source` passes, such as one that holds tensors; to be read only."""
+        return value
+
+    def number(self) -> int:
+        """Return a number for another operator."""
+        return 0
+
+    def checksum(self, V: Tensor) -> int:  # noqa: ARG002
+        """Return a number by which different vectors are told apart, where there is something to compare them with."""
+        return 0
+
+    # ---- Made of these ------------------------------------------------------------------------
+
+    def agree(self, what: str, **values: Any) -> None:
+        """Raise RankError unless all ranks pass the same values."""
+        with self.step(what, **values):
+            pass
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Return the sum over all ranks."""
+        return self.begin_sum(tensor).value()
+
+
+class Ranks(Alone):
+    """The processes of a torch.distributed group.
+
+    They talk over a group of their own, so that ours and the user's collectives do not meet. It is made by all ranks of
+    the user's group together, once; `ranks_of` finds it again.
+
+    A rank that waits looks now and then, in torch.distributed's store, whether another has raised the alarm: because
+    something failed there, because a connection broke, or because it has waited too long. Then all that are alive
+    answer a roll call, and end with an error that names those that did not.
+
+    Parameters
+    ----------
+    group : torch.distributed.ProcessGroup
+        The user's.
+    device : torch.device
+        Where the tensors are.
+    """
+
+    def __init__(self, group: Any, device: torch.device) -> None:
+        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+        self._device = device
+        self._doing = "the first operator of the group"
+        self._announced: _Announcement | None = None
+        self._operators = 0
+        self.broken = False
+        """Whether an alarm was raised, after which the ranks are out of step."""
+        members = dist.get_process_group_ranks(group)
+        on_cpu = device.type == "cpu" or "gloo" in dist.get_backend(group)
+        # Torch has no public names for what every group has: a store, and a time limit.
+        backend = group._get_backend(torch.device("cpu") if on_cpu else device)
+        self._timeout: float = backend.options._timeout.total_seconds()
+        name = "/".join(["fisherops", *map(str, members), str(_count(group))])
+        self._store = dist.distributed_c10d.PrefixStore(name, dist.distributed_c10d._get_default_store())
+        self._store.set(f"made/{self.rank}", "")
+        missing = self._without("made", self._timeout)
+        if missing:
+            raise RankError(
+                f"{_named(missing)} made no operator within {self._timeout:g} s, and operators with a process group "
+                "are made by all of its ranks together."
+            )
+        self._group = dist.new_group(
+            members,
+            timeout=timedelta(seconds=self._timeout + 60),  # ours ends first, as it can say for whom it waited
+            backend="gloo" if device.type == "cpu" else f"cpu:gloo,{device.type}:{_backend(group, device)}",
+            use_local_synchronization=True,
+        )
+
+    # ---- What the operators do ----------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def step(self, what: str, **values: Any) -> Iterator[None]:
+        if self.broken:
+            raise RankError("the ranks are out of step after an error: make a new operator, on all of them.")
+        self._compare()
+        self._doing = what
+        marks = torch.tensor([zlib.crc32(repr((what, values)).encode())], dtype=torch.int64, device="cpu")
+        marks = torch.cat([marks, -marks])
+        work = dist.all_reduce(marks, dist.ReduceOp.MAX, group=self._group, async_op=True)
+        self._announced = _Announcement(what, values, marks, work)
+        try:
+            yield
+            self._compare()
+        except RankError:
+            raise
+        except BaseException as error:
+            self.broken = True
+            with contextlib.suppress(RuntimeError):  # what went wrong here is more than that nobody can be told
+                self._raise_alarm(f"failed in {what}: {type(error).__name__}: {first_line(error)}", failed=True)
+                self._group.abort()
+            raise
+
+    def _compare(self) -> None:
+        """Compare the present step with that of the other ranks, once."""
+        announced, self._announced = self._announced, None
+        if announced is None:
+            return
+        self._wait(announced.work)
+        if int(announced.marks.sum()) != 0:  # the largest of all is not the smallest
+            said = self.share((announced.what, announced.values))
+            self.broken = True
+            raise RankError(f"the ranks do not do the same: {_difference(said)}.")
+
+    def begin_sum(self, tensor: Tensor) -> PendingSum:
+        self._compare()
+        # A sum over W ranks in float32 could lose log W bits, and rounds to other values in another order.
+        wide = tensor.to(torch.float64, memory_format=torch.contiguous_format, copy=True)
+        work = dist.all_reduce(wide, group=self._group, async_op=True)
+        return _PendingReduction(self, wide, tensor.dtype, work)
+
+    def gather(self, tensor: Tensor) -> list[Tensor]:
+        self._compare()
+        counts = [torch.zeros(1, dtype=torch.int64, device="cpu") for _ in range(self.size)]
+        own = torch.tensor([len(tensor)], device="cpu")
+        self._wait(dist.all_gather(counts, own, group=self._group, async_op=True))
+        longest = max(int(count) for count in counts)
+        padded = tensor.new_zeros(longest, *tensor.shape[1:])
+        padded[: len(tensor)] = tensor
+        parts = [torch.empty_like(padded) for _ in range(self.size)]
+        self._wait(dist.all_gather(parts, padded, group=self._group, async_op=True))
+        return [part[: int(count)] for part, count in zip(parts, counts, strict=True)]
+
+    def share(self, value: Any) -> list[Any]:
+        texts = self.gather(_as_bytes(pickle.dumps(value)))
+        return [pickle.loads(text.numpy().tobytes()) for text in texts]
+
+    def broadcast(self, value: Any, source: int) -> Any:
+        tensors = _taken_apart(value) if self.rank == source else []
+        kinds = self.share([(t.shape, t.dtype, t.device.type) for t in tensors])[source]
+        if self.rank != source:
+            tensors = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype, device in kinds]
+        for t in tensors:
+            self._wait(dist.broadcast(t, group=self._group, group_src=source, async_op=True), t.device)
+        return value if self.rank == source else _put_together(tensors)
+
+    def number(self) -> int:
+        self._operators += 1
+        return self._operators
+
+    def checksum(self, V: Tensor) -> int:
+        if V.device.type != "cpu":
+            return 0  # it would make the host wait for the device
+        bits = V.contiguous().view(torch.int32 if V.itemsize == 4 else torch.int64)
+        by_column = bits.sum(0, dtype=torch.int64)
+        return int((by_column * torch.arange(1, V.shape[1] + 1, device="cpu")).sum())
+
+    # ---- Waiting ------------------------------------------------------------------------------
+
+    def _wait(self, work: Any, device: torch.device | None = None) -> None:
+        if device is not None and device.type != "cpu":
+            work.wait()  # in the order of the device's stream; NCCL's own watchdog ends a process that waits too long
+            return
+        deadline, look = time.monotonic() + self._timeout, _FIRST_LOOK
+        while True:
+            try:
+                work.wait(timedelta(seconds=look))
+            except RuntimeError as error:
+                if "timed out" not in str(error).lower():
+                    self._end(f"lost a connection in {self._doing}")
+            else:
+                return
+            with self._store_must_answer():
+                raised = self._store.check(["alarm"])
+            if raised or time.monotonic() > deadline:
+                self._end(f"waited {self._timeout:g} s for the others in {self._doing}")
+            look = min(2 * look, _LOOKS)
+
+    def _raise_alarm(self, text: str, failed: bool) -> dict[str, Any]:
+        """Let all ranks know that something is wrong, and return what the first of them said."""
+        own = json.dumps({"rank": self.rank, "text": text, "failed": failed})
+        self._store.set(f"here/{self.rank}", "")
+        alarm: dict[str, Any] = json.loads(self._store.compare_set("alarm", "", own))
+        return alarm
+
+    def _end(self, text: str) -> NoReturn:
+        """End waiting with an error that names the ranks at fault."""
+        self.broken = True
+        with self._store_must_answer():
+            alarm = self._raise_alarm(text, failed=False)
+            if alarm["failed"]:
+                raise RankError(f"rank {alarm['rank']} {alarm['text']}")
+            missing = self._without("here", min(_ROLL_CALL, self._timeout))
+            self._group.abort()  # what is still under way would hold up the end of the process
+        fault = f"{_named(missing)} died, hangs or does something else" if missing else "all ranks are there"
+        raise RankError(f"{fault}: rank {alarm['rank']} {alarm['text']}.")
+
+    def _without(self, key: str, seconds: float) -> list[int]:
+        """Return the ranks that did not set a key within some time."""
+        deadline, missing = time.monotonic() + seconds, list(range(self.size))
+        while True:
+            missing = [rank for rank in missing if not self._store.check([f"{key}/{rank}"])]
+            if not missing or time.monotonic() > deadline:
+                return missing
+            time.sleep(0.02)
+
+    @contextlib.contextmanager
+    def _store_must_answer(self) -> Iterator[None]:
+        try:
+            yield
+        except RankError:
+            raise
+        except RuntimeError as error:
+            raise RankError(
+                "rank 0 of the world, which holds the store of torch.distributed, or whatever else held it, is gone "
+                f"({first_line(error)})."
+            ) from None
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("an operator with a process group belongs to its processes: it cannot be pickled.")
+
+
+class _Announcement(NamedTuple):
+    """What a rank does, being compared with the others."""
+
+    what: str
+    values: dict[str, Any]
+    marks: Tensor
+    work: Any
+
+
+class _PendingReduction(PendingSum):
+    def __init__(self, ranks: Ranks, wide: Tensor, dtype: torch.dtype, work: Any) -> None:
+        self._ranks, self._wide, self._dtype, self._work = ranks, wide, dtype, work
+
+    def value(self) -> Tensor:
+        self._ranks._wait(self._work, self._wide.device)
+        return self._wide.to(self._dtype)
+
+
+def _taken_apart(value: Any) -> list[Tensor]:
+    """Return the tensors in an object, and the rest of it as a tensor of bytes, at the end."""
+    tensors: list[Tensor] = []
+
+    class Pickler(pickle.Pickler):
+        def persistent_id(self, part: Any) -> int | None:
+            if not isinstance(part, Tensor):
+                return None
+            tensors.append(part.contiguous())
+            return len(tensors) - 1
+
+    stream = io.BytesIO()
+    Pickler(stream).dump(value)
+    return [*tensors, _as_bytes(stream.getvalue())]
+
+
+def _put_together(tensors: list[Tensor]) -> Any:
+    class Unpickler(pickle.Unpickler):
+        def persistent_load(self, number: int) -> Tensor:
+            return tensors[number]
+
+    return Unpickler(io.BytesIO(tensors[-1].numpy().tobytes())).load()
+
+
+def _as_bytes(text: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(text), dtype=torch.uint8)
+
+
+_KNOWN: dict[tuple[Any, str], Ranks] = {}
+_COUNTS: dict[Any, int] = {}
+
+
+def ranks_of(process_group: Any, device: torch.device) -> Alone:
+    """Return the ranks of a process group; one process alone for None.
+
+    Raises
+    ------
+    TypeError
+        If it is no process group.
+    ValueError
+        If this process does not belong to it.
+    RankError
+        If another process of it is not there.
+    """
+    if process_group is None:
+        return Alone()
+    if not dist.is_available():
+        raise ValueError("this build of torch has no torch.distributed, so there is no `process_group`.")
+    from torch.distributed.device_mesh import DeviceMesh
+
+    if isinstance(process_group, DeviceMesh):
+        if process_group.ndim != 1:
+            raise ValueError(
+                f"`process_group` is a mesh of {process_group.ndim} dimensions: pass the one over which the data are "
+                "divided, `mesh['name']`."
+            )
+        process_group = process_group.get_group()
+    if not isinstance(process_group, dist.ProcessGroup):
+        raise TypeError(
+            "`process_group` must be a process group of torch.distributed (`torch.distributed.group.WORLD` after "
+            f"`init_process_group`), a mesh of one dimension or None, got {type(process_group).__name__}."
+        )
+    if dist.get_rank(process_group) < 0:
+        raise ValueError("this process does not belong to `process_group`.")
+    if dist.get_world_size(process_group) == 1:
+        return Alone()
+    ranks = _KNOWN.get((process_group, device.type))
+    if ranks is None or ranks.broken:
+        ranks = _KNOWN[process_group, device.type] = Ranks(process_group, device)
+    return ranks
+
+
+def _count(group: Any) -> int:
+    """Return how often ranks of a group were made before: the same number on all that did the same."""
+    _COUNTS[group] = _COUNTS.get(group, -1) + 1
+    return _COUNTS[group]
+
+
+def _backend(group: Any, device: torch.device) -> str:
+    name: str = group._get_backend(device).name()
+    return name
+
+
+def _named(ranks: list[int]) -> str:
+    return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"
+
+
+def _difference(said: list[tuple[str, dict[str, Any]]]) -> str:
+    """Describe the first difference between what the ranks said."""
+    whats = [what for what, _ in said]
+    if len(set(whats)) > 1:
+        return _by_rank(whats)
+    name = next(name for name in said[0][1] if len({repr(values.get(name)) for _, values in said}) > 1)
+    return f"in {whats[0]}, {name} is {_by_rank([values.get(name) for _, values in said])}"
+
+
+def _by_rank(values: list[Any]) -> str:
+    """List the values with their ranks, the first two of them at least."""
+    different = [(rank, value) for rank, value in enumerate(values) if rank == 0 or repr(value) != repr(values[0])]
+    listed = [f"{value} on rank {rank}" for rank, value in different[:3]]
+    return ", ".join(listed) + (" …" if len(different) > 3 else "")

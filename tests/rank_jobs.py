@@ -1,0 +1,311 @@
+"""What the processes of the tests in test_distributed.py do, each with its part of the data."""
+
+import contextlib
+import os
+import pickle
+import signal
+import time
+
+import numpy as np
+import scipy.sparse.linalg as sla
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data.distributed import DistributedSampler
+
+import fisherops as fo
+from fisherops import linalg
+
+N, D_IN, C = 37, 5, 3
+
+
+def network(dtype=torch.float64):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(D_IN, 6), nn.Tanh(), nn.Linear(6, C)).to(dtype)
+
+
+def everything(dtype=torch.float64, n=N):
+    generator = torch.Generator().manual_seed(1)
+    X = torch.randn(n, D_IN, generator=generator, dtype=torch.float64).to(dtype)
+    y = torch.randint(C, (n,), generator=generator)
+    y[3] = -100
+    return X, y
+
+
+def loss():
+    return nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 0.5]).double(), ignore_index=-100)
+
+
+OPERATORS = {
+    "mc": fo.FisherMCLinearOperator,
+    "exact": fo.FisherLinearOperator,
+    "empirical": fo.EmpiricalFisherLinearOperator,
+}
+
+
+def parts(group, split):
+    """Return a rank's data in one of the ways in which they can be divided."""
+    X, y = everything()
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    dataset = TensorDataset(X, y)
+    if split in ("contiguous", "strided"):
+        return fo.distributed.shard((X, y), group, order=split, batch_size=4)
+    if split == "arrays":
+        return fo.distributed.shard((X.numpy(), y.numpy()), group)
+    if split == "batches":
+        return fo.distributed.shard(list(zip(X.split(5), y.split(5), strict=True)), group, order="strided")
+    if split == "dataset":
+        return fo.distributed.shard(dataset, group, batch_size=6)
+    if split == "loader":
+        return fo.distributed.shard(DataLoader(dataset, batch_size=6, shuffle=True), group, order="strided")
+    if split == "own":  # the parts one after the other, without indices
+        cuts = [0, 10, 11, 30, N] if size == 4 else [0, 30, N]
+        own = slice(cuts[rank], cuts[rank + 1])
+        return list(zip(X[own].split(4), y[own].split(4), strict=True))
+    if split == "nothing":  # all on one rank
+        return [(X, y)] if rank == size - 1 else []
+    if split in ("sampler", "shuffled sampler"):
+        sampler = DistributedSampler(dataset, size, rank, shuffle=split != "sampler", seed=3)
+        return DataLoader(dataset, batch_size=4, sampler=sampler)
+    raise ValueError(split)
+
+
+def operator(group, kind="mc", split="contiguous", **options):
+    if kind == "mc":
+        options = {"mc_samples": 2, "seed": 5, **options}
+    return OPERATORS[kind](network(), loss(), data=parts(group, split), process_group=group, **options)
+
+
+# ---- Jobs --------------------------------------------------------------------------------------------
+
+
+def dense(group, kind, split, options):
+    op = operator(group, kind, split, **options)
+    return op.todense(), op @ np.eye(op.shape[0]), op.diagonal(), op.trace(), op.num_rows
+
+
+def same_bits(group, cache):
+    op = fo.FisherMCLinearOperator(
+        network(torch.float32), nn.CrossEntropyLoss(),
+        data=fo.distributed.shard(everything(torch.float32, 500), group, batch_size=64), process_group=group, cache=cache,
+    )  # fmt: skip
+    V = torch.randn(op.shape[0], 3, generator=torch.Generator().manual_seed(2))
+    return (op @ V).numpy().tobytes(), (op @ V[:, 0]).numpy()
+
+
+def rows(group, cache):
+    op = operator(group, cache=cache)
+    G = op.scores
+    v, w = np.arange(G.shape[1]) / 10.0, np.arange(G.shape[0]) / 10.0
+    dense = G @ np.eye(G.shape[1])
+    return G.shape, dense, G @ v - dense @ v, G.T @ w - dense.T @ w, G.gram() - dense @ dense.T
+
+
+def scipy_solvers(group):
+    op = operator(group)
+    v0 = np.ones(op.shape[0])
+    values = sla.eigsh(op, k=4, v0=v0)[0]
+    x, info = sla.cg(op.damped(1e-2), v0, rtol=1e-10)
+    singular = sla.svds(op.scores, k=3, v0=np.ones(min(op.scores.shape)), return_singular_vectors=False)
+    return values, x, info, singular
+
+
+def algebra(group, method):
+    op = operator(group)
+    b = np.linspace(-1, 1, op.shape[0])
+    pairs = linalg.eigsh(op, 4, method=method)
+    solution = linalg.solve(op, b, 1e-2, method=method, rtol=1e-10)
+    inverse = linalg.inv(op, 1e-2, method=method, rtol=1e-10) @ b
+    log = linalg.slogdet(op, 1e-2, method="dual" if method == "primal" else method)
+    dimension = linalg.effective_dimension(op, 1e-2, method="dual" if method == "primal" else method)
+    return pairs.eigenvalues, pairs.residuals, pairs.method, solution.x, inverse, log.logabsdet, dimension.value
+
+
+def other_methods(group, cache):
+    op = operator(group, cache=cache)
+    v = np.ones(op.shape[0])
+    first = op.standard_error(v), op.trace()
+    again = op.resample(9)
+    return *first, again.trace(), linalg.trace(op).value, linalg.frobenius_norm(op).value
+
+
+def mesh(group):
+    """Take a mesh for the group, and copies of an operator that are not to be pickled."""
+    op = operator(group, split="contiguous")
+    other = fo.FisherMCLinearOperator(
+        network(), loss(), data=parts(group, "contiguous"), mc_samples=2, seed=5,
+        process_group=init_device_mesh("cpu", (dist.get_world_size(group),)),
+    )  # fmt: skip
+    try:
+        pickle.dumps(op)
+    except TypeError as error:
+        return abs(op.todense() - other.todense()).max(), str(error)
+
+
+def follows(group):
+    """Change the parameters in place on all ranks."""
+    model = network()
+    op = fo.FisherMCLinearOperator(model, loss(), data=parts(group, "contiguous"), process_group=group)
+    before = op.trace()
+    with torch.no_grad():
+        model[0].weight.mul_(0.5)
+    return before, op.trace()
+
+
+def disagree(group, what):
+    """Be of another opinion on the last rank."""
+    rank, last = dist.get_rank(group), dist.get_rank(group) == dist.get_world_size(group) - 1
+    if what == "seed":
+        operator(group, seed=7 if last else 8)
+    if what == "parameters":
+        model = network()
+        if last:
+            model[0].bias.data[0] += 1e-3
+        fo.FisherMCLinearOperator(model, loss(), data=parts(group, "contiguous"), process_group=group)
+    if what == "shapes":
+        model = network()
+        params = list(model.parameters())[: 3 if last else 4]
+        fo.FisherMCLinearOperator(model, loss(), params, parts(group, "contiguous"), process_group=group)
+    if what == "num_data":
+        operator(group, num_data=N if last else N + 1)
+    if what == "total":
+        operator(group, num_data=N + 1)
+    if what == "indices":
+        X, y = everything()
+        data = [(X[:5], y[:5], torch.arange(5) + (5 * rank if not last else 4))]
+        fo.FisherMCLinearOperator(network(), loss(), data=data, process_group=group)
+    if what == "some without indices":
+        X, y = everything()
+        data = [(X[:5], y[:5])] if last else [(X[:5], y[:5], torch.arange(5) + 5 * rank)]
+        fo.FisherMCLinearOperator(network(), loss(), data=data, process_group=group)
+    if what == "sampler":
+        X, y = everything()
+        sampler = DistributedSampler(TensorDataset(X, y), dist.get_world_size(group) + 1, rank)
+        data = DataLoader(TensorDataset(X, y), batch_size=4, sampler=sampler)
+        fo.FisherMCLinearOperator(network(), loss(), data=data, process_group=group)
+    op = operator(group)
+    if what == "vectors":
+        op @ (np.ones(op.shape[0]) * (2 if last else 1))
+    if what == "columns":
+        op @ np.ones((op.shape[0], 2 if last else 3))
+    if what == "operators":
+        other = operator(group, seed=1)
+        (op if last else other) @ np.ones(op.shape[0])
+    if what == "calls":
+        op.trace() if last else op @ np.ones(op.shape[0])
+    if what == "changed parameters":
+        model = network()
+        op = fo.FisherMCLinearOperator(model, loss(), data=parts(group, "contiguous"), process_group=group)
+        op.trace()
+        if last:
+            with torch.no_grad():
+                model[0].weight.mul_(0.5)
+        op.trace()
+
+
+def fail(group, how):
+    """Fail on the last rank, in one way or another, while the others wait for it."""
+    last = dist.get_rank(group) == dist.get_world_size(group) - 1
+    model, faulty = network(), []
+    model.register_forward_hook(lambda *_: 1 / 0 if faulty else None)
+    op = fo.FisherMCLinearOperator(
+        model, loss(), data=parts(group, "contiguous"), process_group=group, cache="none", check_deterministic=False
+    )
+    v = np.ones(op.shape[0])
+    op @ v
+    started = time.monotonic()
+    try:
+        if last and how == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if last and how == "sleep":
+            time.sleep(12)
+            return "slept"
+        if last and how == "error":
+            faulty.append(True)
+        op @ v
+    except Exception as error:
+        return type(error).__name__, str(error), time.monotonic() - started
+    return "nothing"
+
+
+def recover(group):
+    """Fail together, and go on with another operator."""
+    with contextlib.suppress(fo.distributed.RankError):
+        disagree(group, "seed")
+    return operator(group).trace()
+
+
+def interrupted(group, path, stop):
+    """Run a solver with a checkpoint, up to some products, or to its end."""
+    op = operator(group)
+
+    def callback(products, *_):
+        if stop and products >= stop:
+            raise KeyboardInterrupt
+
+    try:
+        pairs = linalg.eigsh(op, 3, method="primal", ncv=8, checkpoint=path, callback=callback)
+    except KeyboardInterrupt:
+        return None
+    return pairs.eigenvalues, pairs.products
+
+
+def solved(group, path, stop):
+    op = operator(group)
+
+    def callback(iterations, _):
+        if stop and iterations >= stop:
+            raise KeyboardInterrupt
+
+    try:
+        solution = linalg.solve(
+            op, np.ones(op.shape[0]), 1e-4, method="primal", rtol=1e-9, checkpoint=path, callback=callback
+        )
+    except KeyboardInterrupt:
+        return None
+    return solution.x, solution.iterations
+
+
+def fail_first(group):
+    op = operator(group)
+    if dist.get_rank(group) == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    try:
+        op @ np.ones(op.shape[0])
+    except Exception as error:
+        return type(error).__name__, str(error)
+    return "nothing"
+
+
+def refused(group):
+    X, y = everything()
+    dataset = TensorDataset(X, y)
+
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter(dataset)
+
+    sampler = torch.utils.data.WeightedRandomSampler([1.0] * N, N)
+    cases = [
+        (Stream(), {"batch_size": 4}, "IterableDataset has no places"),
+        (DataLoader(Stream(), batch_size=4), {}, "IterableDataset has no places"),
+        (DataLoader(dataset, batch_size=4, drop_last=True), {}, "leaves out data"),
+        (DataLoader(dataset, batch_size=4, sampler=sampler), {}, "samples in a way of its own"),
+        (DataLoader(dataset, batch_size=4), {"batch_size": 4}, "that of the DataLoader"),
+        (dataset, {}, "pass `batch_size`"),
+        (iter([(X, y)]), {}, "must be a pair of arrays"),
+        ((X, y), {"order": "random"}, "`order` must be 'contiguous' or 'strided'"),
+        ((X, y[:-1]), {}, "one row for each datum"),
+        ((X, y), {"batch_size": 0}, "`batch_size` must be at least 1"),
+    ]
+    found = []
+    for data, options, pattern in cases:
+        try:
+            fo.distributed.shard(data, group, **options)
+        except Exception as error:
+            found.append((type(error).__name__, str(error), pattern))
+        else:
+            found.append(("nothing", "", pattern))
+    return found

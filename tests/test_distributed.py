@@ -1,0 +1,256 @@
+"""Operators whose data are divided among processes: the same matrix, and no waiting in vain."""
+
+import re
+
+import numpy as np
+import pytest
+import scipy.sparse.linalg as sla
+import torch
+from rank_jobs import OPERATORS, everything, loss, network
+from ranks import DeathError, JobError, Processes
+
+import fisherops as fo
+
+
+@pytest.fixture(scope="module")
+def two():
+    with Processes(2) as processes:
+        yield processes
+
+
+@pytest.fixture(scope="module")
+def four():
+    with Processes(4) as processes:
+        yield processes
+
+
+def alone(kind="mc", **options):
+    if kind == "mc":
+        options = {"mc_samples": 2, "seed": 5, **options}
+    return OPERATORS[kind](network(), loss(), data=everything(), **options)
+
+
+SPLITS = [
+    "contiguous", "strided", "arrays", "batches", "dataset", "loader", "own", "nothing", "sampler", "shuffled sampler",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("size", [2, 4])
+def test_the_matrix_is_that_of_one_process(size, split, request):
+    processes = request.getfixturevalue({2: "two", 4: "four"}[size])
+    F = alone().todense()
+    for dense, product, diagonal, trace, _ in processes.results("dense", "mc", split, {}):
+        np.testing.assert_allclose(dense, F, atol=1e-14)
+        np.testing.assert_allclose(product, F, atol=1e-14)
+        np.testing.assert_allclose(diagonal, np.diag(F), atol=1e-14)
+        np.testing.assert_allclose(trace, np.trace(F), rtol=1e-12)
+
+
+@pytest.mark.parametrize("kind", OPERATORS)
+@pytest.mark.parametrize("cache", ["auto", "scores", "factors", "linearization", "none"])
+def test_every_operator_and_form(two, kind, cache):
+    F = alone(kind).todense()
+    for dense, product, *_ in two.results("dense", kind, "strided", {"cache": cache}):
+        np.testing.assert_allclose(dense, F, atol=1e-14)
+        np.testing.assert_allclose(product, F, atol=1e-14)
+
+
+@pytest.mark.parametrize("options", [{"check_deterministic": False}, {"max_memory": 20_000}, {"rows": "datum"}])
+def test_options(four, options):
+    F = alone(**options).todense()
+    for dense, product, *_ in four.results("dense", "mc", "strided", options):
+        np.testing.assert_allclose(dense, F, atol=1e-14)
+        np.testing.assert_allclose(product, F, atol=1e-14)
+
+
+def test_a_stream_draws_other_numbers_on_each_rank(two):
+    first, *others = two.results("dense", "mc", "own", {"sampler": "stream"})
+    exact = alone("exact").todense()
+    assert np.linalg.norm(first[0] - exact) < np.linalg.norm(exact)
+    for other in others:
+        np.testing.assert_array_equal(first[1], other[1])
+
+
+@pytest.mark.parametrize("cache", ["factors", "scores", "none"])
+def test_every_rank_gets_the_same_bits_and_no_digit_is_lost(four, cache):
+    answers = four.results("same_bits", cache)
+    assert len({bits for bits, _ in answers}) == 1
+    X, y = everything(torch.float32, 500)
+    op = fo.FisherMCLinearOperator(
+        network(torch.float32), torch.nn.CrossEntropyLoss(), data=(X, y), batch_size=64, dtype="float64"
+    )
+    v = torch.randn(op.shape[0], 3, generator=torch.Generator().manual_seed(2))[:, 0]
+    exact = (op @ v.double()).numpy()
+    eps = np.finfo(np.float32).eps
+    assert np.linalg.norm(answers[0][1] - exact) < 20 * eps * np.linalg.norm(exact)
+
+
+@pytest.mark.parametrize("cache", ["auto", "factors", "none"])
+def test_the_score_matrix_is_divided_by_rows(four, cache):
+    F = alone().todense()
+    for shape, dense, applied, transposed, gram in four.results("rows", cache):
+        assert shape == dense.shape
+        np.testing.assert_allclose(dense.T @ dense, F, atol=1e-14)
+        for difference in (applied, transposed, gram):
+            np.testing.assert_allclose(difference, 0, atol=1e-13)
+
+
+def test_scipys_solvers_run_in_lockstep(two):
+    op = alone()
+    v0 = np.ones(op.shape[0])
+    for values, x, info, singular in two.results("scipy_solvers"):
+        np.testing.assert_allclose(values, sla.eigsh(op, k=4, v0=v0)[0], rtol=1e-9)
+        np.testing.assert_allclose(x, np.linalg.solve(op.todense() + 1e-2 * np.eye(len(v0)), v0), atol=1e-7)
+        assert info == 0
+        np.testing.assert_allclose(np.sort(singular) ** 2, values[-3:], rtol=1e-9)
+
+
+@pytest.mark.parametrize("method", ["dual", "dense", "primal", "auto"])
+def test_linear_algebra(two, method):
+    op = alone()
+    F, b = op.todense(), np.linspace(-1, 1, op.shape[0])
+    spectrum = np.linalg.eigvalsh(F)
+    damped = F + 1e-2 * np.eye(len(F))
+    for values, residuals, way, x, inverse, log, dimension in two.results("algebra", method):
+        np.testing.assert_allclose(values, spectrum[-4:], rtol=1e-9)
+        assert residuals.max() < 1e-9
+        assert way == method or method == "auto"
+        np.testing.assert_allclose(x, np.linalg.solve(damped, b), atol=1e-7)
+        np.testing.assert_allclose(inverse, np.linalg.solve(damped, b), atol=1e-7)
+        np.testing.assert_allclose(log, np.linalg.slogdet(damped)[1], rtol=1e-9)
+        np.testing.assert_allclose(dimension, (spectrum / (spectrum + 1e-2)).sum(), rtol=1e-9)
+
+
+@pytest.mark.parametrize("cache", ["factors", "linearization"])
+def test_other_methods(four, cache):
+    op = alone()
+    again = op.resample(9)
+    expected = (
+        op.standard_error(np.ones(op.shape[0])),
+        op.trace(),
+        again.trace(),
+        op.trace(),
+        np.linalg.norm(op.todense()),
+    )
+    for answer in four.results("other_methods", cache):
+        np.testing.assert_allclose(answer, expected, rtol=1e-9)
+
+
+def test_a_mesh_is_taken_and_nothing_is_pickled(two):
+    for difference, text in two.results("mesh"):
+        assert difference < 1e-15
+        assert "cannot be pickled" in text
+
+
+def test_parameters_are_followed(two):
+    for before, after in two.results("follows"):
+        assert before != after
+        assert (before, after) == two.results("follows")[0]
+
+
+def test_checkpoints_are_resumed_by_another_number_of_processes(two, four, tmp_path):
+    path = str(tmp_path / "eigsh.npz")
+    values, products = two.results("interrupted", str(tmp_path / "other.npz"), 0)[0]
+    assert four.results("interrupted", path, 12) == [None] * 4
+    for found, products_found in two.results("interrupted", path, 0):
+        np.testing.assert_allclose(found, values, rtol=1e-12)
+        assert abs(products_found - products) <= 10  # rounding may ask for another cycle
+    path = str(tmp_path / "solve.npz")
+    x, iterations = two.results("solved", str(tmp_path / "another.npz"), 0)[0]
+    assert two.results("solved", path, 10) == [None] * 2
+    for found, iterations_found in four.results("solved", path, 0):
+        np.testing.assert_allclose(found, x, rtol=1e-6, atol=1e-6 * abs(x).max())
+        assert abs(iterations_found - iterations) <= 1
+
+
+def test_a_damaged_checkpoint_is_refused_on_all_ranks(two, tmp_path):
+    path = tmp_path / "eigsh.npz"
+    path.write_bytes(b"nothing")
+    for answer in two.run("interrupted", str(path), 0):
+        assert isinstance(answer, JobError)
+        assert "damaged" in answer.text
+
+
+# ---- Ranks that do not do the same -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("what", "text"),
+    [
+        ("seed", "seed is 8 on rank 0, 7 on rank 1"),
+        ("parameters", "checksum of the parameters is"),
+        ("shapes", "shapes of the parameters is"),
+        ("num_data", "num_data is 38 on rank 0, 37 on rank 1"),
+        ("total", "`num_data` is 38, but the data has 37"),
+        ("indices", "the index 4 names a datum on rank 0 and another on rank 1"),
+        ("some without indices", "the batches of some ranks are"),
+        ("sampler", "DistributedSampler is of rank"),
+        ("vectors", "the checksum of the vectors .*v0 or rng"),
+        ("columns", "the number of columns is 3 on rank 0, 2 on rank 1"),
+        ("operators", r"product of operator \d+ on rank 0, product of operator \d+ on rank 1"),
+        ("calls", r"product of operator (\d+) on rank 0, diagonal of operator \1 on rank 1"),
+        ("changed parameters", "parameters on rank 1|diagonal of operator"),
+    ],
+)
+def test_ranks_that_disagree_are_told_how(two, what, text):
+    started = two.run("disagree", what, seconds=50)
+    for answer in started:
+        assert isinstance(answer, JobError), answer
+        assert re.search(text, answer.text), answer.text
+    # and the processes go on
+    assert two.results("recover")[0] == two.results("recover")[1]
+
+
+def test_the_others_are_told_of_an_error(four):
+    answers = four.run("fail", "error", seconds=50)
+    assert answers[3][0] == "ZeroDivisionError"
+    for kind, text, seconds in answers[:3]:
+        assert kind == "RankError"
+        assert "rank 3 failed in product of operator" in text
+        assert "ZeroDivisionError: division by zero" in text
+        assert seconds < 10
+
+
+def test_a_rank_that_dies_ends_the_others():
+    with Processes(4) as processes:
+        answers = processes.run("fail", "kill", seconds=60)
+        assert isinstance(answers[3], DeathError)
+        for kind, text, _ in answers[:3]:
+            assert kind == "RankError"
+            assert "rank 3 died, hangs or does something else" in text
+            assert "product of operator" in text
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_a_rank_that_does_not_come_is_named_after_the_timeout(size):
+    with Processes(size, timeout=2.0) as processes:
+        *others, last = processes.run("fail", "sleep", seconds=60)
+        assert last == "slept"
+        for kind, text, seconds in others:
+            assert kind == "RankError"
+            assert f"rank {size - 1} died, hangs or does something else" in text
+            assert 1.5 < seconds < 11
+
+
+def test_the_rank_that_holds_the_store_may_die(two):
+    with Processes(2) as processes:
+        answers = processes.run("fail_first", seconds=60)
+        assert isinstance(answers[0], DeathError)
+        assert answers[1][0] == "RankError"
+        assert "rank 0" in answers[1][1]
+
+
+# ---- Arguments ---------------------------------------------------------------------------------------
+
+
+def test_what_is_no_process_group():
+    with pytest.raises(TypeError, match=r"`process_group` must be a process group of torch\.distributed"):
+        alone(process_group="world")
+
+
+def test_data_that_cannot_be_divided(two):
+    for answer in two.run("refused"):
+        for kind, text, pattern in answer:
+            assert kind in ("TypeError", "ValueError")
+            assert re.search(pattern, text), text
