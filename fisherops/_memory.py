@@ -31,6 +31,18 @@ def as_bytes(max_memory: Any, device: torch.device) -> int:
     return int(max_memory)
 
 
+def as_folder(path: Any) -> Path | None:
+    """Return a folder, or say why it is none."""
+    if path is None:
+        return None
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(f"`spill` must be the path of a folder or None, got {path!r}.")
+    folder = Path(path)
+    if not folder.is_dir():
+        raise NotADirectoryError(f"`spill` is {str(path)!r}, which is no folder: make it first.")
+    return folder
+
+
 def is_memory_error(error: BaseException) -> bool:
     """Whether there was not enough memory; torch has an error of its own for that on CUDA only."""
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)

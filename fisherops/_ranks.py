@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import pickle
 import time
 import zlib
 from collections.abc import Iterator
 from datetime import timedelta
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from fisherops._checks import first_line
+from fisherops._packing import as_bytes, put_together, taken_apart
 
 # Seconds between looks at whether another rank has raised the alarm, at first and at most; and for all to answer it.
 _FIRST_LOOK, _LOOKS = 0.1, 1.0
@@ -48,13 +48,13 @@ class Alone:
     def step(self, what: str, **values: Any) -> Iterator[None]:  # noqa: ARG002
         """Do something inside that all ranks do: sums, gathering and broadcasts are inside of such steps.
 
-        What it is and the values are compared while the rank works, at the latest before the first sum. If something
-        fails inside, the others are told.
+        What it is, and the values, are compared before the first of them. If something fails inside, the others are
+        told.
         """
         yield
 
     def begin_sum(self, tensor: Tensor) -> PendingSum:
-        """Begin to sum a tensor over all ranks: in float64, rounded once, the same bits on each of them."""
+        """Begin to sum a tensor over all ranks, rounded once, the same bits on each of them; it may be overwritten."""
         return PendingSum(tensor)
 
     def gather(self, tensor: Tensor) -> list[Tensor]:
@@ -85,7 +85,7 @@ class Alone:
             pass
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """Return the sum over all ranks."""
+        """Return the sum over all ranks; the tensor may be overwritten."""
         return self.begin_sum(tensor).value()
 
 
@@ -111,7 +111,7 @@ class Ranks(Alone):
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         self._device = device
         self._doing = "the first operator of the group"
-        self._announced: _Announcement | None = None
+        self._announced: dict[str, Any] | None = None
         self._operators = 0
         self.broken = False
         """Whether an alarm was raised, after which the ranks are out of step."""
@@ -143,11 +143,7 @@ class Ranks(Alone):
         if self.broken:
             raise RankError("the ranks are out of step after an error: make a new operator, on all of them.")
         self._compare()
-        self._doing = what
-        marks = torch.tensor([zlib.crc32(repr((what, values)).encode())], dtype=torch.int64, device="cpu")
-        marks = torch.cat([marks, -marks])
-        work = dist.all_reduce(marks, dist.ReduceOp.MAX, group=self._group, async_op=True)
-        self._announced = _Announcement(what, values, marks, work)
+        self._doing, self._announced = what, values
         try:
             yield
             self._compare()
@@ -161,20 +157,26 @@ class Ranks(Alone):
             raise
 
     def _compare(self) -> None:
-        """Compare the present step with that of the other ranks, once."""
-        announced, self._announced = self._announced, None
-        if announced is None:
+        """Compare the present step with that of the other ranks, once.
+
+        Not while this rank works: threads that talk would take its processor from it.
+        """
+        values, self._announced = self._announced, None
+        if values is None:
             return
-        self._wait(announced.work)
-        if int(announced.marks.sum()) != 0:  # the largest of all is not the smallest
-            said = self.share((announced.what, announced.values))
+        mark = zlib.crc32(repr((self._doing, values)).encode())
+        marks = torch.tensor([mark, -mark], device="cpu")
+        self._wait(dist.all_reduce(marks, dist.ReduceOp.MAX, group=self._group, async_op=True))
+        if int(marks.sum()) != 0:  # the largest of all is not the smallest
+            said = self.share((self._doing, values))
             self.broken = True
             raise RankError(f"the ranks do not do the same: {_difference(said)}.")
 
     def begin_sum(self, tensor: Tensor) -> PendingSum:
         self._compare()
-        # A sum over W ranks in float32 could lose log W bits, and rounds to other values in another order.
-        wide = tensor.to(torch.float64, memory_format=torch.contiguous_format, copy=True)
+        # Two numbers are rounded once when they are added; a sum of more is made in float64, or it would lose digits.
+        wide = tensor if self.size == 2 or not tensor.is_floating_point() else tensor.to(torch.float64)
+        wide = wide.contiguous()
         work = dist.all_reduce(wide, group=self._group, async_op=True)
         return _PendingReduction(self, wide, tensor.dtype, work)
 
@@ -191,17 +193,17 @@ class Ranks(Alone):
         return [part[: int(count)] for part, count in zip(parts, counts, strict=True)]
 
     def share(self, value: Any) -> list[Any]:
-        texts = self.gather(_as_bytes(pickle.dumps(value)))
+        texts = self.gather(as_bytes(pickle.dumps(value)))
         return [pickle.loads(text.numpy().tobytes()) for text in texts]
 
     def broadcast(self, value: Any, source: int) -> Any:
-        tensors = _taken_apart(value) if self.rank == source else []
+        tensors = taken_apart(value) if self.rank == source else []
         kinds = self.share([(t.shape, t.dtype, t.device.type) for t in tensors])[source]
         if self.rank != source:
             tensors = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype, device in kinds]
         for t in tensors:
             self._wait(dist.broadcast(t, group=self._group, group_src=source, async_op=True), t.device)
-        return value if self.rank == source else _put_together(tensors)
+        return value if self.rank == source else put_together(tensors)
 
     def number(self) -> int:
         self._operators += 1
@@ -279,15 +281,6 @@ class Ranks(Alone):
         raise TypeError("an operator with a process group belongs to its processes: it cannot be pickled.")
 
 
-class _Announcement(NamedTuple):
-    """What a rank does, being compared with the others."""
-
-    what: str
-    values: dict[str, Any]
-    marks: Tensor
-    work: Any
-
-
 class _PendingReduction(PendingSum):
     def __init__(self, ranks: Ranks, wide: Tensor, dtype: torch.dtype, work: Any) -> None:
         self._ranks, self._wide, self._dtype, self._work = ranks, wide, dtype, work
@@ -295,34 +288,6 @@ class _PendingReduction(PendingSum):
     def value(self) -> Tensor:
         self._ranks._wait(self._work, self._wide.device)
         return self._wide.to(self._dtype)
-
-
-def _taken_apart(value: Any) -> list[Tensor]:
-    """Return the tensors in an object, and the rest of it as a tensor of bytes, at the end."""
-    tensors: list[Tensor] = []
-
-    class Pickler(pickle.Pickler):
-        def persistent_id(self, part: Any) -> int | None:
-            if not isinstance(part, Tensor):
-                return None
-            tensors.append(part.contiguous())
-            return len(tensors) - 1
-
-    stream = io.BytesIO()
-    Pickler(stream).dump(value)
-    return [*tensors, _as_bytes(stream.getvalue())]
-
-
-def _put_together(tensors: list[Tensor]) -> Any:
-    class Unpickler(pickle.Unpickler):
-        def persistent_load(self, number: int) -> Tensor:
-            return tensors[number]
-
-    return Unpickler(io.BytesIO(tensors[-1].numpy().tobytes())).load()
-
-
-def _as_bytes(text: bytes) -> Tensor:
-    return torch.frombuffer(bytearray(text), dtype=torch.uint8)
 
 
 _KNOWN: dict[tuple[Any, str], Ranks] = {}

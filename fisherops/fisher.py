@@ -18,7 +18,7 @@ from fisherops._checks import integer
 from fisherops._data import Batch, Data
 from fisherops._draws import CounterDraws, CounterSampler, StreamSampler
 from fisherops._linop import TorchLinearOperator
-from fisherops._memory import as_bytes, is_memory_error
+from fisherops._memory import as_bytes, as_folder, is_memory_error
 from fisherops._model import ModelFunction, as_function, isolated
 from fisherops._params import Parameters, as_dtype, select
 from fisherops._randomness import fixed_randomness
@@ -94,6 +94,7 @@ class FisherOperator(TorchLinearOperator):
         batch_size: int | None = None,
         cache: str = "auto",
         max_memory: int | str | None = None,
+        spill: Any = None,
         process_group: Any = None,
     ) -> None:
         if cache not in CACHES:
@@ -123,6 +124,7 @@ class FisherOperator(TorchLinearOperator):
         )
         self._cache = cache
         self._max_memory = as_bytes(max_memory, self._parameters.device)
+        self._spill = as_folder(spill)
         self._keeper: Keeper | None = None
         self._state: Any = None
         D = self._parameters.numel
@@ -244,7 +246,8 @@ class FisherOperator(TorchLinearOperator):
         """What is kept between products on all ranks together."""
         plan = self.plan
         with self._step("what is kept"):
-            shares = self._ranks.share((plan.nbytes, self._max_memory - plan.nbytes, plan.holds_rows))
+            own = plan.nbytes + plan.file_size, self._max_memory - plan.nbytes, plan.holds_rows
+            shares = self._ranks.share(own)
         nbytes, left, rows = zip(*shares, strict=True)
         return Kept(sum(nbytes), min(left), all(rows))
 
@@ -330,7 +333,7 @@ class FisherOperator(TorchLinearOperator):
         values["whether the parameters are those of the last product"] = keeper is not None
         with isolated(self.device), torch.no_grad(), self._step(description, **values), ExitStack() as stack:
             if keeper is not None and keeper.complete:
-                yield [scores for scores in keeper.kept if scores is not None]
+                yield keeper.in_order()
                 return
             self._model.check_unchanged()
             if self._checked:
@@ -347,7 +350,7 @@ class FisherOperator(TorchLinearOperator):
                 self._keeper = None
                 if self._ranks.size > 1:
                     self._ranks.agree("parameters", **{"the checksum of the parameters": self.parameter_checksum})
-                keeper = Keeper(self._cache, self._max_memory)
+                keeper = Keeper(self._cache, self._max_memory, self._spill)
                 yield self._scores(batches, self._c, keeper)
                 if not keeper.complete and (self._data.order_is_free or self._ordered):
                     why = (
@@ -361,13 +364,12 @@ class FisherOperator(TorchLinearOperator):
         sampler = self._start_sampler()
         point = self._parameters.point()
         divisors, reached = _Divisors(self._likelihood), frozenset[str]()
-        chosen = None if keeper is None or not keeper.kept else list(keeper.kept)
+        choosing = keeper is not None and not keeper.kept
         for batch in batches:
-            known = chosen[batch.number] if chosen is not None else None
+            known = keeper.batch(batch.number) if keeper is not None and not choosing else None
             if known is not None:
                 yield known
                 continue
-            choosing = keeper is not None and chosen is None
             # What is kept must not change with the user's arrays.
             X = map_arrays(Tensor.clone, batch.X) if choosing else batch.X
             jacobian = self._differentiation.at(point, X)
@@ -400,13 +402,14 @@ class FisherOperator(TorchLinearOperator):
                 size, places = batch
                 return op._output_factor(jacobian, terms, c, size, sampler.batch(places), compressed=True)
 
-            if keeper is not None and choosing:
+            if choosing:
+                assert keeper is not None
                 yield keeper.choose(jacobian, make_factor, batch.size, redraw)
             elif keeper is not None:
                 yield keeper.compute(batch.number, jacobian, make_factor, batch.size)
             else:
                 yield RecomputedScores(jacobian, make_factor(), batch.size)
-        if chosen is not None and any(scores is not None for scores in chosen):
+        if keeper is not None and not choosing and any(scores is not None for scores in keeper.kept):
             return  # not every batch was looked at
         if self._data.num_data:
             self._check_reached(reached)
@@ -518,7 +521,7 @@ class _Divisors:
 
     def total(self, ranks: Alone) -> Tensor:
         """Return c for each head, of the data of all ranks: 1 where the reduction is a sum."""
-        total = ranks.sum(self.sum)
+        total = ranks.sum(self.sum.clone())
         if (self._mean & (total == 0)).any():
             raise ValueError(
                 "every loss term of the data is ignored or has weight 0, so reduction='mean' divides by zero: "
@@ -606,7 +609,16 @@ class FisherMCLinearOperator(FisherOperator):
         See `plan`, and docs/explanation/performance.
     max_memory : int, str or None
         How much may be kept, in bytes or as "4GiB"; None is half of what is free. Batches that do not fit are computed
-        anew in every product.
+        anew in every product, or kept in files.
+    spill : path or None
+        A folder. Rows of the score matrix that do not fit `max_memory`, dense or as factors, are kept in files there
+        and mapped into memory batch by batch; they are removed with the operator. One batch must fit `max_memory`.
+    process_group : torch.distributed.ProcessGroup, DeviceMesh or None
+        The processes among which the data are divided: each passes its own part as `data`, see
+        :func:`fisherops.distributed.shard`, and F is that of all data, on every one of them. Without indices, the data
+        of a rank follow those of the ranks before. All ranks make the same calls; those that compute wait for each
+        other, at most for the time limit of the group, and a rank that is missing or does something else ends the
+        others with :class:`fisherops.distributed.RankError`. Sums are the same bits on every rank.
 
     Attributes
     ----------
@@ -630,6 +642,8 @@ class FisherMCLinearOperator(FisherOperator):
         If the loss, or an operation of the model, is not supported.
     RuntimeError
         If the data or the model's outputs change from one pass to the next.
+    fisherops.distributed.RankError
+        If the processes of `process_group` do not do the same, or one of them is gone.
     FloatingPointError
         If an output is NaN or infinite.
 
@@ -672,6 +686,7 @@ class FisherMCLinearOperator(FisherOperator):
         batch_size: int | None = None,
         cache: str = "auto",
         max_memory: int | str | None = None,
+        spill: Any = None,
         process_group: Any = None,
     ) -> None:
         self._seed = _seed(seed)
@@ -693,6 +708,7 @@ class FisherMCLinearOperator(FisherOperator):
             batch_size=batch_size,
             cache=cache,
             max_memory=max_memory,
+            spill=spill,
             process_group=process_group,
         )
         self._needs_terms_by_datum = rows == "datum" or sampler == "counter"
@@ -800,7 +816,7 @@ class FisherLinearOperator(FisherOperator):
     ----------
     model_func, loss_func, params, data, progressbar, check_deterministic, num_data, batch_size_fn
         As for `FisherMCLinearOperator`.
-    dtype, batch_size, cache, max_memory
+    dtype, batch_size, cache, max_memory, spill, process_group
         As for `FisherMCLinearOperator`.
 
     See Also
@@ -837,6 +853,7 @@ class FisherLinearOperator(FisherOperator):
         batch_size: int | None = None,
         cache: str = "auto",
         max_memory: int | str | None = None,
+        spill: Any = None,
         process_group: Any = None,
     ) -> None:
         # Without `rows`: the terms of a datum are independent, so its joint likelihood has the same Fisher.
@@ -853,6 +870,7 @@ class FisherLinearOperator(FisherOperator):
             batch_size=batch_size,
             cache=cache,
             max_memory=max_memory,
+            spill=spill,
             process_group=process_group,
         )
 
@@ -876,7 +894,7 @@ class EmpiricalFisherLinearOperator(FisherOperator):
     ----------
     model_func, loss_func, params, data, progressbar, check_deterministic, num_data, batch_size_fn
         As for `FisherMCLinearOperator`.
-    dtype, batch_size, cache, max_memory
+    dtype, batch_size, cache, max_memory, spill, process_group
         As for `FisherMCLinearOperator`.
     rows : {"term", "datum"}
         Whether each loss term has a row of its own in the score matrix, or the gradients of a datum's terms are summed

@@ -60,6 +60,11 @@ class HeldScores:
         return self._dense.nbytes + sum(part.nbytes for _, part in self._parts)
 
     @property
+    def device(self) -> torch.device:
+        """Where the rows are."""
+        return self._dense.device
+
+    @property
     def description(self) -> str:
         """What is held, in words."""
         if not self._parts:

@@ -13,6 +13,7 @@ from fisherops.scores.held import HeldScores
 from fisherops.scores.hold import CannotHoldError, RowsBuilder
 from fisherops.scores.jacobian import ELEMENTARY_ATTENTION, BatchJacobian
 from fisherops.scores.recompute import Factor, RecomputedScores
+from fisherops.scores.spill import InOrder, Spill, SpilledScores, loaded
 
 Scores = HeldScores | RecomputedScores
 
@@ -31,6 +32,7 @@ class Entry:
     form: str
     nbytes: int
     reason: str
+    file_size: int = 0
 
 
 @dataclass
@@ -53,8 +55,13 @@ class Plan:
 
     @property
     def nbytes(self) -> int:
-        """Bytes kept."""
+        """Bytes kept in memory."""
         return sum(entry.nbytes for entry in self.entries)
+
+    @property
+    def file_size(self) -> int:
+        """Bytes kept in files."""
+        return sum(entry.file_size for entry in self.entries)
 
     @property
     def holds_rows(self) -> bool:
@@ -65,12 +72,13 @@ class Plan:
         lines = [
             f"cache={self.cache!r}: {_bytes(self.nbytes)} of at most {_bytes(self.max_memory)} kept "
             f"for {sum(entry.size for entry in self.entries)} data in {len(self.entries)} batches"
+            + (f", {_bytes(self.file_size)} in files" if self.file_size else "")
         ]
         groups: dict[tuple[str, str], list[Entry]] = {}
         for entry in self.entries:
             groups.setdefault((entry.form, entry.reason), []).append(entry)
         for (form, reason), entries in groups.items():
-            lines.append(f"  {len(entries)} × {form}, {_bytes(sum(e.nbytes for e in entries))}: {reason}")
+            lines.append(f"  {len(entries)} × {form}, {_bytes(sum(e.nbytes + e.file_size for e in entries))}: {reason}")
         return "\n".join(lines)
 
 
@@ -83,11 +91,14 @@ class Keeper:
         One of `CACHES`.
     max_memory : int
         Bytes that may be kept.
+    spill : path or None
+        A folder for files with the rows that do not fit.
     """
 
-    def __init__(self, cache: str, max_memory: int) -> None:
+    def __init__(self, cache: str, max_memory: int, spill: Any = None) -> None:
         self.plan = Plan(cache, max_memory)
-        self.kept: list[Scores | None] = []
+        self.kept: list[Scores | SpilledScores | None] = []
+        self._spill = None if spill is None else Spill(spill)
         # Of linearizations only: each holds the graph of its batch.
         self._redraws: list[Callable[..., Factor]] = []
         # Of batches that are not kept, but whose rows are cheaper than two derivatives: where their data lie.
@@ -97,6 +108,15 @@ class Keeper:
     def complete(self) -> bool:
         """Whether every batch is kept, so that products need no data."""
         return all(scores is not None for scores in self.kept)
+
+    def in_order(self) -> InOrder:
+        """Return the batches, all of which are kept."""
+        return InOrder(self.kept)
+
+    def batch(self, number: int) -> Scores | None:
+        """Return a batch if it is kept."""
+        scores: Scores | None = loaded(self.kept[number])
+        return scores
 
     def choose(
         self, jacobian: BatchJacobian, make_factor: Callable[[], Factor], size: int, redraw: Callable[..., Factor]
@@ -171,14 +191,16 @@ class Keeper:
         if self.plan.cache == "auto" and builder.vectors > _MANY_VECTORS:
             raise CannotHoldError(f"{builder.vectors} rows for each datum would cost as many backward passes")
         held = None
+        # What goes to a file must be in memory while it is built.
+        limit = left if self._spill is None else self.plan.max_memory
         try:
             # Where the cheapest form does not fit, factors may, which are smaller for long sequences.
             for form in ("auto", "factors") if self.plan.cache == "auto" else (self.plan.cache,):
                 nbytes = builder.nbytes(form)
-                if nbytes <= left:
+                if nbytes <= limit:
                     held, differentiated = builder.build(form)
                     nbytes = held.nbytes
-                if nbytes <= left:
+                if nbytes <= limit:
                     break
                 held = None
         except (MemoryError, RuntimeError) as error:
@@ -206,7 +228,12 @@ class Keeper:
             reason = (
                 f"rows of {', '.join(differentiated)} differentiated datum by datum, the others by their operations"
             )
-        return self._note(held, size, held.description, held.nbytes, reason)
+        if held.nbytes <= left or self._spill is None:
+            return self._note(held, size, held.description, held.nbytes, reason)
+        file = self._spill.write(held)
+        self.plan.entries.append(Entry(size, f"{held.description} in a file", 0, reason, file.size))
+        self.kept.append(file)
+        return held
 
     def _check_fits(self, nbytes: int, size: int) -> None:
         """Refuse a bound within which a form that was asked for can never be had."""
