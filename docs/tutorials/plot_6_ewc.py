@@ -106,19 +106,19 @@ def plain(strength):
 # Without a penalty; with EWC; and with a penalty of the same mean weight that treats all parameters alike. Each is given the
 # strength that is best for the mean accuracy on both tasks (on the same test data, which is fine for a picture).
 
-strengths = (1.0, 10.0, 100.0, 1000.0)
+strengths = (10.0, 100.0, 1000.0)
 
 
 def best(make):
     runs = []
     for strength in strengths:
         torch.manual_seed(1)
-        runs.append((strength, fit(copy.deepcopy(model), "second", epochs=15, penalty=make(strength))))
+        runs.append((strength, fit(copy.deepcopy(model), "second", epochs=12, penalty=make(strength))))
     return max(runs, key=lambda run: run[1][-1].mean())
 
 
 torch.manual_seed(1)
-histories = {"no penalty": (0.0, fit(copy.deepcopy(model), "second", epochs=15))}
+histories = {"no penalty": (0.0, fit(copy.deepcopy(model), "second", epochs=12))}
 histories["all parameters alike"] = best(plain)
 histories["EWC"] = best(ewc)
 for name, (strength, history) in histories.items():
