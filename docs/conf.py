@@ -6,6 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 from urllib.error import URLError
 from urllib.request import Request, urlopen
 
+import torch
+
 import fisherops
 
 project = "fisherops"
@@ -82,7 +84,10 @@ else:
             name: (url, None) for (name, url), there in zip(INVENTORIES.items(), found, strict=True) if there
         }
 intersphinx_timeout = 10
-nitpick_ignore_regex = [(r"py:.*", r"(numpy|scipy|torch|cupy|cupyx|matplotlib)\..*")]
+nitpick_ignore_regex = [
+    (r"py:.*", r"(numpy|scipy|torch|cupy|cupyx|matplotlib)\..*"),
+    (r"py:.*|std:.*|ref|term", r"(python|numpy):.*"),  # numpydoc's links to "int", "callable", "array_like"
+]
 
 # ---- Tutorials -----------------------------------------------------------------------------------
 
@@ -102,6 +107,8 @@ sphinx_gallery_conf = {
     "doc_module": ("fisherops",),
     "reference_url": {"fisherops": None},
 }
+# Small problems: threads would only wait for each other.
+torch.set_num_threads(1)
 # Tutorials must not warn, apart from what matplotlib says when a picture is not shown in a window.
 warnings.filterwarnings("ignore", message=".*non-interactive.*", category=UserWarning)
 

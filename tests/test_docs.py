@@ -50,6 +50,18 @@ def test_links_of_the_readme_lead_somewhere():
             assert target.startswith("http") or (page.parent / target).exists(), target
 
 
+def test_the_mathematics_names_tests_that_exist():
+    """Each formula is tied to the test that checks it."""
+    page = (ROOT / "docs" / "reference" / "mathematics.md").read_text(encoding="utf-8")
+    named = re.findall(r"`(tests/\w+\.py)::(\w+)`", page)
+    assert len(named) > 40
+    for file, function in named:
+        assert f"\ndef {function}(" in (ROOT / file).read_text(encoding="utf-8"), (file, function)
+    sections = re.split(r"^## ", page, flags=re.MULTILINE)[1:]
+    without = [section.split("\n")[0] for section in sections if "tests/test_" not in section]
+    assert without == ["Notation"]
+
+
 def test_the_constraints_pin_everything_they_name():
     lines = (ROOT / "tests" / "constraints.txt").read_text().split()
     assert "torch==2.13.0" in lines
