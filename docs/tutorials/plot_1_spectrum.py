@@ -2,16 +2,17 @@
 Spectrum of a trained digit classifier
 ======================================
 
-The eigenvalues of the Fisher matrix say how much the predictions of a network change when its parameters move: along a unit
-eigenvector of F by a small step ε, the Kullback-Leibler divergence between old and new predictions is ½ ε² λ to second
-order. A few eigenvalues of a trained classifier are large, and most are close to zero. Here we compute all of them.
+The eigenvalues of the Fisher matrix say how much the predictions of a network change when its parameters move:
+along a unit eigenvector of F by a small step ε, the Kullback-Leibler divergence between old and new predictions is
+½ ε² λ to second order. A few eigenvalues of a trained classifier are large, and most are close to zero. Here we
+compute all of them.
 """
 
 # %%
 # A model and its data
 # --------------------
-# A small network on scikit-learn's 1,797 handwritten digits of 8 × 8 pixels. We keep a copy of it early in training, and one
-# late.
+# A small network on scikit-learn's 1,797 handwritten digits of 8 × 8 pixels. We keep a copy of it early in
+# training, and one late.
 
 import copy
 
@@ -49,8 +50,9 @@ assert accuracy > 0.99
 # %%
 # The operator
 # ------------
-# ``FisherLinearOperator`` is the exact Fisher, here of the early network. A product with it needs no matrix of its size: it
-# multiplies with the Jacobian, with a small matrix in output space, and with the transposed Jacobian. ``trace`` is exact.
+# ``FisherLinearOperator`` is the exact Fisher, here of the early network. A product with it needs no matrix of its
+# size: it multiplies with the Jacobian, with a small matrix in output space, and with the transposed Jacobian.
+# ``trace`` is exact.
 
 op = fo.FisherLinearOperator(models[5], loss, data=(X, y), dtype="float64")
 print(op.shape, op.dtype, f"trace {op.trace():.4f}")
@@ -58,8 +60,9 @@ print(op.shape, op.dtype, f"trace {op.trace():.4f}")
 # %%
 # Some eigenvalues
 # ----------------
-# SciPy's ``eigsh`` takes the operator as it is. ``fisherops.linalg.eigsh`` gives the same, and chooses between the Gram matrix
-# of the scores, F as a dense matrix, and products alone. Its residuals ‖F v − λ v‖ are computed, not estimated.
+# SciPy's ``eigsh`` takes the operator as it is. ``fisherops.linalg.eigsh`` gives the same, and chooses between the
+# Gram matrix of the scores, F as a dense matrix, and products alone. Its residuals ‖F v − λ v‖ are computed, not
+# estimated.
 
 by_scipy = eigsh(op, k=10, return_eigenvectors=False)
 found = linalg.eigsh(op, k=10)
@@ -79,8 +82,9 @@ ax = plot.spectrum(values, trace=op.trace(), threshold=threshold)
 _ = ax.set_title("All eigenvalues after 5 epochs")
 
 # %%
-# Eigenvalues fall over many powers of ten, and a tenth of them has nearly all of the trace. The largest nine stand apart.
-# With C = 10 classes, C − 1 is the number of directions in which the logits of a softmax can change the prediction.
+# Eigenvalues fall over many powers of ten, and a tenth of them has nearly all of the trace. The largest nine stand
+# apart. With C = 10 classes, C − 1 is the number of directions in which the logits of a softmax can change the
+# prediction.
 
 ordered = np.sort(values)[::-1]
 for k in (9, len(values) // 10):
@@ -89,12 +93,14 @@ ratios = ordered[:30] / ordered[1:31]
 print("largest ratio of neighbours among the first 30: after number", ratios.argmax() + 1)
 assert ratios.argmax() + 1 == 9
 assert ordered[: len(values) // 10].sum() > 0.9 * ordered.sum()
+ax = plot.spectrum(ordered[:30], trace=op.trace())
+_ = ax.set_title("The largest 30")
 
 # %%
 # Early and late
 # --------------
-# How many eigenvalues are how large is the *density* of the spectrum. On the same grid the pictures can be compared: as
-# predictions become certain, p (1 − p) goes to zero, and all of the Fisher with it.
+# How many eigenvalues are how large is the *density* of the spectrum. On the same grid the pictures can be
+# compared: as predictions become certain, p (1 − p) goes to zero, and all of the Fisher with it.
 
 late = fo.FisherLinearOperator(models[150], loss, data=(X, y), dtype="float64")
 grid = np.geomspace(1e-12, 10, 53)
@@ -112,8 +118,8 @@ assert medians[1] < medians[0] / 2
 # %%
 # How many parameters do the data determine?
 # ------------------------------------------
-# Against a Gaussian prior of precision λ the *effective dimension* tr F (F + λI)⁻¹ counts the directions that the data
-# determine better than the prior does. This takes the Fisher of the sum over the data.
+# Against a Gaussian prior of precision λ the *effective dimension* tr F (F + λI)⁻¹ counts the directions that the
+# data determine better than the prior does. This takes the Fisher of the sum over the data.
 
 total = fo.FisherLinearOperator(models[5], nn.CrossEntropyLoss(reduction="sum"), data=(X, y), dtype="float64")
 for damping in (100.0, 1.0, 0.01):

@@ -2,15 +2,15 @@
 Training with the natural gradient
 ==================================
 
-Gradient descent measures the length of a step in the space of parameters. The natural gradient (Amari, 1998) measures it
-by the change of the predictions: it is (F + λI)⁻¹ ∇L, with the Fisher matrix F and a damping λ. Steps then make
-progress in all directions that matter, also in those along which the loss is flat.
+Gradient descent measures the length of a step in the space of parameters. The natural gradient (Amari, 1998)
+measures it by the change of the predictions: it is (F + λI)⁻¹ ∇L, with the Fisher matrix F and a damping λ. Steps
+then make progress in all directions that matter, also in those along which the loss is flat.
 """
 
 # %%
 # An ill-conditioned problem
 # --------------------------
-# A regression of a wiggly function. The inputs are two numbers of very different scale, as they often are in tables.
+# A regression of a wiggly function of two inputs of different scales, as they often come in tables.
 
 import time
 
@@ -36,8 +36,9 @@ def make_model():
 # %%
 # One operator for the whole training
 # -----------------------------------
-# The operator follows parameters that change in place, so it is made once. ``natural_gradient`` takes gradients by name and
-# gives steps by name. Here there are fewer data than parameters, so it goes by the Gram matrix of the scores, of size N.
+# The operator follows parameters that change in place, so it is made once. ``natural_gradient`` takes gradients by
+# name and gives steps by name. Here there are fewer data than parameters, so it goes by the Gram matrix of the
+# scores, of size N.
 #
 # The step length is halved until the loss falls; the damping falls where whole steps succeed, and rises otherwise
 # (Levenberg and Marquardt's rule).
@@ -85,10 +86,10 @@ def train_first_order(optimizer_class, steps, **options):
 runs = {
     "natural gradient": train_natural(60),
     "Adam, better of two rates": min(
-        (train_first_order(torch.optim.Adam, 1000, lr=lr) for lr in (1e-2, 3e-2)), key=lambda run: run[0][-1]
+        (train_first_order(torch.optim.Adam, 1000, lr=lr) for lr in (3e-3, 1e-2)), key=lambda run: run[0][-1]
     ),
     "gradient descent, better of two rates": min(
-        (train_first_order(torch.optim.SGD, 1000, lr=lr) for lr in (0.1, 0.3)), key=lambda run: run[0][-1]
+        (train_first_order(torch.optim.SGD, 1000, lr=lr) for lr in (0.05, 0.15)), key=lambda run: run[0][-1]
     ),
 }
 for name, (losses, times) in runs.items():
@@ -97,7 +98,9 @@ for name, (losses, times) in runs.items():
 # %%
 # Steps and time
 # --------------
-# The noise has variance 0.0025, so a loss a little below that fits the data as well as they can be fitted.
+# The noise has variance 0.0025, so a loss a little below that fits the data as well as they can be fitted. In steps
+# the natural gradient is far ahead. In seconds, on a problem this small, Adam is about as fast: its steps cost next
+# to nothing.
 
 figure, axes = plt.subplots(1, 2, figsize=(9, 4), sharey=True, layout="constrained")
 styles = [("#0072B2", "-"), ("#D55E00", "--"), ("#009E73", ":")]
@@ -113,20 +116,21 @@ axes[0].set_xscale("log")
 axes[0].set_xlabel("steps")
 axes[0].set_ylabel("training loss")
 axes[1].set_xlabel("seconds")
-axes[1].annotate("variance of the noise", (0.98, 0.0025), xycoords=("axes fraction", "data"), ha="right", va="bottom")
+axes[0].set_ylim(bottom=1.5e-3)
+axes[0].annotate("variance of the noise", (0.02, 0.0024), xycoords=("axes fraction", "data"), ha="left", va="top")
 figure.legend(loc="outside upper center", ncols=3, frameon=False)
 
 natural, adam, descent = (losses for losses, _ in runs.values())
 assert natural[-1] < 0.003
-assert natural[-1] < min(adam[len(natural)], descent[len(natural)])
+assert natural[-1] < 0.1 * min(adam[len(natural)], descent[len(natural)])
 
 # %%
 # What a step costs
 # -----------------
-# A natural-gradient step costs the rows of the score matrix (one backward pass for each output), their Gram matrix and one
-# factorization of size N. That is many times a gradient. It pays where steps are few and curvature matters; for large data
-# sets take the operator of a part of the data, or a Monte-Carlo Fisher of one sample, whose score matrix has one row for
-# each datum.
+# A natural-gradient step costs the rows of the score matrix (one backward pass for each output), their Gram matrix
+# and one factorization of size N. That is many times a gradient. It pays where steps are few and curvature matters;
+# for large data sets take the operator of a part of the data, or a Monte-Carlo Fisher of one sample, whose score
+# matrix has one row for each datum.
 #
 # With ``op.resample(seed)`` a Monte-Carlo Fisher has new draws in every step, for the same model and data.
 

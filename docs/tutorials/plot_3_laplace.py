@@ -2,14 +2,14 @@
 Uncertainty of predictions by Laplace's approximation
 =====================================================
 
-A trained network gives one prediction. How sure are we of it? Laplace's approximation takes the posterior of the parameters
-for a Gaussian around the trained ones. With the Fisher in place of the Hessian (it is then the generalized
-Gauss-Newton matrix, and positive semi-definite) its covariance is
+A trained network gives one prediction. How sure are we of it? Laplace's approximation takes the posterior of the
+parameters for a Gaussian around the trained ones. With the Fisher in place of the Hessian (here it is the
+generalized Gauss-Newton matrix, so positive semi-definite) its covariance is
 
 .. math:: \\Sigma = (F + \\tau I)^{-1},
 
-with F the Fisher of the *sum* over the data and τ the precision of a Gaussian prior. The variance of an output with the
-Jacobian J is then J Σ Jᵀ (MacKay, 1992).
+with F the Fisher of the *sum* over the data and τ the precision of a Gaussian prior. The variance of an output with
+the Jacobian J is then J Σ Jᵀ (MacKay, 1992).
 """
 
 # %%
@@ -78,8 +78,8 @@ covariance = linalg.inv(op, damping=PRIOR)
 print(covariance.shape, "by", covariance.method)
 
 # %%
-# The Jacobian of the predictions on a grid, one row for each point, by ``torch.func``. The names of the operator's parameters are in the order
-# of its flat vector.
+# The Jacobian of the predictions on a grid, one row for each point, by ``torch.func``. The names of the operator's
+# parameters are in the order of its flat vector.
 
 grid = torch.linspace(-4.5, 4.5, 181, dtype=torch.float64)[:, None]
 parameters = {name: p.detach() for name, p in net.named_parameters()}
@@ -102,12 +102,15 @@ np.testing.assert_allclose(variance, np.einsum("nd,de,ne->n", J, dense, J), rtol
 # %%
 # The picture
 # -----------
-# The band is two standard deviations of the function. It is narrow where there are data and wide where there are none.
+# The band is two standard deviations of the function. It is narrow where there are data and wide where there are
+# none.
 
 mean, deviation = net(grid).detach().numpy()[:, 0], variance.sqrt().numpy()
 x = grid.numpy()[:, 0]
 figure, ax = plt.subplots(figsize=(7.2, 4.2), layout="constrained")
-ax.fill_between(x, mean - 2 * deviation, mean + 2 * deviation, color="#56B4E9", alpha=0.45, label="± 2 standard deviations")
+ax.fill_between(
+    x, mean - 2 * deviation, mean + 2 * deviation, color="#56B4E9", alpha=0.45, label="± 2 standard deviations"
+)
 ax.plot(x, mean, color="#0072B2", linewidth=2, label="prediction")
 ax.plot(x, np.sin(2 * x), color="#404040", linestyle="--", linewidth=1.2, label="truth")
 ax.plot(X.numpy(), y.numpy(), ".", color="#D55E00", markersize=5, label="data")
@@ -120,20 +123,22 @@ _ = ax.legend(frameon=False, ncols=2, loc="upper center")
 
 inside = ((x > -3) & (x < -1)) | ((x > 1) & (x < 3))
 gap = np.abs(x) < 0.5
-print(f"median standard deviation: among the data {np.median(deviation[inside]):.3f}, in the gap {np.median(deviation[gap]):.3f}")
-assert np.median(deviation[gap]) > 3 * np.median(deviation[inside])
+medians = np.median(deviation[inside]), np.median(deviation[gap])
+print(f"median standard deviation: among the data {medians[0]:.3f}, in the gap {medians[1]:.3f}")
+assert medians[1] > 3 * medians[0]
 
 # %%
 # The approximation is linear in the parameters, so it is good close to the data and a guess far away from them.
 #
 # The evidence
 # ------------
-# The same factorization gives the log-determinant that the evidence of the model needs, to compare priors or architectures:
-# log p(y) ≈ Σ log q(y | f) − ½ τ ‖θ‖² + ½ D log τ − ½ log det(F + τI).
+# The same factorization gives the log-determinant that the evidence of the model needs, to compare priors or
+# architectures: log p(y) ≈ Σ log q(y | f) − ½ τ ‖θ‖² + ½ D log τ − ½ log det(F + τI).
 
 log_det = linalg.slogdet(op, damping=PRIOR)
 fit = model(X).log_prob(y).sum().item() - 0.5 * PRIOR * sum(p.square().sum() for p in model.parameters()).item()
 evidence = fit + 0.5 * op.shape[0] * np.log(PRIOR) - 0.5 * log_det.logabsdet
 print(f"log det {log_det.logabsdet:.2f} ({log_det.method}), log evidence {evidence:.1f}")
-np.testing.assert_allclose(log_det.logabsdet, np.linalg.slogdet(op.todense() + PRIOR * np.eye(op.shape[0]))[1], rtol=1e-8)
+dense = op.todense() + PRIOR * np.eye(op.shape[0])
+np.testing.assert_allclose(log_det.logabsdet, np.linalg.slogdet(dense)[1], rtol=1e-8)
 print(f"effective dimension {float(linalg.effective_dimension(op, PRIOR)):.1f} of {op.shape[0]} parameters")

@@ -2,9 +2,9 @@
 Which Fisher? Monte Carlo, exact and empirical in pictures
 ==========================================================
 
-Three matrices go by the name of Fisher. They differ in where the labels come from: the *exact* Fisher takes the expectation
-over labels that the model itself would give, the *Monte-Carlo* Fisher a few draws of such labels, and the *empirical* Fisher
-the labels that were observed. The first two agree in the limit. The third is something else.
+Three matrices go by the name of Fisher. They differ in where the labels come from: the *exact* Fisher takes the
+expectation over labels that the model itself would give, the *Monte-Carlo* Fisher a few draws of such labels, and
+the *empirical* Fisher the labels that were observed. The first two agree in the limit. The third is something else.
 """
 
 # %%
@@ -44,7 +44,8 @@ print("exact\n", exact.todense().round(3))
 print("empirical\n", empirical.todense().round(3))
 
 # %%
-# For MSE the exact Fisher does not depend on the labels at all: it is 2 Jᵀ J / N, which is the Hessian of the loss here.
+# For MSE the exact Fisher does not depend on the labels at all: it is 2 Jᵀ J / N, which is the Hessian of the loss
+# here.
 
 design = np.hstack([x, np.ones_like(x)])
 np.testing.assert_allclose(exact.todense(), 2 * design.T @ design / len(x), rtol=1e-10)
@@ -63,7 +64,8 @@ axes[0].plot(x, line(torch.tensor(x)).detach(), color=BLUE, linewidth=2)
 axes[0].set_title("data and model")
 axes[0].set_xlabel("x")
 axes[0].set_ylabel("y")
-for ax, samples in zip(axes[1:], (1, 30), strict=True):
+for ax, samples, title in zip(axes[1:], (1, 30), ("one draw for each datum", "thirty draws"), strict=True):
+    ax.set_title(title)
     for seed in range(12):
         ax.plot(*ellipse(sampled(samples, seed).todense()), color=GREEN, linewidth=0.8, alpha=0.8)
     ax.plot([], [], color=GREEN, label=f"Monte Carlo, M = {samples}")
@@ -77,13 +79,13 @@ for ax in axes:
     ax.grid(alpha=0.25, linewidth=0.6)
 
 # %%
-# Draws scatter around the exact ellipse, the less the more there are. The empirical one has another shape: it weighs each
-# datum by its squared residual, and residuals are largest at the ends, where the model is most wrong.
+# Draws scatter around the exact ellipse, the less the more there are. The empirical one has another shape: it
+# weighs each datum by its squared residual, and residuals are largest at the ends, where the model is most wrong.
 #
 # How fast draws converge
 # -----------------------
-# The error of the Monte-Carlo Fisher falls as 1/√M. The distance of the empirical Fisher from the exact one is not an error
-# that any number of draws would mend.
+# The error of the Monte-Carlo Fisher falls as 1/√M. The distance of the empirical Fisher from the exact one is not
+# an error that any number of draws would mend.
 
 numbers = np.array([1, 3, 10, 30, 100, 300, 1000])
 E = exact.todense()
@@ -116,8 +118,8 @@ assert abs(v @ (op @ v) - v @ (exact @ v)) < 4 * op.standard_error(v)
 # %%
 # A classifier
 # ------------
-# The same for softmax regression with three classes, at parameters that fit well and at zero. Each picture is the matrix F
-# itself, 9 × 9: two weights and a bias for each class.
+# The same for softmax regression with three classes, at parameters that fit well and at zero. Each picture is the
+# matrix F itself, 9 × 9: two weights and a bias for each class.
 
 torch.manual_seed(0)
 centres = torch.tensor([[0.0, 1.2], [1.2, -0.6], [-1.2, -0.6]])
@@ -173,9 +175,10 @@ for place, kinds in found.items():
         print(f"{place}, {name}: relative distance from the exact Fisher {off:.1%}")
 
 # %%
-# At zero, the model gives each class a third, far from the labels that the points have, and the empirical Fisher is far
-# from the exact one. At the fit this model is nearly right: then the observed labels are nearly draws of its own, and the
-# empirical Fisher comes near. That is the case in which it is an estimate of the Fisher, with one draw.
+# At zero, the model gives each class a third, far from the labels that the points have, and the empirical Fisher is
+# far from the exact one. At the fit this model is nearly right: then the observed labels are nearly draws of its
+# own, and the empirical Fisher comes near. That is the case in which it is an estimate of the Fisher, with one
+# draw.
 
 away = {
     place: np.linalg.norm(kinds["empirical"] - kinds["exact"]) / np.linalg.norm(kinds["exact"])

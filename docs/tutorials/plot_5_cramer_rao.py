@@ -2,16 +2,16 @@
 A Cramér-Rao bound
 ==================
 
-How precisely can the parameters of a model be estimated from data with noise? No unbiased estimate has a smaller covariance
-than F⁻¹, the inverse of the Fisher information of all data. Here we compute the bound for a decay, compare it with a
-simulation, and use it to choose when to measure.
+How precisely can the parameters of a model be estimated from data with noise? No unbiased estimate has a smaller
+covariance than F⁻¹, the inverse of the Fisher information of all data. Here we compute the bound for a decay,
+compare it with a simulation, and use it to choose when to measure.
 """
 
 # %%
 # A decay in noise
 # ----------------
-# y = a exp(−b t) + noise of standard deviation 0.1, at forty times. With ``params`` a mapping the model may be any function
-# of parameters and inputs, and it returns the distribution of the targets.
+# y = a exp(−b t) + noise of standard deviation 0.1, at forty times. With ``params`` a mapping the model may be any
+# function of parameters and inputs, and it returns the distribution of the targets.
 
 import numpy as np
 import torch
@@ -49,8 +49,8 @@ np.testing.assert_allclose(bounds.covariance, np.linalg.inv(J.T @ J / NOISE**2),
 # %%
 # A simulation
 # ------------
-# Two thousand data sets are drawn and fitted by least squares, the maximum-likelihood estimate here. Their spread should come
-# close to the bound, as there are many data for two parameters.
+# Two thousand data sets are drawn and fitted by least squares, the maximum-likelihood estimate here. Their spread
+# should come close to the bound, as there are many data for two parameters.
 
 rng = np.random.default_rng(0)
 means = A * np.exp(-B * t)
@@ -74,7 +74,8 @@ figure, ax = plt.subplots(figsize=(6.4, 4.6), layout="constrained")
 ax.plot(*estimates.T, ".", color="#767676", markersize=2.5, alpha=0.5, label="2,000 estimates")
 for radius, style in ((1, "-"), (2, "--")):
     label = f"bound, {radius} standard deviation{'s' if radius > 1 else ''}"
-    ax.plot(A + radius * ellipse[0], B + radius * ellipse[1], color="#D55E00", linestyle=style, linewidth=2, label=label)
+    a, b = A + radius * ellipse[0], B + radius * ellipse[1]
+    ax.plot(a, b, color="#D55E00", linestyle=style, linewidth=2, label=label)
 ax.plot(A, B, "+", color="#0072B2", markersize=14, markeredgewidth=2.5, label="truth")
 ax.set_xlabel("a")
 ax.set_ylabel("b")
@@ -95,8 +96,8 @@ assert abs(simulated / half_life.standard_deviation[0] - 1) < 0.08
 # %%
 # When to measure
 # ---------------
-# The bound needs no data, so an experiment can be planned with it. Forty measurements are made half at time zero and half at
-# one later time: which?
+# The bound needs no data, so an experiment can be planned with it. Forty measurements are made half at time zero
+# and half at one later time: which?
 
 later = np.linspace(0.1, 6, 60)
 deviations = np.array([crlb(information(np.r_[np.zeros(20), np.full(20, s)])).standard_deviation for s in later])
@@ -118,8 +119,8 @@ assert deviations[:, 1].min() < bounds.standard_deviation[1]
 # %%
 # What cannot be estimated
 # ------------------------
-# If all measurements are made at one time, a and b cannot be told apart. The bound is then infinite, and the result names
-# the direction in which the parameters can move without a trace.
+# If all measurements are made at one time, a and b cannot be told apart. The bound is then infinite, and the result
+# names the direction in which the parameters can move without a trace.
 
 same = crlb(information(np.full(40, 1.0)))
 print(same.standard_deviation, same.unidentifiable)

@@ -2,9 +2,10 @@
 Learning one task after the other with the diagonal of the Fisher
 =================================================================
 
-A network that is trained on a second task forgets the first. Elastic weight consolidation (Kirkpatrick et al., 2017) adds a
-penalty that holds those parameters that mattered: ½ λ Σ F_ii (θ_i − θ*_i)², with θ* the parameters after the first task and F_ii the
-diagonal of its Fisher. ``op.diagonal()`` is that diagonal, exactly, in one pass over the data.
+A network that is trained on a second task forgets the first. Elastic weight consolidation (Kirkpatrick et al.,
+2017) adds a penalty that holds those parameters that mattered: ½ λ Σ F_ii (θ_i − θ*_i)², with θ* the parameters
+after the first task and F_ii the diagonal of its Fisher. ``op.diagonal()`` is that diagonal, exactly, in one pass
+over the data.
 """
 
 # %%
@@ -64,8 +65,9 @@ print(f"after the first task: {accuracy(model, 'first'):.3f}")
 # %%
 # The diagonal
 # ------------
-# ``FisherLinearOperator`` has the exact diagonal; for ten classes it takes ten backward passes for each batch. The Monte-Carlo Fisher with
-# one draw takes one, and ``EmpiricalFisherLinearOperator`` is what many implementations take.
+# ``FisherLinearOperator`` has the exact diagonal; for ten classes it takes ten backward passes for each batch. The
+# Monte-Carlo Fisher with one draw takes one, and ``EmpiricalFisherLinearOperator`` is what many implementations
+# take.
 
 op = fo.FisherLinearOperator(model, loss, data=(tasks["first"][train], labels[train]))
 diagonal = op.diagonal()
@@ -103,8 +105,9 @@ def plain(strength):
 # %%
 # The second task
 # ---------------
-# Without a penalty; with EWC; and with a penalty of the same mean weight that treats all parameters alike. Each is given the
-# strength that is best for the mean accuracy on both tasks (on the same test data, which is fine for a picture).
+# Without a penalty; with EWC; and with a penalty of the same mean weight that treats all parameters alike. Each is
+# given the strength that is best for the mean accuracy on both tasks (on the same test data, which is fine for a
+# picture).
 
 strengths = (10.0, 100.0, 1000.0)
 
@@ -123,7 +126,8 @@ histories["all parameters alike"] = best(plain)
 histories["EWC"] = best(ewc)
 for name, (strength, history) in histories.items():
     first, second = history[-1]
-    print(f"{name} (λ = {strength:g}): first task {first:.3f}, second task {second:.3f}, mean {(first + second) / 2:.3f}")
+    mean = (first + second) / 2
+    print(f"{name} (λ = {strength:g}): first task {first:.3f}, second task {second:.3f}, mean {mean:.3f}")
 
 figure, axes = plt.subplots(1, 2, figsize=(9, 4), sharey=True, layout="constrained")
 styles = [("#767676", ":"), ("#D55E00", "--"), ("#0072B2", "-")]
