@@ -1,11 +1,15 @@
 """How the documentation is built: ``python -m sphinx -W -n -b html docs docs/_build/html``."""
 
+import inspect
 import os
+import re
+import time
 import warnings
-from concurrent.futures import ThreadPoolExecutor
-from urllib.error import URLError
+from contextlib import suppress
+from threading import Thread
 from urllib.request import Request, urlopen
 
+import numpydoc.xref
 import torch
 
 import fisherops
@@ -53,6 +57,38 @@ numpydoc_xref_aliases = {
     for name in ("Bounds", "DampedInverse", "Density", "Eigenpairs", "Estimate", "Solution")
 }
 
+# Types such as "int" are left as words.
+numpydoc.xref.DEFAULT_LINKS.clear()
+
+
+def process_signature(app, what, name, obj, options, signature, return_annotation):
+    """Give classes the signature of their __init__ (SciPy's operators have a __new__), without private arguments."""
+    if what != "class" or obj.__init__ is object.__init__:
+        return signature, return_annotation
+    if getattr(obj, "_is_protocol", False):
+        return "", return_annotation
+    own = inspect.signature(obj.__init__)
+    shown = [
+        p.replace(annotation=p.empty)
+        for p in own.parameters.values()
+        if p.name != "self" and not p.name.startswith("_")
+    ]
+    if any("dataclass" in str(p.default) or "factory" in str(p.default) for p in shown):
+        return signature, return_annotation
+    return str(own.replace(parameters=shown, return_annotation=own.empty)), return_annotation
+
+
+def process_docstring(app, what, name, obj, options, lines):
+    """Keep initials of authors from being taken for the numbers of a list."""
+    lines[:] = [re.sub(r"^(\s*)(?=[A-Z]\. )", r"\1\\", line) for line in lines]
+
+
+def setup(app):
+    """Connect the two functions above."""
+    app.connect("autodoc-process-signature", process_signature)
+    app.connect("autodoc-process-docstring", process_docstring, priority=900)
+
+
 # ---- Other projects ------------------------------------------------------------------------------
 
 INVENTORIES = {
@@ -65,28 +101,28 @@ INVENTORIES = {
 }
 
 
-def reachable(url: str) -> bool:
-    """Whether the list of names of another project can be had."""
-    try:
-        with urlopen(Request(url + "objects.inv", method="HEAD"), timeout=4):
-            return True
-    except (URLError, OSError, ValueError):
-        return False
+def reachable(inventories: dict[str, str], seconds: float) -> dict[str, tuple[str, None]]:
+    """Return the projects whose list of names can be had within some seconds."""
+    found: dict[str, tuple[str, None]] = {}
+
+    def look(name: str, url: str) -> None:
+        with suppress(OSError), urlopen(Request(url + "objects.inv", method="HEAD"), timeout=seconds):
+            found[name] = (url, None)
+
+    threads = [Thread(target=look, args=item, daemon=True) for item in inventories.items()]
+    for thread in threads:
+        thread.start()
+    deadline = time.monotonic() + seconds
+    for thread in threads:
+        thread.join(max(0.0, deadline - time.monotonic()))
+    return dict(sorted(found.items()))
 
 
 # Without a network, or with FISHEROPS_DOCS_OFFLINE set, names of other projects are printed without links.
-if os.environ.get("FISHEROPS_DOCS_OFFLINE"):
-    intersphinx_mapping = {}
-else:
-    with ThreadPoolExecutor(len(INVENTORIES)) as pool:
-        found = pool.map(reachable, INVENTORIES.values())
-        intersphinx_mapping = {
-            name: (url, None) for (name, url), there in zip(INVENTORIES.items(), found, strict=True) if there
-        }
+intersphinx_mapping = {} if os.environ.get("FISHEROPS_DOCS_OFFLINE") else reachable(INVENTORIES, seconds=5)
 intersphinx_timeout = 10
 nitpick_ignore_regex = [
     (r"py:.*", r"(numpy|scipy|torch|cupy|cupyx|matplotlib)\..*"),
-    (r"py:.*|std:.*|ref|term", r"(python|numpy):.*"),  # numpydoc's links to "int", "callable", "array_like"
 ]
 
 # ---- Tutorials -----------------------------------------------------------------------------------
@@ -95,7 +131,8 @@ sphinx_gallery_conf = {
     "examples_dirs": "tutorials",
     "gallery_dirs": "gallery",
     "filename_pattern": r"/plot_",
-    "within_subsection_order": "ExampleTitleSortKey",
+    "within_subsection_order": "FileNameSortKey",
+    "show_signature": False,
     "abort_on_example_error": True,
     "only_warn_on_example_error": False,
     "image_srcset": ["2x"],

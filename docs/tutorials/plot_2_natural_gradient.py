@@ -85,11 +85,11 @@ def train_first_order(optimizer_class, steps, **options):
 
 runs = {
     "natural gradient": train_natural(60),
-    "Adam, better of two rates": min(
-        (train_first_order(torch.optim.Adam, 1000, lr=lr) for lr in (3e-3, 1e-2)), key=lambda run: run[0][-1]
+    "Adam, best of three rates": min(
+        (train_first_order(torch.optim.Adam, 1000, lr=lr) for lr in (3e-3, 1e-2, 3e-2)), key=lambda run: run[0][-1]
     ),
-    "gradient descent, better of two rates": min(
-        (train_first_order(torch.optim.SGD, 1000, lr=lr) for lr in (0.05, 0.15)), key=lambda run: run[0][-1]
+    "gradient descent, best of three rates": min(
+        (train_first_order(torch.optim.SGD, 1000, lr=lr) for lr in (0.05, 0.15, 0.3)), key=lambda run: run[0][-1]
     ),
 }
 for name, (losses, times) in runs.items():
