@@ -121,6 +121,7 @@ def reachable(inventories: dict[str, str], seconds: float) -> dict[str, tuple[st
 # Without a network, or with FISHEROPS_DOCS_OFFLINE set, names of other projects are printed without links.
 intersphinx_mapping = {} if os.environ.get("FISHEROPS_DOCS_OFFLINE") else reachable(INVENTORIES, seconds=5)
 intersphinx_timeout = 10
+nitpick_ignore = [("py:obj", "logabsdet")]  # a field of a named tuple
 nitpick_ignore_regex = [
     (r"py:.*", r"(numpy|scipy|torch|cupy|cupyx|matplotlib)\..*"),
 ]

@@ -62,6 +62,15 @@ def test_the_mathematics_names_tests_that_exist():
     assert without == ["Notation"]
 
 
+def test_the_reference_has_every_public_name():
+    pages = "".join(page.read_text(encoding="utf-8") for page in (ROOT / "docs" / "reference").glob("*.md"))
+    for module in ("fisherops", "fisherops.linalg", "fisherops.likelihoods"):
+        for name in importlib.import_module(module).__all__:
+            assert name in ("__version__", "linalg") or re.search(rf":: (fisherops\.)?{name}$", pages, re.MULTILINE), (
+                name
+            )
+
+
 def test_the_constraints_pin_everything_they_name():
     lines = (ROOT / "tests" / "constraints.txt").read_text().split()
     assert "torch==2.13.0" in lines
