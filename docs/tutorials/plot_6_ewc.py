@@ -143,6 +143,10 @@ axes[0].set_ylabel("accuracy on held-out digits")
 axes[0].set_ylim(0, 1.02)
 _ = axes[0].legend(frameon=False, loc="lower left")
 
+# %%
+# EWC keeps the first task nearly as it was, and learns the second one more slowly. The penalty that does not know which
+# parameters matter does worse on average, at every strength tried.
+
 ends = {name: history[-1] for name, (_, history) in histories.items()}
 assert ends["EWC"][0] > ends["no penalty"][0] + 0.05
 assert ends["EWC"].mean() > ends["all parameters alike"].mean()
