@@ -273,7 +273,7 @@ class FisherOperator(TorchLinearOperator):
 
     @property
     def scores(self) -> ScoreMatrix:
-        """The score matrix G, with F = GᵀG, as an operator of shape (rows, D); see :class:`ScoreMatrix`."""
+        """The score matrix G, F = GᵀG, as an operator (rows, D): :class:`fisherops.score_matrix.ScoreMatrix`."""
         return ScoreMatrix(self)
 
     @contextmanager

@@ -5,6 +5,7 @@ import importlib
 import pkgutil
 import re
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -48,6 +49,28 @@ def test_links_of_the_readme_lead_somewhere():
     for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *PAGES):
         for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
             assert target.startswith("http") or (page.parent / target).exists(), target
+
+
+def test_the_mathematics_names_tests_that_exist():
+    """Each formula is tied to the test that checks it."""
+    page = (ROOT / "docs" / "reference" / "mathematics.md").read_text(encoding="utf-8")
+    named = re.findall(r"`(tests/\w+\.py)::(\w+)`", page)
+    assert len(named) > 40
+    for file, function in named:
+        assert f"\ndef {function}(" in (ROOT / file).read_text(encoding="utf-8"), (file, function)
+    sections = re.split(r"^## ", page, flags=re.MULTILINE)[1:]
+    without = [section.split("\n")[0] for section in sections if "tests/test_" not in section]
+    assert without == ["Notation"]
+
+
+def test_the_reference_has_every_public_name():
+    pages = "".join(page.read_text(encoding="utf-8") for page in (ROOT / "docs" / "reference").glob("*.md"))
+    modules = ["fisherops", "fisherops.likelihoods"]
+    modules += [f"fisherops.{name}" for name in fisherops.__all__ if isinstance(getattr(fisherops, name), ModuleType)]
+    for module in modules:
+        for name in importlib.import_module(module).__all__:
+            known = name == "__version__" or f"fisherops.{name}" in modules
+            assert known or re.search(rf":: (fisherops\.)?{name}$", pages, re.MULTILINE), name
 
 
 def test_the_constraints_pin_everything_they_name():

@@ -256,3 +256,22 @@ def test_the_empirical_fisher_has_torchs_gradients(name):
     expected = G.T @ G / (divisor if loss is not None and loss.reduction == "mean" else 1)
     assert_same(op.todense(), expected, torch.float64)
     assert_same(op @ np.eye(len(expected)), expected, torch.float64)
+
+
+# ---- Probabilities as outputs ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "operator", [fo.FisherMCLinearOperator, fo.FisherLinearOperator, fo.EmpiricalFisherLinearOperator]
+)
+@pytest.mark.parametrize(
+    ("of_logits", "of_probabilities", "transform"),
+    [(nn.CrossEntropyLoss(), nn.NLLLoss(), nn.LogSoftmax(1)), (nn.BCEWithLogitsLoss(), nn.BCELoss(), nn.Sigmoid())],
+)
+def test_probabilities_and_logits_are_one_likelihood(of_logits, of_probabilities, transform, operator):
+    torch.manual_seed(0)
+    body, X = nn.Linear(2, 3).double(), torch.randn(7, 2).double()
+    y = torch.randint(3, (7,)) if isinstance(of_logits, nn.CrossEntropyLoss) else torch.randint(2, (7, 3)).double()
+    expected = operator(body, of_logits, data=(X, y)).todense()
+    actual = operator(nn.Sequential(body, transform), of_probabilities, data=(X, y)).todense()
+    assert_same(actual, expected, torch.float64)

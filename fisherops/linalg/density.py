@@ -32,10 +32,9 @@ def spectral_density(
         (n + 1,), ascending edges of the bins. None makes 60 bins of equal width in log λ, from the size below which
         eigenvalues are zero to rounding, about λ_max · n · eps for a matrix of size n, to just above λ_max.
     method : {"auto", "dual", "dense", "primal"}
-        "dual" and "dense" count all eigenvalues; "primal" is stochastic Lanczos quadrature, whose mean over random "
-        "vectors has
-        a standard error. It resolves the upper end of the spectrum to single eigenvalues, and in the bulk as many bins
-        as it has steps. The standard error is that of the random vectors, not of this resolution.
+        "dual" and "dense" count all eigenvalues; "primal" is stochastic Lanczos quadrature, whose mean over random
+        vectors has a standard error. It resolves the upper end of the spectrum to single eigenvalues, and in the bulk
+        as many bins as it has steps. The standard error is that of the random vectors, not of this resolution.
     probes, steps : int
         Random vectors of the primal way, at least 2, and products with each.
     seed : int

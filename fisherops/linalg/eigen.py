@@ -70,9 +70,8 @@ def eigsh(
     return_eigenvectors : bool
         Whether to find eigenvectors, and residuals by a product with them.
     method : {"auto", "dual", "dense", "primal"}
-        "dual" finds every nonzero eigenvalue from the Gram matrix, so clusters and multiple eigenvalues too; "primal" "
-        "is
-        Lanczos' method with thick restarts, which like ARPACK may miss copies of a multiple eigenvalue.
+        "dual" finds every nonzero eigenvalue from the Gram matrix, so clusters and multiple eigenvalues too; "primal"
+        is Lanczos' method with thick restarts, which like ARPACK may miss copies of a multiple eigenvalue.
     like : array, optional
         Results are of the library and device of this array; NumPy otherwise.
     callback : callable, optional

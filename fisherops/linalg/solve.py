@@ -60,9 +60,8 @@ def solve(
     damping : float
         λ, in the units of F's eigenvalues.
     method : {"auto", "dual", "dense", "primal"}
-        "dual": by Woodbury's identity x = (b − Gᵀ(G Gᵀ + λI)⁻¹G b) / λ; "dense": Cholesky; both refined by products "
-        "with F until
-        the tolerance is met. "primal": conjugate gradients, all columns at once.
+        "dual": by Woodbury's identity x = (b − Gᵀ(G Gᵀ + λI)⁻¹G b) / λ; "dense": Cholesky; both refined by products
+        with F until the tolerance is met. "primal": conjugate gradients, all columns at once.
     x0 : array, optional
         Where conjugate gradients start; zero otherwise.
     rtol, atol : float

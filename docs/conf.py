@@ -1,0 +1,169 @@
+"""How the documentation is built: ``python -m sphinx -W -n -b html docs docs/_build/html``."""
+
+import inspect
+import os
+import re
+import time
+import warnings
+from contextlib import suppress
+from threading import Thread
+from urllib.request import Request, urlopen
+
+import numpydoc.xref
+import torch
+
+import fisherops
+
+project = "fisherops"
+author = "The fisherops developers"
+copyright = author
+release = version = fisherops.__version__
+
+extensions = [
+    "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
+    "sphinx.ext.intersphinx",
+    "sphinx.ext.mathjax",
+    "numpydoc",
+    "myst_parser",
+    "sphinx_gallery.gen_gallery",
+]
+# The scripts of the tutorials become pages in gallery/; tutorials/ itself holds no pages.
+exclude_patterns = ["_build", "tutorials"]
+default_role = "autolink"
+
+# ---- Pages in Markdown ---------------------------------------------------------------------------
+
+myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
+myst_heading_anchors = 3
+
+# ---- Docstrings ----------------------------------------------------------------------------------
+
+autodoc_typehints = "none"
+autodoc_member_order = "bysource"
+autosummary_generate = False
+numpydoc_show_class_members = False
+numpydoc_xref_param_type = True
+numpydoc_xref_ignore = "all"
+numpydoc_xref_aliases = {
+    "LinearOperator": "scipy.sparse.linalg.LinearOperator",
+    "Tensor": "torch.Tensor",
+    "FisherOperator": "fisherops.FisherMCLinearOperator",
+    "Likelihood": "fisherops.likelihoods.Likelihood",
+    "Plan": "fisherops.scores.Plan",
+    "ScoreMatrix": "fisherops.score_matrix.ScoreMatrix",
+} | {
+    name: f"fisherops.linalg.{name}"
+    for name in ("Bounds", "DampedInverse", "Density", "Eigenpairs", "Estimate", "Solution")
+}
+
+# Types such as "int" are left as words.
+numpydoc.xref.DEFAULT_LINKS.clear()
+
+
+def process_signature(app, what, name, obj, options, signature, return_annotation):
+    """Give classes the signature of their __init__ (SciPy's operators have a __new__), without private arguments."""
+    if what != "class" or obj.__init__ is object.__init__:
+        return signature, return_annotation
+    if getattr(obj, "_is_protocol", False):
+        return "", return_annotation
+    own = inspect.signature(obj.__init__)
+    shown = [
+        p.replace(annotation=p.empty)
+        for p in own.parameters.values()
+        if p.name != "self" and not p.name.startswith("_")
+    ]
+    if any("dataclass" in str(p.default) or "factory" in str(p.default) for p in shown):
+        return signature, return_annotation
+    return str(own.replace(parameters=shown, return_annotation=own.empty)), return_annotation
+
+
+def process_docstring(app, what, name, obj, options, lines):
+    """Keep initials of authors from being taken for the numbers of a list."""
+    lines[:] = [re.sub(r"^(\s*)(?=[A-Z]\. )", r"\1\\", line) for line in lines]
+
+
+def setup(app):
+    """Connect the two functions above."""
+    app.connect("autodoc-process-signature", process_signature)
+    app.connect("autodoc-process-docstring", process_docstring, priority=900)
+
+
+# ---- Other projects ------------------------------------------------------------------------------
+
+INVENTORIES = {
+    "python": "https://docs.python.org/3/",
+    "numpy": "https://numpy.org/doc/stable/",
+    "scipy": "https://docs.scipy.org/doc/scipy/",
+    "torch": "https://docs.pytorch.org/docs/stable/",
+    "cupy": "https://docs.cupy.dev/en/stable/",
+    "matplotlib": "https://matplotlib.org/stable/",
+}
+
+
+def reachable(inventories: dict[str, str], seconds: float) -> dict[str, tuple[str, None]]:
+    """Return the projects whose list of names can be had within some seconds."""
+    found: dict[str, tuple[str, None]] = {}
+
+    def look(name: str, url: str) -> None:
+        with suppress(OSError), urlopen(Request(url + "objects.inv", method="HEAD"), timeout=seconds):
+            found[name] = (url, None)
+
+    threads = [Thread(target=look, args=item, daemon=True) for item in inventories.items()]
+    for thread in threads:
+        thread.start()
+    deadline = time.monotonic() + seconds
+    for thread in threads:
+        thread.join(max(0.0, deadline - time.monotonic()))
+    return dict(sorted(found.items()))
+
+
+# Without a network, or with FISHEROPS_DOCS_OFFLINE set, names of other projects are printed without links.
+intersphinx_mapping = {} if os.environ.get("FISHEROPS_DOCS_OFFLINE") else reachable(INVENTORIES, seconds=5)
+intersphinx_timeout = 10
+nitpick_ignore = [("py:obj", "logabsdet")]  # a field of a named tuple
+nitpick_ignore_regex = [
+    (r"py:.*", r"(numpy|scipy|torch|cupy|cupyx|matplotlib)\..*"),
+]
+
+# ---- Tutorials -----------------------------------------------------------------------------------
+
+sphinx_gallery_conf = {
+    "examples_dirs": "tutorials",
+    "gallery_dirs": "gallery",
+    "filename_pattern": r"/plot_",
+    "within_subsection_order": "FileNameSortKey",
+    "show_signature": False,
+    "abort_on_example_error": True,
+    "only_warn_on_example_error": False,
+    "image_srcset": ["2x"],
+    "matplotlib_animations": False,
+    "remove_config_comments": True,
+    "show_memory": False,
+    "download_all_examples": False,
+    "reset_modules": ("matplotlib",),
+    "doc_module": ("fisherops",),
+    "reference_url": {"fisherops": None},
+}
+# Small problems: threads would only wait for each other.
+torch.set_num_threads(1)
+# Tutorials must not warn, apart from what matplotlib says when a picture is not shown in a window.
+warnings.filterwarnings("ignore", message=".*non-interactive.*", category=UserWarning)
+
+# ---- HTML ----------------------------------------------------------------------------------------
+
+html_theme = "pydata_sphinx_theme"
+html_title = f"fisherops {release}"
+html_static_path = ["_static"]
+html_css_files = ["pictures.css"]
+html_show_sphinx = False
+html_theme_options = {
+    "logo": {"text": "fisherops"},
+    "navigation_with_keys": False,
+    "show_prev_next": True,
+    "secondary_sidebar_items": ["page-toc"],
+    "footer_start": ["copyright"],
+    "footer_end": [],
+    "pygments_light_style": "a11y-high-contrast-light",
+    "pygments_dark_style": "a11y-high-contrast-dark",
+}
