@@ -53,13 +53,14 @@ def by_definition(data, params, weight=None):
     return exact.numpy(), empirical.numpy(), c
 
 
-def check_products(op, F):
+def check_products(op, F, dtype=None):
     """Products with a vector and a matrix, the diagonal and the trace are those of F."""
+    dtype = dtype or op.dtype
     V = np.random.default_rng(0).standard_normal((len(F), 3)).astype(op.dtype)
-    assert_same(op @ V, F @ V, op.dtype)
-    assert_same(op @ V[:, 0], F @ V[:, 0], op.dtype)
-    assert_same(op.diagonal(), F.diagonal(), op.dtype)
-    assert_same(op.trace(), np.trace(F), op.dtype)
+    assert_same(op @ V, F @ V, dtype)
+    assert_same(op @ V[:, 0], F @ V[:, 0], dtype)
+    assert_same(op.diagonal(), F.diagonal(), dtype)
+    assert_same(op.trace(), np.trace(F), dtype)
 
 
 # ---- transformers: language models --------------------------------------------------------------
@@ -319,6 +320,74 @@ def test_a_model_output_is_no_tensor():
     texts = Texts(torch.float32)
     with pytest.raises(TypeError, match=r"got SequenceClassifierOutput: wrap it, for example .*\(\*\*X\)\.logits"):
         fo.FisherLinearOperator(lambda X: texts.model(**X), CE(), list(texts.parameters()), texts.batches())
+
+
+# ---- transformers: other architectures ----------------------------------------------------------
+
+
+SMALL = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 12}
+TOKENS = {"vocab_size": 13, "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 1}
+
+ARCHITECTURES = {
+    # name: (model, configuration, kind of data, whether every parameter's rows are those of known operations)
+    "Llama": ("LlamaForCausalLM", {**SMALL, **TOKENS, "num_key_value_heads": 1}, "language", True),
+    "OPT": (
+        "OPTForCausalLM",
+        {**TOKENS, "hidden_size": 8, "word_embed_proj_dim": 8, "num_hidden_layers": 2, "num_attention_heads": 2,
+         "ffn_dim": 12, "max_position_embeddings": 10},
+        "language", True,
+    ),
+    "T5": (
+        "T5ForConditionalGeneration",
+        {**TOKENS, "d_model": 8, "d_kv": 4, "d_ff": 12, "num_layers": 2, "num_heads": 2, "decoder_start_token_id": 0},
+        "translation", False,
+    ),
+    "Mamba": (
+        "MambaForCausalLM", {**TOKENS, "hidden_size": 8, "num_hidden_layers": 2, "state_size": 4}, "language", False
+    ),
+    "ViT": ("ViTForImageClassification", {**SMALL, "image_size": 8, "patch_size": 4, "num_labels": 3}, "images", False),
+    "ConvNext": (
+        "ConvNextForImageClassification",
+        {"num_stages": 2, "hidden_sizes": [4, 8], "depths": [1, 1], "num_labels": 3},
+        "images", True,
+    ),
+}  # fmt: skip
+
+
+def examples(kind):
+    """Three data as the model takes them, and targets."""
+    if kind == "images":
+        return {"pixel_values": torch.randn(3, 3, 8, 8, dtype=torch.float64)}, torch.tensor([0, 2, 1])
+    ids, mask = torch.randint(2, 13, (3, 6)), torch.ones(3, 6, dtype=torch.long)
+    mask[0, 4:] = mask[2, 5:] = 0
+    X = {"input_ids": ids * mask, "attention_mask": mask}
+    if kind == "translation":
+        X["decoder_input_ids"] = ids.roll(1, 1)
+    return X, ids.masked_fill(mask == 0, -100)
+
+
+@hidden_positions
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_architectures(name):
+    """The second moment of the gradients of torch's loss for each datum by itself."""
+    model, options, kind, known = ARCHITECTURES[name]
+    model = getattr(transformers, model)
+    model = model(model.config_class(**options)).eval().double()
+    X, y = examples(kind)
+    params, loss = list(model.parameters()), CE(reduction="sum")
+
+    def logits(batch):
+        f = model(**batch).logits
+        return f if kind == "images" else f.movedim(-1, 1)
+
+    F = 0.0
+    for n in range(len(y)):
+        value = loss(logits({key: t[n : n + 1] for key, t in X.items()}), y[n : n + 1])
+        F = F + np.outer(*2 * [oracle.gradient(value, params).numpy()])
+    op = fo.EmpiricalFisherLinearOperator(logits, loss, params, [(X, y)], rows="datum")
+    assert_same(op.todense(), F, torch.float32)  # some of them compute in float32 inside
+    check_products(op, F, torch.float32)
+    assert op.plan.holds_rows or not known
 
 
 # ---- A residual network, as torchvision has them ------------------------------------------------
