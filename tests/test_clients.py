@@ -107,10 +107,6 @@ class Sequences:
         return pairs, list(model.parameters())
 
 
-# Positions are looked up for all sequences at once where they are not given, so no operation has the rows of their
-# embedding; and with a padding mask the model looks at values, so sequences cannot be differentiated one by one.
-hidden_positions = pytest.mark.filterwarnings("ignore:the rows for .* cannot be differentiated:fisherops.PlanWarning")
-
 LANGUAGE_MODELS = {
     # attention, position ids given
     "fused": ("sdpa", False),
@@ -129,7 +125,6 @@ def language_model(kind, dtype, **options):
     return Sequences(attention, dtype, positions, **options)
 
 
-@hidden_positions
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_language_model(kind, dtype):
     """Padded batches give the exact and the empirical Fisher of the sequences by themselves."""
@@ -144,7 +139,6 @@ def test_language_model(kind, dtype):
         check_products(op, F)
 
 
-@hidden_positions
 def test_rows_of_sequences_are_gradients_of_the_models_own_loss(kind):
     sequences = language_model(kind, torch.float64)
     F = 0.0
@@ -158,7 +152,6 @@ def test_rows_of_sequences_are_gradients_of_the_models_own_loss(kind):
     assert_same(op.todense(), F, torch.float32)  # the model's own loss takes logits in float32
 
 
-@hidden_positions
 @pytest.mark.parametrize("samples", [1, 3])
 def test_monte_carlo_fisher_of_a_language_model(kind, samples):
     sequences = language_model(kind, torch.float64)
@@ -170,7 +163,6 @@ def test_monte_carlo_fisher_of_a_language_model(kind, samples):
     check_products(op, F)
 
 
-@hidden_positions
 def test_draws_for_a_sequence_do_not_depend_on_its_batch(kind):
     """One would-be gradient s(ỹ)ᵀJ for each token, the same for padded batches and for each sequence by itself."""
     sequences = language_model(kind, torch.float64)
@@ -203,14 +195,13 @@ def test_draws_for_a_sequence_do_not_depend_on_its_batch(kind):
 
 @pytest.mark.parametrize("rows", ["term", "datum"])
 @pytest.mark.parametrize("operator", [fo.FisherMCLinearOperator, fo.EmpiricalFisherLinearOperator])
-@pytest.mark.parametrize("kind", ["fused, positions given", "elementary"])
 def test_rows_of_a_language_model_are_kept(kind, operator, rows):
-    """By the operations that use the parameters; hidden positions may have to be differentiated datum by datum."""
+    """By the operations that use the parameters, also where positions are looked up once for all sequences."""
     sequences = language_model(kind, torch.float32)
     op = operator(sequences, CE(), sequences.params, sequences.data, rows=rows)
     assert op.plan.holds_rows
     for entry in op.plan.entries:
-        assert kind == "elementary" or entry.reason == "every parameter's rows by the operation that uses it"
+        assert entry.reason == "every parameter's rows by the operation that uses it"
 
 
 # ---- transformers: classifiers ------------------------------------------------------------------
@@ -259,7 +250,6 @@ class Texts(nn.Module):
         return pairs, list(model.parameters())
 
 
-@hidden_positions
 @pytest.mark.parametrize("positions", [True, False])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -272,7 +262,7 @@ def test_classifier_of_texts(attention, positions, dtype):
         op = operator(texts, loss, data=texts.batches())
         assert_same(op.todense(), F / c, dtype)
         check_products(op, F / c)
-        assert op.plan.holds_rows or not positions
+        assert op.plan.holds_rows
 
 
 def test_classifier_of_texts_in_another_precision():
@@ -362,7 +352,7 @@ def examples(kind):
     return X, ids.masked_fill(mask == 0, -100)
 
 
-@hidden_positions
+@pytest.mark.filterwarnings("ignore:the rows for .* cannot be differentiated:fisherops.PlanWarning")  # T5
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_architectures(name):
     """The second moment of the gradients of torch's loss for each datum by itself."""
