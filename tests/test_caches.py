@@ -123,6 +123,11 @@ MODELS = {
     "lstm": (lambda: Lambda(lambda s, X: s.parts[1](s.parts[0](X)[0]), nn.LSTM(3, 4, batch_first=True), nn.Linear(4, 2)), lambda: vectors(3, 4, 3)),
     "gru, positions first": (lambda: Lambda(lambda s, X: s.parts[1](s.parts[0](X.transpose(0, 1))[0]).transpose(0, 1), nn.GRU(3, 4), nn.Linear(4, 2)), lambda: vectors(3, 4, 3)),
     "tied embedding": (lambda: Lambda(lambda s, X: functional.linear(s.parts[0](X).cumsum(1).tanh(), s.parts[0].weight), nn.Embedding(7, 4)), tokens),
+    "positions looked up once": (lambda: Lambda(lambda s, X: s.parts[2]((s.parts[0](X) + s.parts[1](torch.arange(5)[None])).cumsum(1).tanh()), nn.Embedding(7, 4), nn.Embedding(6, 4), nn.Linear(4, 3)), tokens),
+    "positions looked up once, as many as data": (lambda: Lambda(lambda s, X: s.parts[2]((s.parts[1](torch.arange(3)) + s.parts[0](X)).cumsum(1).tanh()), nn.Embedding(7, 4), nn.Embedding(3, 4), nn.Linear(4, 3)), lambda: tokens(3, 3)),
+    "positions used twice": (lambda: Lambda(lambda s, X: s.parts[2]((e := s.parts[1](torch.arange(5)[None])) + (s.parts[0](X) + e).cumsum(1).tanh()), nn.Embedding(7, 4), nn.Embedding(6, 4, padding_idx=1), nn.Linear(4, 3)), tokens),
+    "positions of one feature": (lambda: Lambda(lambda s, X: s.parts[2]((s.parts[0](X) + s.parts[1](torch.arange(5)[None])).cumsum(1).tanh()), nn.Embedding(7, 4), nn.Embedding(6, 1), nn.Linear(4, 3)), tokens),
+    "positions scaled": (lambda: Lambda(lambda s, X: s.parts[2](torch.add(s.parts[0](X), s.parts[1](torch.arange(5)[None]), alpha=2).cumsum(1).tanh()), nn.Embedding(7, 4), nn.Embedding(6, 4), nn.Linear(4, 3)), tokens),
     "functions by hand": (lambda: Lambda(lambda s, X: functional.linear(X @ s.a, s.b, s.c) * s.d + s.e, a=vectors(3, 4), b=vectors(2, 4), c=vectors(2), d=vectors(1, 2), e=vectors(())), lambda: vectors(4, 3)),
     "checkpoint": (lambda: Lambda(lambda s, X: checkpoint(lambda x: s.parts[1](s.parts[0](x).tanh()), X, use_reentrant=False), nn.Linear(3, 4), nn.Linear(4, 2)), lambda: vectors(4, 3)),
     "positions equal to the data": (lambda: nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.LayerNorm(4), nn.Linear(4, 4)), lambda: vectors(4, 4, 4)),
@@ -142,7 +147,7 @@ def test_layers(name, rows):
     plan = check(model, nn.MSELoss(), [(X, y), (X[:2], y[:2])], caches=caches, rows=rows, mc_samples=2)
     if name not in unknown:
         assert {entry.form for entry in plan.entries} <= {"dense rows", "factors", "factors and dense rows"}
-    if name not in {*unknown, "functions of parameters"}:
+    if name not in {*unknown, "functions of parameters", "positions of one feature", "positions scaled"}:
         assert all(entry.reason.startswith("every parameter's rows by") for entry in plan.entries), plan
 
 

@@ -6,6 +6,7 @@ plain reverse mode by whoever uses it, and a node that it does not know is said 
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -147,8 +148,13 @@ class _Embedding(Use):
         super().__init__(edge)
         self._indices, self._count, self._padding = indices, count, padding
 
+    def at(self, edge: GradientEdge) -> _Embedding:
+        """Return the same rows, as an operation takes them that broadcasts them over data."""
+        return _Embedding(edge, self._indices, self._count, self._padding)
+
     def part(self, b: Tensor, N: int, data_second: bool) -> Part | None:
-        index, B = _by_datum(self._indices.unsqueeze(0), N, data_second, 0), _by_datum(b, N, data_second, 1)
+        indices = self._indices.expand(b.shape[1:-1])
+        index, B = _by_datum(indices.unsqueeze(0), N, data_second, 0), _by_datum(b, N, data_second, 1)
         if index is None or B is None:
             return None
         index = index.reshape(N, -1)
@@ -244,8 +250,20 @@ def _uses_of(node: Any, leaf: Tensor, consumers: Mapping[Any, list[tuple[Any, in
         use = read(consumer, position, leaf, transposed) if read is not None else None
         if use is None:
             return None
-        found.append(use)
+        found += _where_broadcast(use, consumer, consumers) if isinstance(use, _Embedding) else [use]
     return found
+
+
+def _where_broadcast(use: _Embedding, node: Any, consumers: Mapping[Any, list[tuple[Any, int]]]) -> list[Use]:
+    """Return the additions that spread looked-up rows over the data, such as those of positions; or the look-up."""
+    own = node._input_metadata[0].shape
+    additions = [above for above, _ in consumers.get(node, [])]
+    for above in additions:
+        shape = above._input_metadata[0].shape
+        spreads = shape[-1:] == own[-1:] and math.prod(shape) > math.prod(own)
+        if above.name() != "AddBackward0" or above._saved_alpha != 1 or not spreads:
+            return [use]
+    return [use.at(GradientEdge(above, 0)) for above in additions]
 
 
 def _read_addmm(node: Any, position: int, leaf: Tensor, transposed: bool) -> Use | None:
