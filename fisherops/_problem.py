@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from fisherops._checks import first_line
+from fisherops.distributed import shard
 from fisherops.fisher import FisherMCLinearOperator
 
 LOSSES = {"ce": nn.CrossEntropyLoss, "mse": nn.MSELoss, "bce": nn.BCEWithLogitsLoss}
@@ -166,8 +167,11 @@ def _load_weights(model: nn.Module, path: Path) -> None:
 
 def make_operator(problem: Problem, arguments: argparse.Namespace) -> FisherMCLinearOperator:
     """Return the Monte-Carlo Fisher that the options describe."""
+    group = arguments.group
     try:
         device = torch.device(arguments.device)
+        if group and arguments.device == "cuda":
+            device = torch.device("cuda", torch.cuda.current_device())  # that of this process on its machine
         model = problem.model.to(device)
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"--device {arguments.device} cannot be used: {first_line(error)}") from None
@@ -176,7 +180,8 @@ def make_operator(problem: Problem, arguments: argparse.Namespace) -> FisherMCLi
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
     if X.is_floating_point() and dtype is not None:
         X = X.to(dtype)
+    data = shard((X, y), group, batch_size=arguments.batch_size) if group else (X, y)
     return FisherMCLinearOperator(
-        model, loss, None, (X, y), seed=arguments.seed, mc_samples=arguments.mc_samples, dtype=arguments.dtype,
-        batch_size=arguments.batch_size,
+        model, loss, None, data, seed=arguments.seed, mc_samples=arguments.mc_samples, dtype=arguments.dtype,
+        batch_size=None if group else arguments.batch_size, process_group=group,
     )  # fmt: skip

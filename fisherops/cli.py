@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 import fisherops
-from fisherops import FisherMCLinearOperator, linalg
+from fisherops import FisherMCLinearOperator, _launch, linalg
 from fisherops._problem import INSTALL, LOSSES, Problem, UsageError, demo, make_operator, own_problem
 
 
@@ -37,13 +37,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         Exit status: 0; 2 with one line on stderr where the input is at fault; 130 after an interrupt.
     """
     parser = _make_parser()
-    name = parser.prog
+    name, heard = parser.prog, True
     try:
         arguments = parser.parse_args(argv)
         name = f"{parser.prog} {arguments.command}"
-        arguments.run(arguments)
+        out = getattr(arguments, "out", Path())
+        with _launch.joined(arguments.device) as arguments.group, _launch.folder(out, arguments.group) as arguments.out:
+            heard = _launch.is_first(arguments.group)
+            arguments.run(arguments)
     except UsageError as error:
-        print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        if heard:
+            print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"{name}: interrupted, nothing was written.", file=sys.stderr)
@@ -151,7 +155,8 @@ def _positive(text: str) -> float:
 
 
 def _problem(arguments: argparse.Namespace) -> Problem:
-    return own_problem(arguments) if arguments.model or arguments.data or arguments.weights else demo(arguments)
+    own = arguments.model or arguments.data or arguments.weights
+    return _launch.load_alike(lambda: own_problem(arguments) if own else demo(arguments), arguments.group)
 
 
 @contextlib.contextmanager
@@ -179,6 +184,7 @@ def _describe(problem: Problem, op: FisherMCLinearOperator, arguments: argparse.
         "seed": arguments.seed,
         "dtype": op.dtype.name,
         "device": str(op.device),
+        "processes": op.ranks.size,
         "held_out_accuracy": problem.held_out_accuracy,
     }
 
@@ -363,6 +369,7 @@ def _print_head(result: dict[str, Any]) -> None:
     print(
         f"{result['parameters']:,} parameters, {result['data']:,} data, loss {result['loss']} ({result['reduction']}), "
         f"{result['mc_samples']} draw(s) per term, {result['dtype']} on {result['device']}"
+        + (f" in {result['processes']} processes" if result["processes"] > 1 else "")
     )
     if result["held_out_accuracy"] is not None:
         print(f"held-out accuracy: {result['held_out_accuracy']:.1%}")

@@ -361,3 +361,39 @@ def test_help_and_version(capsys):
             cli.main(arguments)
         assert exit_.value.code == 0
         assert text in capsys.readouterr().out
+
+
+def launch(arguments, folder):
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "fisherops",
+    ]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    return subprocess.run(
+        [*command, *arguments], capture_output=True, text=True, cwd=folder, env=environment, timeout=200, check=False
+    )
+
+
+def test_several_processes_are_heard_once(work, capsys):
+    assert run([*OWN, "--out", "alone"], capsys)[0] == 0
+    process = launch([*OWN, "--out", "together"], work)
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.count("Monte-Carlo Fisher of") == 1
+    assert "in 2 processes" in process.stdout
+    one, two = (json.loads((work / where / "spectrum.json").read_text()) for where in ("alone", "together"))
+    np.testing.assert_allclose(two["eigenvalues"], one["eigenvalues"], rtol=1e-4)
+    assert two["processes"] == 2
+    assert (work / "together" / "spectrum.png").stat().st_size > 1000
+    assert sorted(path.name for path in (work / "together").iterdir()) == ["spectrum.json", "spectrum.png"]
+
+
+def test_an_error_of_several_processes_is_said_once(work):
+    process = launch(["trace", "--model", "nothing.py:make", "--data", "data.npz"], work)
+    assert process.returncode != 0
+    assert process.stderr.count("error: --model: the file nothing.py does not exist") == 1
