@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
+from fisherops._sharding import is_sharded
+
 Leave = Callable[[Tensor], Any]
 
 _TAKEN = "arrays of NumPy, CuPy, JAX and other array-API libraries, strided torch tensors and sequences of numbers"
@@ -50,6 +52,8 @@ def enter(x: Any) -> tuple[Tensor, Leave]:
     ValueError
         If `x` is a sequence of sequences of unequal lengths.
     """
+    if is_sharded(x):
+        return x, lambda y: y
     if isinstance(x, Tensor):
         return _enter_torch(x)
     if isinstance(x, np.ndarray | np.generic | list | tuple):

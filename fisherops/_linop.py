@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fisherops import _arrays
 from fisherops._ranks import Alone
+from fisherops._sharding import is_sharded
 
 # Shapes that products take: with one vector, with a matrix, with either.
 _SHAPES = {True: "({0},) or ({0}, 1)", False: "({0}, K)", None: "({0},) or ({0}, K)"}
@@ -156,6 +157,9 @@ class TorchLinearOperator(LinearOperator):
                 f"got a sparse matrix of shape {x.shape}, and its product would be dense: pass `x.toarray()`."
             )
         X, leave = _arrays.enter(x)
+        if is_sharded(X):
+            self._check_shape(X, name, vector)
+            return self._times(X.unsqueeze(1)).squeeze(1) if X.ndim == 1 else self._times(X)
         self._check_shape(X, name, vector, rows)
         columns = X.unsqueeze(1) if X.ndim == 1 else X.T if rows else X
         Y = self._times(columns.to(self.device).resolve_conj().resolve_neg())

@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from fisherops._params import Parameters
 from fisherops._randomness import fixed_randomness
+from fisherops._sharding import is_sharded, reshard
 
 # Torch's random state, forward-mode level and kernel flags belong to the process, not to a thread.
 _LOCK = threading.RLock()
@@ -31,6 +32,10 @@ class ModelFunction:
     def __call__(self, point: Mapping[str, Tensor], X: Any) -> Any:
         """Evaluate the model; buffers that it updates are left as they were."""
         raise NotImplementedError
+
+    def leaves(self, point: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the tensors that stand for the parameters in the graph of an evaluation, as its `point`."""
+        return detached_leaves(point)
 
     def check_unchanged(self) -> None:
         """Raise RuntimeError if the model no longer has the parameters that were given."""
@@ -59,6 +64,11 @@ class ModelFunction:
             handle.remove()
 
 
+def detached_leaves(point: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors with the values of a point that gradients can be taken with respect to."""
+    return {name: value.detach().requires_grad_() for name, value in point.items()}
+
+
 def as_function(model_func: Any, parameters: Parameters, functional: bool) -> ModelFunction:
     """Return the model as a function of its parameters.
 
@@ -84,7 +94,8 @@ def as_function(model_func: Any, parameters: Parameters, functional: bool) -> Mo
             "the module that it was made from."
         )
     if isinstance(model_func, nn.Module):
-        return _ModuleFunction(model_func, parameters)
+        sharded = any(map(is_sharded, parameters.tensors.values()))
+        return (_ShardedModule if sharded else _ModuleFunction)(model_func, parameters)
     if not callable(model_func):
         raise TypeError(
             f"`model_func` must be an nn.Module or a callable, got {type(model_func).__name__}. "
@@ -143,6 +154,42 @@ class _ModuleFunction(ModelFunction):
 
     def _convert(self, t: Tensor) -> Tensor:
         return t.to(self._dtype) if self.converts and t.is_floating_point() else t
+
+
+class _ShardedModule(_ModuleFunction):
+    """A module whose parameters `fully_shard` divided: it gathers them itself, group by group, at their own values."""
+
+    def __init__(self, module: nn.Module, parameters: Parameters) -> None:
+        super().__init__(module, parameters)
+        if self.converts:
+            raise NotImplementedError("sharded parameters are computed in their own precision: leave out `dtype`.")
+        from torch.distributed.fsdp import FSDPModule
+
+        self._modules: set[nn.Module] = set()
+        self._gathered: dict[str, Tensor] = {}
+        for prefix, part in module.named_modules():
+            if not isinstance(part, FSDPModule):
+                continue
+            assert isinstance(part, nn.Module)
+            part.unshard()  # the tensors with all values, which last; their memory does not
+            for name, p in part.named_parameters(prefix, remove_duplicate=False):
+                if name in self._chosen and not is_sharded(p):
+                    self._gathered.setdefault(name, p)
+            part.reshard()
+        missing = [name for name, p in self._chosen.items() if is_sharded(p) and name not in self._gathered]
+        if missing:
+            raise NotImplementedError(
+                f"the parameters {missing[:3]} are DTensors that `fully_shard` did not make: these are taken alone."
+            )
+
+    def __call__(self, point: Mapping[str, Tensor], X: Any) -> Any:  # noqa: ARG002 (at its own values)
+        with _buffers_restored(self._modules):
+            output = self._module(X)
+        reshard(self._module)
+        return output
+
+    def leaves(self, point: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: self._gathered[name] for name in point}  # in the order of the parameters
 
 
 class _PureFunction(ModelFunction):

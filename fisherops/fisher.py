@@ -23,12 +23,23 @@ from fisherops._model import ModelFunction, as_function, isolated
 from fisherops._params import Parameters, as_dtype, select
 from fisherops._randomness import fixed_randomness
 from fisherops._ranks import Alone, ranks_of
+from fisherops._sharding import Sharding, is_sharded, reshard
 from fisherops._sums import CompensatedSum
 from fisherops._tree import leaves, map_arrays
 from fisherops.distributed import with_indices
 from fisherops.likelihoods import Draws, Likelihood, OutputFactor, Terms
 from fisherops.score_matrix import ScoreMatrix
-from fisherops.scores import CACHES, BatchJacobian, Differentiation, Keeper, Plan, RecomputedScores, Scores
+from fisherops.scores import (
+    CACHES,
+    BatchJacobian,
+    Differentiation,
+    HeldScores,
+    Keeper,
+    Plan,
+    RecomputedScores,
+    Scores,
+    sharded,
+)
 
 # Columns of a product are taken together up to this size, but a few at least.
 _CHUNK_BYTES = 2**24
@@ -104,11 +115,25 @@ class FisherOperator(TorchLinearOperator):
         self._rows = rows
         self._needs_terms_by_datum = rows == "datum"
         self._likelihood = likelihoods.of_loss(loss_func)
+        reshard(model_func)
         self._parameters = Parameters(select(model_func, params), as_dtype(dtype))
         self._model = as_function(model_func, self._parameters, functional=isinstance(params, Mapping))
         self._ranks = ranks_of(process_group, self._parameters.device)
         self._evaluate = _Evaluation(self._model, self._parameters.device, check_deterministic)
-        self._differentiation = Differentiation(self._evaluate, self._likelihood.flatten, self._parameters)
+        self._sharding = None
+        if any(map(is_sharded, self._parameters.tensors.values())):
+            if cache not in ("auto", "factors"):
+                raise NotImplementedError(
+                    f"cache={cache!r} cannot be had where the parameters are sharded: use 'auto' or 'factors'."
+                )
+            self._sharding = Sharding(self._parameters.tensors, self._ranks)
+        self._differentiation = Differentiation(
+            self._evaluate,
+            self._likelihood.flatten,
+            self._parameters,
+            self._model.leaves,
+            self._sharding is not None,
+        )
         self._data = Data(
             with_indices(data, self._ranks),
             device=self._parameters.device,
@@ -135,10 +160,10 @@ class FisherOperator(TorchLinearOperator):
         self._c: Tensor | None = None
         self._number = self._ranks.number()
         with self._step("construction", **self._identity()):
+            if self._sharding is not None or (self._ranks.size > 1 and not check_deterministic):
+                self._read()  # which data are whose must be known before the first draw
             if check_deterministic:
                 self._check_deterministic()
-            elif self._ranks.size > 1:
-                self._read()  # which data are whose must be known before the first draw
 
     # ---- What a subclass says -----------------------------------------------------------------
 
@@ -183,23 +208,80 @@ class FisherOperator(TorchLinearOperator):
 
     def todense(self) -> np.ndarray[Any, Any]:
         """Return F as a NumPy array of shape (D, D), from the rows of G."""
+        if self._sharding is not None:
+            raise NotImplementedError("the parameters are sharded, and F as a dense matrix would be on every rank.")
         with self._pass("dense") as batches:
             blocks = (block for scores in batches for rows in scores.rows() for block in rows.split(_ROWS_PER_SUM))
             result = self._sum((block.T @ block for block in blocks), *self.shape)
         return _check_result(result).cpu().numpy()
 
     def diagonal(self) -> np.ndarray[Any, Any]:
-        """Return the diagonal of F as a NumPy array of shape (D,), exactly: the squared norms of the columns of G."""
-        return self._diagonal().cpu().numpy()
+        """Return the diagonal of F as a NumPy array of shape (D,), exactly: the squared norms of the columns of G.
+
+        A DTensor where the parameters are sharded.
+        """
+        diagonal: Any = self._diagonal()
+        return diagonal if self._sharding is not None else diagonal.cpu().numpy()  # type: ignore[no-any-return]
 
     def trace(self) -> float:
         """Return the trace of F, exactly: the squared Frobenius norm of G."""
-        return float(self._diagonal().sum(dtype=torch.float64))
+        diagonal = self._diagonal()
+        if self._sharding is None:
+            return float(diagonal.sum(dtype=torch.float64))
+        with self._step("trace"):
+            return float(self._ranks.sum(self._sharding.local(diagonal).sum(dtype=torch.float64)))
 
     def _diagonal(self) -> Tensor:
+        if self._sharding is not None:
+            with self._held_pass("diagonal") as held:
+                local = sharded.diagonal(held, self._sharding, self._parameters.spans)
+            return self.sharded(_check_result(local))  # type: ignore[no-any-return]
         with self._pass("diagonal") as batches:
             result = self._sum((scores.diagonal() for scores in batches), self.shape[0])
         return _check_result(result)
+
+    def _times(self, V: Tensor) -> Tensor:
+        if self._sharding is None:
+            return super()._times(V)
+        local = self._sharding.local(V).to(self.torch_dtype)
+        with self._held_pass("product", local) as batches:
+            spans = self._parameters.spans
+            products = sharded.apply(batches, self._sharding, spans, local)
+            result = sharded.apply_transposed(batches, self._sharding, spans, products)
+        return self.sharded(_check_result(result, local))  # type: ignore[no-any-return]
+
+    def sharded(self, local: Tensor) -> Any:
+        """Return a vector of this operator from each rank's own part of it, where the parameters are sharded (FSDP2).
+
+        Parameters
+        ----------
+        local : torch.Tensor
+            (d,) or (d, K), d the numbers of this rank's pieces of all parameters: these pieces (``p.to_local()``), flat
+            and one after the other in the order of the parameters.
+
+        Returns
+        -------
+        torch.distributed.tensor.DTensor
+            (D,) or (D, K), which products take and give.
+
+        Raises
+        ------
+        ValueError
+            If the parameters are not sharded, or the length is not d.
+        """
+        if self._sharding is None:
+            raise ValueError("the parameters are not sharded: vectors are plain arrays.")
+        if local.ndim not in (1, 2) or len(local) != self._sharding.numel:
+            raise ValueError(f"got shape {tuple(local.shape)}, and this rank has {self._sharding.numel} numbers.")
+        return self._sharding.whole(local.to(self.device, self.torch_dtype), self.shape[0])
+
+    @contextmanager
+    def _held_pass(self, description: str, V: Tensor | None = None) -> Iterator[list[HeldScores]]:
+        """Go through G where the parameters are sharded: all batches are held."""
+        marks: dict[str, Any] = {} if V is None else {"the number of columns": V.shape[1]}
+        with self._pass(description, **marks) as batches:
+            held = [scores for scores in batches if isinstance(scores, HeldScores)]
+            yield held
 
     def _sum(self, terms: Iterable[Tensor], *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         """Sum over batches and ranks."""
@@ -223,8 +305,12 @@ class FisherOperator(TorchLinearOperator):
         """A checksum of the present values of the parameters."""
         checksum = 0
         for tensor in self._parameters.point().values():
-            checksum = zlib.crc32(tensor.cpu().contiguous().numpy().tobytes(), checksum)
-        return checksum
+            own: Any = tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+            checksum = zlib.crc32(own.cpu().contiguous().numpy().tobytes(), checksum)
+        if self._sharding is None:
+            return checksum
+        with self._step("checksum of the parameters"):
+            return zlib.crc32(repr(self._ranks.share(checksum)).encode())
 
     @property
     def state(self) -> Any:
@@ -235,6 +321,11 @@ class FisherOperator(TorchLinearOperator):
     def ranks(self) -> Alone:
         """The processes among which the data are divided; all of them make the same calls (see `process_group`)."""
         return self._ranks
+
+    @property
+    def sharding(self) -> Sharding | None:
+        """How the parameters are divided among the ranks; None where each rank has all of them."""
+        return self._sharding
 
     @property
     def max_memory(self) -> int:
@@ -444,8 +535,12 @@ class FisherOperator(TorchLinearOperator):
     def _read(self) -> None:
         """Read the data once."""
         with isolated(self.device), self._batches("first pass") as batches:
-            for _ in batches:
-                pass
+            counts = self._ranks.share(sum(1 for _ in batches))
+        if self._sharding is not None and len(set(counts)) > 1:
+            raise ValueError(
+                f"a sharded model is evaluated by all ranks together, and they have {', '.join(map(str, counts))} "
+                "batches: give them equally many."
+            )
 
     def _sum_divisors(self) -> None:
         """Find c by a pass over the data that only evaluates the model."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fisherops._linop import TorchLinearOperator, Transposed
 from fisherops._sums import CompensatedSum
-from fisherops.scores import HeldScores, Scores
+from fisherops.scores import HeldScores, Scores, sharded
 
 if TYPE_CHECKING:
     from fisherops.fisher import FisherOperator
@@ -43,6 +43,15 @@ class ScoreMatrix(TorchLinearOperator):
         self._own = slice(start, start + sum(self._counts))
         super().__init__((sum(by_rank), fisher.shape[1]), fisher.torch_dtype, fisher.device)
 
+    def _times(self, V: Tensor) -> Tensor:
+        sharding = self._fisher.sharding
+        if sharding is None:
+            return super()._times(V)
+        local = sharding.local(V).to(self.torch_dtype)
+        with self._fisher._held_pass("scores", local) as batches:
+            products = sharded.apply(batches, sharding, self._fisher.parameter_spans, local)
+            return torch.cat(self._ranks.gather(torch.cat(products, 1).T))
+
     def _apply(self, V: Tensor) -> Tensor:
         with self._fisher._ordered_pass("scores", V) as batches:
             blocks = [
@@ -53,6 +62,12 @@ class ScoreMatrix(TorchLinearOperator):
             return torch.cat(self._ranks.gather(own))
 
     def _apply_transposed(self, W: Tensor) -> Tensor:
+        sharding = self._fisher.sharding
+        if sharding is not None:
+            with self._fisher._held_pass("transposed scores", W) as held:
+                products = [own.T for own in W[self._own].split(self._counts)]
+                local = sharded.apply_transposed(held, sharding, self._fisher.parameter_spans, products)
+            return self._fisher.sharded(local)  # type: ignore[no-any-return]
         total = CompensatedSum(W.new_empty(self.shape[1], W.shape[1]))
         with self._fisher._ordered_pass("transposed scores", W) as batches:
             for scores, own in zip(batches, W[self._own].split(self._counts), strict=True):

@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.data.distributed import DistributedSampler
 
@@ -309,3 +311,125 @@ def refused(group):
         else:
             found.append(("nothing", "", pattern))
     return found
+
+
+# ---- Parameters that are sharded themselves ----------------------------------------------------------
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.tokens, self.norm = nn.Embedding(11, 8), nn.LayerNorm(8)
+        self.mix, self.head = nn.Linear(8, 24), nn.Linear(8, C)
+
+    def forward(self, X):
+        h = self.norm(self.tokens(X))
+        q, k, v = self.mix(h).chunk(3, -1)
+        return self.head(h + nn.functional.scaled_dot_product_attention(q, k, v)).movedim(-1, 1)
+
+
+def sharded_case(kind):
+    """Return a model, its parts that are sharded by themselves, and all data."""
+    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(1)
+    if kind == "dense":
+        model = nn.Sequential(nn.Linear(D_IN, 7), nn.LayerNorm(7), nn.Tanh(), nn.Linear(7, C)).double()
+        X, y = everything(n=36)
+        return model, [model[0], model[3]], (X, y)
+    if kind == "convolution":
+        model = nn.Sequential(
+            nn.Conv2d(2, 4, 3), nn.GroupNorm(2, 4), nn.ReLU(), nn.Flatten(), nn.Linear(64, C)
+        ).double()
+        X = torch.randn(24, 2, 6, 6, generator=generator, dtype=torch.float64)
+        return model, [model[0], model[4]], (X, torch.randint(C, (24,), generator=generator))
+    model = Attention().double()
+    X = torch.randint(11, (16, 5), generator=generator)
+    return model, [model.mix], (X, torch.randint(C, (16, 5), generator=generator))
+
+
+def sharded_operator(group, kind, batch_size=4, **options):
+    model, pieces, data = sharded_case(kind)
+    mesh = init_device_mesh("cpu", (dist.get_world_size(group),))
+    for piece in [*pieces, model]:
+        fully_shard(piece, mesh=mesh)
+    own = fo.distributed.shard(data, group, batch_size=batch_size)
+    loss = nn.CrossEntropyLoss()
+    return model, fo.FisherMCLinearOperator(model, loss, data=own, process_group=group, **options)
+
+
+def own_places(group, model):
+    """Return where a rank's part of the flat vector lies in that of a whole model."""
+    pieces = [p.to_local().numel() for p in model.parameters()]
+    by_rank = [None] * dist.get_world_size(group)
+    dist.all_gather_object(by_rank, pieces, group=group)
+    places, first = [], 0
+    for k, p in enumerate(model.parameters()):
+        start = first + sum(sizes[k] for sizes in by_rank[: dist.get_rank(group)])
+        places += range(start, start + pieces[k])
+        first += p.numel()
+    return places
+
+
+def sharded_products(group, kind, rows):
+    model, op = sharded_operator(group, kind, rows=rows, mc_samples=2)
+    places = own_places(group, model)
+    V = torch.linspace(-1, 1, 3 * op.shape[0], dtype=torch.float64).view(3, -1).T
+    x = op.sharded(V[places])
+    before = [p.grad for p in model.parameters()]
+    products = (op @ x).to_local(), (op @ op.sharded(V[places, 0])).to_local(), op.diagonal().to_local()
+    solved = [
+        linalg.solve(op, op.sharded(V[places, 0]), 1e-2, method=method, rtol=1e-10).x.to_local()
+        for method in ("primal", "dual")
+    ]
+    G = op.scores
+    there = (G.T @ (G @ x)).to_local()
+    numbers = op.trace(), linalg.slogdet(op, 1e-2).logabsdet
+    spectrum = linalg.eigsh(op, 3, method="dual", return_eigenvectors=False).eigenvalues
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(0.5)
+    return places, [t.numpy() for t in (*products, *solved, there)], numbers, spectrum, before, op.trace(), str(op.plan)
+
+
+def sharded_gradient(group):
+    model, op = sharded_operator(group, "dense")
+    X, y = sharded_case("dense")[2]
+    nn.functional.cross_entropy(model(X), y).backward()
+    step = linalg.natural_gradient(op, {name: p.grad for name, p in model.named_parameters()}, 1e-2, rtol=1e-10)
+    return {name: t.full_tensor().numpy() for name, t in step.items()}, {
+        name: p.grad.full_tensor().numpy() for name, p in model.named_parameters()
+    }
+
+
+def sharded_refusals(group):
+    def attempt(function):
+        try:
+            function()
+        except Exception as error:
+            return type(error).__name__, str(error)
+        return "nothing", ""
+
+    model, op = sharded_operator(group, "dense")
+    rank = dist.get_rank(group)
+    mesh = init_device_mesh("cpu", (dist.get_world_size(group),))
+    X, y = everything(n=36)
+    tensor_parallel = nn.Linear(D_IN, C).double()
+    tensor_parallel.weight = nn.Parameter(distribute_tensor(tensor_parallel.weight.detach(), mesh, [Shard(0)]))
+    partly = nn.Sequential(nn.Linear(D_IN, 4), nn.Linear(4, C)).double()
+    fully_shard(partly[0], mesh=mesh)
+    data = fo.distributed.shard((X, y), group, batch_size=4)
+    uneven = data[: len(data) - rank]
+    make = fo.FisherMCLinearOperator
+    ce = nn.CrossEntropyLoss()
+    return [
+        attempt(lambda: op @ np.ones(op.shape[0])),
+        attempt(lambda: op.sharded(torch.ones(3))),
+        attempt(op.todense),
+        attempt(lambda: linalg.eigsh(op, 2)),
+        attempt(lambda: make(model, ce, data=data, process_group=group, cache="scores")),
+        attempt(lambda: make(model, ce, data=data, process_group=group, dtype="float32")),
+        attempt(lambda: make(model, ce, data=data)),
+        attempt(lambda: make(tensor_parallel, ce, data=data, process_group=group)),
+        attempt(lambda: make(partly, ce, data=data, process_group=group)),
+        attempt(lambda: make(model, ce, data=uneven, process_group=group)),
+    ]

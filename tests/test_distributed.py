@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import scipy.sparse.linalg as sla
 import torch
-from rank_jobs import OPERATORS, everything, loss, network
+from rank_jobs import OPERATORS, everything, loss, network, sharded_case
 from ranks import DeathError, JobError, Processes
 
 import fisherops as fo
+from fisherops import linalg
 
 
 @pytest.fixture(scope="module")
@@ -253,4 +254,65 @@ def test_data_that_cannot_be_divided(two):
     for answer in two.run("refused"):
         for kind, text, pattern in answer:
             assert kind in ("TypeError", "ValueError")
+            assert re.search(pattern, text), text
+
+
+# ---- Parameters that are sharded themselves ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["dense", "convolution", "attention"])
+@pytest.mark.parametrize("rows", ["term", "datum"])
+@pytest.mark.parametrize("size", [2, 4])
+def test_sharded_parameters(kind, rows, size, request):
+    processes = request.getfixturevalue({2: "two", 4: "four"}[size])
+    model, _, data = sharded_case(kind)
+    whole = fo.FisherMCLinearOperator(model, torch.nn.CrossEntropyLoss(), data=data, rows=rows, mc_samples=2)
+    F = whole.todense()
+    V = np.linspace(-1, 1, 3 * len(F)).reshape(3, -1).T
+    damped = F + 1e-2 * np.eye(len(F))
+    expected = F @ V, F @ V[:, 0], np.diag(F), *2 * [np.linalg.solve(damped, V[:, 0])], F @ V
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(0.5)
+    every = []
+    answers = processes.results("sharded_products", kind, rows)
+    for places, results, (trace, log), spectrum, gradients, after, plan in answers:
+        every += places
+        for found, right in zip(results, expected, strict=True):
+            np.testing.assert_allclose(found, right[places], rtol=1e-7, atol=1e-9)
+        np.testing.assert_allclose(trace, np.trace(F), rtol=1e-10)
+        np.testing.assert_allclose(log, np.linalg.slogdet(damped)[1], rtol=1e-9)
+        np.testing.assert_allclose(spectrum, np.linalg.eigvalsh(F)[-3:], rtol=1e-9)
+        np.testing.assert_allclose(after, whole.trace(), rtol=1e-10)
+        assert gradients == [None] * len(gradients)
+        assert "factors" in plan
+    assert sorted(every) == list(range(len(F)))
+
+
+def test_a_natural_gradient_of_sharded_parameters(two):
+    model, _, data = sharded_case("dense")
+    op = fo.FisherMCLinearOperator(model, torch.nn.CrossEntropyLoss(), data=data)
+    for step, gradient in two.results("sharded_gradient"):
+        right = linalg.natural_gradient(op, gradient, 1e-2, rtol=1e-10)
+        assert step.keys() == right.keys()
+        for name, found in step.items():
+            np.testing.assert_allclose(found, right[name], atol=1e-8)
+
+
+def test_what_sharded_parameters_do_not_allow(two):
+    texts = [
+        r"pass a DTensor of this rank's part, such as `op\.sharded\(local\)` with \d+ rows here",
+        r"got shape \(3,\), and this rank has \d+ numbers",
+        "F as a dense matrix would be on every rank",
+        "eigenvalues alone are found, by method='dual'",
+        "use 'auto' or 'factors'",
+        "leave out `dtype`",
+        r"sharded over 2 processes: pass process_group=",
+        "are DTensors that `fully_shard` did not make",
+        "some parameters are sharded and others are not",
+        "they have 5, 4 batches: give them equally many",
+    ]
+    for answers in two.results("sharded_refusals"):
+        for (kind, text), pattern in zip(answers, texts, strict=True):
+            assert kind in ("TypeError", "ValueError", "NotImplementedError"), (kind, text)
             assert re.search(pattern, text), text

@@ -87,6 +87,10 @@ def choose(op: TorchLinearOperator, method: str, products: float, dense_flops: f
     sizes: dict[str, int] = {"dense": D}
     rows = D
     if fisher is not None:
+        if fisher.sharding is not None:
+            del sizes["dense"]
+            if method == "dense":
+                raise NotImplementedError("the parameters are sharded, and F as a dense matrix would be on every rank.")
         rows = fisher.num_rows
         if method == "dual":
             _ = fisher.scores  # or the error that says why there are none

@@ -108,6 +108,10 @@ def eigsh(
     A = as_operator(op)
     D = A.shape[0]
     k = integer("k", k, 1, D)
+    if isinstance(A, FisherOperator) and A.sharding is not None and (return_eigenvectors or method != "dual"):
+        raise NotImplementedError(
+            "the parameters are sharded: eigenvalues alone are found, by method='dual' and return_eigenvectors=False."
+        )
     if which not in ("LM", "LA", "SA", "SM"):
         raise ValueError(f"`which` must be 'LM', 'LA', 'SA' or 'SM', got {which!r}.")
     if not 0 <= tol < 1:

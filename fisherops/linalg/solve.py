@@ -13,6 +13,7 @@ from tqdm import tqdm
 from fisherops import _arrays
 from fisherops._checks import integer
 from fisherops._linop import TorchLinearOperator
+from fisherops._sharding import reduced
 from fisherops.fisher import FisherOperator
 from fisherops.linalg._checkpoint import Checkpoint
 from fisherops.linalg._results import Interrupted, Solution
@@ -207,15 +208,18 @@ def natural_gradient(op: Any, grad: Any, damping: float, **options: Any) -> Any:
     if set(grad) != set(shapes):
         raise ValueError(
             f"`grad` has the names {sorted(grad)}, the operator's parameters are {sorted(shapes)}: give one gradient "
-            f""
-            f""
-            f"for "
-            "each."
+            "for each."
         )
     entered = {name: _arrays.enter(grad[name]) for name in shapes}
+    sharding = op.sharding
     for name, (g, _) in entered.items():
         if g.shape != shapes[name]:
             raise ValueError(f"`grad[{name!r}]` has shape {tuple(g.shape)}, the parameter has {tuple(shapes[name])}.")
+    if sharding is not None:
+        local = torch.cat([sharding.piece(g) for g, _ in entered.values()])
+        x = _converged(solve(op, op.sharded(local), damping, **options)).x
+        pieces = x.to_local().split([sharding.piece(g).numel() for g, _ in entered.values()])
+        return {name: sharding.like(g, piece) for (name, (g, _)), piece in zip(entered.items(), pieces, strict=True)}
     flat = torch.cat([g.reshape(-1).to(op.device, op.torch_dtype) for g, _ in entered.values()])
     x = _converged(solve(op, flat, damping, **options)).x
     pieces = x.split([shape.numel() for shape in shapes.values()])
@@ -369,7 +373,7 @@ def _conjugate_gradients(
         X = torch.zeros_like(B) if x0 is None else x0.clone()
         R = B.clone() if x0 is None else B - multiply(X)
         P = precondition(R)
-        rho, done = (R * P).sum(0), 0
+        rho, done = _dots(R, P), 0
 
     def save() -> None:
         if file is not None:
@@ -388,16 +392,16 @@ def _conjugate_gradients(
                     if replacements == _REFINEMENTS or bool((_norms(R) <= targets).all()):
                         break
                     P = precondition(R)
-                    rho, replacements = (R * P).sum(0), replacements + 1
+                    rho, replacements = _dots(R, P), replacements + 1
                 product = multiply(P)
-                curvature = (P * product).sum(0)
+                curvature = _dots(P, product)
                 active = curvature > 0  # columns that are solved exactly have no direction left
                 if not bool(active.any()):
                     break
                 alpha = torch.where(active, rho / curvature, torch.zeros_like(rho))
                 step = X + alpha * P, R - alpha * product
                 Z = precondition(step[1])
-                following = (step[1] * Z).sum(0)
+                following = _dots(step[1], Z)
                 beta = torch.where(rho > 0, following / rho, torch.zeros_like(rho))
                 # All at once, so that an interrupt finds one state or the next.
                 X, R, P, rho, done = *step, Z + beta * P, following, done + 1
@@ -469,8 +473,14 @@ def _crc(X: Tensor) -> int:
 
 def _norms(X: Tensor) -> Tensor:
     """Return the norms of columns in float64, also where their squares are out of the range of the precision."""
-    norms: Tensor = torch.linalg.vector_norm(X, dim=0, dtype=torch.float64)
+    norms: Tensor = reduced(torch.linalg.vector_norm(X, dim=0, dtype=torch.float64))
     return norms
+
+
+def _dots(X: Tensor, Y: Tensor) -> Tensor:
+    """Return the scalar products of columns."""
+    products: Tensor = reduced((X * Y).sum(0))
+    return products
 
 
 def _converged(solution: Solution) -> Solution:

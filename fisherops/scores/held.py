@@ -120,6 +120,14 @@ class HeldScores:
         self._transpose_parts(W, result)
         return result.T
 
+    def parts_at(self, span: Span) -> list[Part]:
+        """Return how the parameter at a place of the flat vector is held, where it is not by dense rows."""
+        return [part for own, part in self._parts if own == span]
+
+    def empty(self, *shape: int) -> Tensor:
+        """Return room for numbers like those of the rows."""
+        return self._dense.new_empty(shape)
+
     @property
     def layout(self) -> tuple[object, ...] | None:
         """How each parameter is held; None where one has several parts, of which its rows are the sum."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
+from math import inf
 
 import torch
 from torch import Tensor
@@ -96,6 +98,8 @@ class RowsBuilder:
         parts: dict[str, list[Part]] = {}
         rest: list[str] = []
         self._surprising: list[str] = []
+        if self._jacobian.differentiation.sharded:
+            return self._build_sharded(gradients, columns), []
         with torch.no_grad():
             w, truth = self._probe(columns)
             for name, uses in self._uses.items():
@@ -108,6 +112,51 @@ class RowsBuilder:
             if rest:
                 parts |= self._differentiated(columns, rest)
             return self._assembled(parts, form), rest
+
+    def _build_sharded(self, gradients: dict[Use, Tensor], columns: Tensor) -> HeldScores:
+        """Build the rows where no rank has memory for a gradient of all parameters.
+
+        A plain backward pass gives them one after the other, and each is compared when it is there.
+        """
+        unknown = [name for name, uses in self._uses.items() if uses is None]
+        if unknown:
+            raise CannotHoldError(f"the operation that uses {', '.join(unknown)} is not known")
+        f = self._f
+        w = self._weights()
+        sizes: dict[str, float] = {}
+        found: dict[str, list[tuple[float, list[Part]]]] = {}
+
+        def look(name: str, gradient: Tensor) -> None:
+            truth = gradient.reshape(-1)
+            sizes[name] = float(truth.norm())
+            found[name] = []
+            for data_second in (False, True):
+                parts = [use.part(gradients[use], self._N, data_second) for use in self._uses[name] or []]
+                known = [part for part in parts if part is not None]
+                if len(known) == len(parts):
+                    found[name].append((self._difference(known, w, truth), known))
+
+        tensors = self._jacobian.differentiation.parameters.tensors.values()
+        users = [p.grad for p in tensors]
+        hooks = [leaf.register_hook(partial(look, name)) for name, leaf in self._leaves.items()]
+        try:
+            for p in tensors:
+                p.grad = None  # or the user's would be added to
+            U = self._factor.apply(w.view(1, self._factor.blocks, self._factor.rank)).reshape(f.shape)
+            torch.autograd.backward([f], [U], retain_graph=True)
+        finally:
+            for hook in hooks:
+                hook.remove()
+            for p, gradient in zip(tensors, users, strict=True):
+                p.grad = gradient
+        self._scale = 1e-3 * sum(size**2 for size in sizes.values()) ** 0.5
+        parts = {}
+        for name, candidates in found.items():
+            difference, parts[name] = min(candidates, key=lambda candidate: candidate[0], default=(inf, []))
+            if not difference <= self._jacobian.differentiation.tolerance * (sizes[name] + self._scale):
+                raise CannotHoldError(f"the rows of {name} are not those of plain reverse mode")
+        with torch.no_grad():
+            return self._assembled(parts, "factors", merge=False)
 
     def build_again(self, data_second: Mapping[str, bool]) -> HeldScores:
         """Build the rows of a batch in the form "factors" as they were found, and checked, before.
@@ -155,15 +204,20 @@ class RowsBuilder:
 
     def _probe(self, columns: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Return random weights (1, N, q) of the rows, and their sum for each parameter by plain reverse mode."""
-        f = self._f
-        generator = torch.Generator(device=f.device).manual_seed(0)
-        w = torch.randn(1, self._factor.blocks, self._factor.rank, dtype=f.dtype, device=f.device, generator=generator)
-        sums = self._jacobian.vjp(self._factor.apply(w).reshape(1, *f.shape))[:, 0]
+        f, w = self._f, self._weights()
+        blocks = w.view(1, self._factor.blocks, self._factor.rank)
+        sums = self._jacobian.vjp(self._factor.apply(blocks).reshape(1, *f.shape))[:, 0]
         self._scale = 1e-3 * sums.norm()
         if not sums.isfinite().all() and self._f.isfinite().all() and columns.isfinite().all():
             raise derivative_not_finite()
         spans = self._jacobian.differentiation.parameters.spans
-        return w.view(1, self._N, self._q), {name: sums[slice(*spans[name])] for name in self._uses}
+        return w, {name: sums[slice(*spans[name])] for name in self._uses}
+
+    def _weights(self) -> Tensor:
+        """Return random weights of the rows, (1, N, q)."""
+        generator = torch.Generator(device=self._f.device).manual_seed(0)
+        shape = 1, self._N, self._q
+        return torch.randn(shape, dtype=self._f.dtype, device=self._f.device, generator=generator)
 
     def _checked_parts(
         self, uses: list[Use], gradients: dict[Use, Tensor], w: Tensor, truth: dict[str, Tensor], name: str
@@ -179,14 +233,18 @@ class RowsBuilder:
         return None
 
     def _agrees(self, parts: list[Part], w: Tensor, truth: Tensor) -> bool:
+        # A parameter may have no effect but rounding, such as a bias before a normalization.
+        tolerance = self._jacobian.differentiation.tolerance * (truth.norm() + self._scale)
+        return self._difference(parts, w, truth) <= float(tolerance)
+
+    def _difference(self, parts: list[Part], w: Tensor, truth: Tensor) -> float:
+        """Compare the weighted sum of the rows with what plain reverse mode gives."""
         total = torch.zeros_like(truth)
         for part in parts:
             own = torch.empty(1, len(truth), dtype=truth.dtype, device=truth.device)
             part.apply_transposed(w, own)
             total += own[0]
-        # A parameter may have no effect but rounding, such as a bias before a normalization.
-        tolerance = self._jacobian.differentiation.tolerance * (truth.norm() + self._scale)
-        return bool((total - truth).norm() <= tolerance)
+        return float((total - truth).norm())
 
     def _differentiated(self, columns: Tensor, names: list[str]) -> dict[str, list[Part]]:
         rows = rows_by_datum(self._jacobian, columns, self._N, names)
@@ -200,14 +258,13 @@ class RowsBuilder:
             name: [RowsPart(piece.reshape(self._N, self._q, -1))] for name, piece in zip(names, pieces, strict=True)
         }
 
-    def _assembled(self, parts: dict[str, list[Part]], form: str) -> HeldScores:
+    def _assembled(self, parts: dict[str, list[Part]], form: str, merge: bool = True) -> HeldScores:
         parameters = self._jacobian.differentiation.parameters
         joined = {name: _joined(parts.pop(name)) for name in parameters.spans if parts.get(name)}
 
         def is_dense(uses: list[Part]) -> bool:
-            return form == "scores" or all(
-                isinstance(part, RowsPart) or (form == "auto" and part.dense_is_cheaper) for part in uses
-            )
+            cheaper = (isinstance(part, RowsPart) or (form == "auto" and part.dense_is_cheaper) for part in uses)
+            return merge and (form == "scores" or all(cheaper))
 
         spans = [span for name, span in parameters.spans.items() if name in joined and is_dense(joined[name])]
         width = sum(stop - start for start, stop in spans)

@@ -14,7 +14,7 @@ from torch.func import jvp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fisherops._checks import first_line
-from fisherops._model import plain_kernels
+from fisherops._model import detached_leaves, plain_kernels
 from fisherops._params import Parameters
 
 Result = TypeVar("Result")
@@ -52,10 +52,21 @@ class Differentiation:
     flatten : callable
         Arranges an output as a tensor (T, C), one row for each loss term.
     parameters : Parameters
+    leaves : callable or None
+        ``point -> leaves``, the tensors that stand for the parameters in a graph; None makes them of the point.
+    sharded : bool
+        Whether the parameters are divided among processes, so that there is reverse mode only.
     """
 
-    def __init__(self, function: Function, flatten: Callable[[Any], Tensor], parameters: Parameters) -> None:
-        self.function = function
+    def __init__(
+        self,
+        function: Function,
+        flatten: Callable[[Any], Tensor],
+        parameters: Parameters,
+        leaves: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] = detached_leaves,
+        sharded: bool = False,
+    ) -> None:
+        self.function, self.leaves, self.sharded = function, leaves, sharded
         self.flatten = flatten
         self.parameters = parameters
         self.mode: _Mode | None = None
@@ -190,7 +201,7 @@ class BatchJacobian:
 
     def check_custom_functions(self) -> None:
         """Compare custom autograd functions' reverse mode with the other modes that they offer, if any."""
-        if self.custom_functions():
+        if self.custom_functions() and not self.differentiation.sharded:
             try:
                 self.settle()
             except ModesError as error:
@@ -239,7 +250,7 @@ class BatchJacobian:
         ValueError
             If a parameter reaches the outputs other than by the values given for it.
         """
-        leaves = {name: value.detach().requires_grad_() for name, value in self.point.items()}
+        leaves = self.differentiation.leaves(self.point)
         with torch.enable_grad(), mode.kernels():
             self.output = self.differentiation.function(leaves, self.X)
             f = self.differentiation.flatten(self.output).to(self.differentiation.parameters.dtype)

@@ -139,6 +139,11 @@ class Keeper:
             try:
                 return self._rows(jacobian, make_factor, size, left)
             except CannotHoldError as error:
+                if jacobian.differentiation.sharded:
+                    raise NotImplementedError(
+                        f"the parameters are sharded, and their rows cannot be held as factors: {error}. There is no "
+                        "other form for them."
+                    ) from None
                 if cache != "auto":
                     raise NotImplementedError(
                         f"cache={cache!r} cannot be had for this model: {error}. Use cache='auto' or 'linearization'."
@@ -195,7 +200,8 @@ class Keeper:
         limit = left if self._spill is None else self.plan.max_memory
         try:
             # Where the cheapest form does not fit, factors may, which are smaller for long sequences.
-            for form in ("auto", "factors") if self.plan.cache == "auto" else (self.plan.cache,):
+            forms = ("auto", "factors") if self.plan.cache == "auto" else (self.plan.cache,)
+            for form in ("factors",) if jacobian.differentiation.sharded else forms:
                 nbytes = builder.nbytes(form)
                 if nbytes <= limit:
                     held, differentiated = builder.build(form)
