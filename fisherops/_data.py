@@ -185,8 +185,14 @@ class Data:
     def _unpack(self, index: int, item: Any) -> tuple[Any, Any, int, Tensor | None]:
         if not isinstance(item, tuple | list) or len(item) not in (2, 3):
             length = f" of length {len(item)}" if isinstance(item, tuple | list) else ""
+            hint = (
+                ' For batches that are mappings, with targets in them, pass `[(b, b["labels"]) for b in loader]`.'
+                if isinstance(item, Mapping)
+                else ""
+            )
             raise TypeError(
-                f"batch {index} must be a pair (X, y), or (X, y, index), got {type(item).__name__}{length}. {_EXPECTED}"
+                f"batch {index} must be a pair (X, y), or (X, y, index), got {type(item).__name__}{length}. "
+                f"{_EXPECTED}{hint}"
             )
         X, y, *places = item
         if not leaves(y):

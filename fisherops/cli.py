@@ -210,8 +210,7 @@ def _spectrum(arguments: argparse.Namespace) -> None:
     if not pairs.converged:
         raise UsageError(
             f"eigsh gave up after {pairs.products} products before --tol {arguments.tol:g}: ask for fewer eigenvalues, "
-            f"or "
-            "for a larger --tol such as 1e-3"
+            "or for a larger --tol such as 1e-3"
         )
     values = pairs.eigenvalues[::-1]
     result = _describe(problem, op, arguments) | {
@@ -279,8 +278,7 @@ def _solve(arguments: argparse.Namespace) -> None:
         if not solution.converged:
             raise UsageError(
                 f"the residual is {solution.residual:.1e} after {solution.iterations} iterations and does not come to "
-                f"--rtol "
-                f"{arguments.rtol:g}: choose a larger one, or a larger --damping, or --dtype float64"
+                f"--rtol {arguments.rtol:g}: choose a larger one, or a larger --damping, or --dtype float64"
             )
     result = _describe(problem, op, arguments) | {
         "damping": arguments.damping,

@@ -433,3 +433,15 @@ def sharded_refusals(group):
         attempt(lambda: make(partly, ce, data=data, process_group=group)),
         attempt(lambda: make(model, ce, data=uneven, process_group=group)),
     ]
+
+
+def documented(group, code):
+    """Run the example of the how-to page."""
+    names = {}
+    exec(compile(code, "the page", "exec"), names)
+    model, op = sharded_operator(group, "dense")
+    data = fo.distributed.shard(sharded_case("dense")[2], group, batch_size=4)
+    v = names["top_direction"](model, nn.CrossEntropyLoss(), data, group, steps=200)
+    inverse = linalg.inv(op, 1e-2, method="dual", rtol=1e-9) @ (op.damped(1e-2) @ v)
+    density = linalg.spectral_density(op, method="dual")
+    return (v * (op @ v)).sum().full_tensor().item(), (inverse - v).norm().full_tensor().item(), density.counts.sum()

@@ -1,6 +1,10 @@
 """Operators whose data are divided among processes: the same matrix, and no waiting in vain."""
 
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -316,3 +320,31 @@ def test_what_sharded_parameters_do_not_allow(two):
         for (kind, text), pattern in zip(answers, texts, strict=True):
             assert kind in ("TypeError", "ValueError", "NotImplementedError"), (kind, text)
             assert re.search(pattern, text), text
+
+
+def test_the_examples_of_the_how_to_page(two, tmp_path):
+    folder = Path(__file__).parent.parent / "docs" / "how-to"
+    (code,) = re.findall(r"```python\n(.*?)```", (folder / "distributed.md").read_text(encoding="utf-8"), re.DOTALL)
+    model, _, data = sharded_case("dense")
+    top = linalg.eigvalsh(fo.FisherMCLinearOperator(model, torch.nn.CrossEntropyLoss(), data=data))[-1]
+    for quotient, difference, count in two.results("documented", code):
+        np.testing.assert_allclose(quotient, top, rtol=1e-6)
+        assert difference < 1e-7
+        assert count > 0
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.run(
+        [*command, folder / "several_processes.py"],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=120,
+        check=True,
+    )
+    (line,) = [line for line in process.stdout.splitlines() if line.startswith("eigenvalues")]
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(20, 50), torch.nn.Tanh(), torch.nn.Linear(50, 5))
+    X, y = torch.randn(1000, 20), torch.randint(5, (1000,))
+    op = fo.FisherMCLinearOperator(model, torch.nn.CrossEntropyLoss(), data=(X, y))
+    found = [float(number) for number in re.findall(r"\d+\.\d+", line)]
+    np.testing.assert_allclose(found[:3], linalg.eigvalsh(op)[-3:], rtol=1e-4)

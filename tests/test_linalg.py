@@ -718,7 +718,30 @@ def test_inverses_are_as_good_as_they_say(method):
         x = linalg.inv(op, ratio * largest, method=method) @ b.astype(np.float32)
         assert np.linalg.norm(A @ x - b) <= 1.1e-5 * np.linalg.norm(b) + 1e-6 * largest * np.linalg.norm(x)
     with pytest.raises((RuntimeError, ValueError), match="not solved to its tolerance|not positive definite"):
-        linalg.inv(op, 1e-12 * largest, method=method) @ b.astype(np.float32)
+        linalg.inv(op, 1e-12 * largest, method=method) @ np.random.default_rng(2).standard_normal(200).astype("f4")
+
+
+def test_an_inverse_is_taken_where_rounding_keeps_it_from_its_tolerance():
+    X = np.random.default_rng(0).standard_normal((100, 6)) * [1, 1, 1, 1, 1, 1e-2]
+    data = X.astype("f4"), X[:, :1].astype("f4")
+    op = fo.FisherLinearOperator(nn.Linear(6, 1), nn.MSELoss(), data=data)
+    F = op.todense().astype(float)
+    damping = 1e-6
+    smallest = np.linalg.eigh(F)[1][:, 0]
+    x = linalg.inv(op, damping) @ smallest.astype("f4")
+    np.testing.assert_allclose(
+        x, np.linalg.solve(F + damping * np.eye(7), smallest), rtol=2e-2, atol=2e-2 * abs(x).max()
+    )
+
+
+def test_damping_below_rounding_is_not_an_error_of_solve():
+    torch.manual_seed(0)
+    X, y = torch.randn(20, 4), torch.randint(3, (20,))
+    op = fo.FisherLinearOperator(nn.Linear(4, 3), nn.CrossEntropyLoss(), data=(X, y))
+    for method in ("dense", "dual", "primal"):
+        solution = linalg.solve(op, np.ones(15, "f4"), 1e-9, method=method)
+        assert not solution.converged
+        assert np.isfinite(solution.x).all()
 
 
 @pytest.mark.parametrize("size", [1e-23, 1e-12, 1e12, 1e20, 1e25])

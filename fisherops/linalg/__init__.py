@@ -13,7 +13,7 @@ from fisherops.linalg._results import Bounds, Density, Eigenpairs, Estimate, Int
 from fisherops.linalg.bounds import crlb
 from fisherops.linalg.density import spectral_density
 from fisherops.linalg.eigen import eigsh, eigvalsh
-from fisherops.linalg.estimates import diagonal, effective_dimension, frobenius_norm, slogdet, trace
+from fisherops.linalg.estimates import LogDeterminant, diagonal, effective_dimension, frobenius_norm, slogdet, trace
 from fisherops.linalg.solve import DampedInverse, inv, natural_gradient, solve
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "Eigenpairs",
     "Estimate",
     "Interrupted",
+    "LogDeterminant",
     "Solution",
     "crlb",
     "diagonal",

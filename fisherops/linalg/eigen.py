@@ -125,10 +125,10 @@ def eigsh(
     if way == "primal":
         maxiter = 10 * D if maxiter is None else integer("maxiter", maxiter, 1)
 
-        def finish(found: Any) -> Eigenpairs:
-            return _finish(A, found, return_eigenvectors, way, leave, product=False)
-
-        found = _primal(A, k, largest, v0, ncv, maxiter, tol, callback, progressbar, checkpoint, finish)
+        try:
+            found = _primal(A, k, largest, v0, ncv, maxiter, tol, callback, progressbar, checkpoint)
+        except _HaltedError as halt:
+            raise Interrupted(_finish(A, halt.found, return_eigenvectors, way, leave, product=False)) from None
     else:
         found = *_dense(A, way, k, largest, return_eigenvectors), None, 0, True
     return _finish(A, found, return_eigenvectors, way, leave)
@@ -161,9 +161,6 @@ def eigvalsh(op: Any, *, method: str = "auto", like: Any = None) -> Any:
     if way == "primal":
         raise ValueError(
             "neither the Gram matrix nor F fits max_memory: use eigsh for some eigenvalues, spectral_density for their "
-            ""
-            ""
-            ""
             "distribution, or raise max_memory."
         )
     return leave_for(like)(spectrum_of(A, way).to(A.torch_dtype))
@@ -269,7 +266,6 @@ def _primal(
     callback: Callable[[int, Any, Any], object] | None,
     progressbar: bool,
     checkpoint: Any,
-    finish: Callable[[Any], Eigenpairs],
 ) -> tuple[Tensor, Tensor, Tensor, int, bool]:
     D = A.shape[0]
 
@@ -320,8 +316,16 @@ def _primal(
             ends = slice(max(0, len(values) - k), None) if largest else slice(k)
             residuals = space.residuals(vectors) if space.size else values
             pairs = values[ends], vectors[:, ends], residuals[ends], False
-            raise Interrupted(finish(_lifted(A, space, pairs))) from None
+            raise _HaltedError(_lifted(A, space, pairs)) from None
     return _lifted(A, space, pairs)
+
+
+class _HaltedError(Exception):
+    """Lanczos' method was interrupted: what it had found."""
+
+    def __init__(self, found: Any) -> None:
+        super().__init__()
+        self.found = found
 
 
 def _lifted(A: TorchLinearOperator, space: Krylov, pairs: Any) -> tuple[Tensor, Tensor, Tensor, int, bool]:

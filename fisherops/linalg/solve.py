@@ -29,6 +29,9 @@ from fisherops.linalg._ways import (
     zero_threshold,
 )
 
+# Relative residual of a product with an inverse that rounding may excuse.
+_LEAST_DIGITS = 1e-2
+
 # Steps of refinement after a direct solve; each gains all the digits that the first one had.
 _REFINEMENTS = 5
 
@@ -122,9 +125,17 @@ def solve(
             start = start[:, None] if start.ndim == 1 else start
             if start.shape != B.shape:
                 raise ValueError(f"`x0` has shape {tuple(start.shape)}, and `b` {tuple(B.shape)}.")
-        X, R, iterations = _conjugate_gradients(
-            A, B, damping, start, targets, maxiter, M, callback, progressbar, checkpoint, leave, single
-        )
+
+        def report(done: int, norms: Tensor) -> None:
+            if callback is not None:
+                callback(done, leave(norms[0] if single else norms))
+
+        try:
+            X, R, iterations = _conjugate_gradients(
+                A, B, damping, start, targets, maxiter, M, report, progressbar, checkpoint
+            )
+        except _HaltedError as halt:
+            raise Interrupted(_solution(halt.X, halt.norms, False, halt.iterations, way, leave, single)) from None
     else:
         inverse = _Pseudoinverse(A, way) if least_norm and damping == 0 else DampedInverse(A, damping, way)
         X, R, iterations = _refined(A, B, damping, inverse, targets)
@@ -150,7 +161,8 @@ def inv(
         "dual" and "dense" keep a Cholesky factor, and refine each product by products with F; "primal" runs conjugate
         gradients in each product.
     rtol : float
-        Relative residual that each product comes to; where it cannot, the product raises RuntimeError.
+        Relative residual that each product comes to. Where rounding of products with F does not allow that, it may be
+        larger, up to 0.01; otherwise the product raises RuntimeError.
     maxiter : int, optional
         Of conjugate gradients.
 
@@ -255,8 +267,12 @@ class DampedInverse(TorchLinearOperator):
         op, damping = self._op, self.damping
         self._state = op.state if isinstance(op, FisherOperator) else None
         matrix = dense_matrix(op, self.method)
+        self._norm = float(torch.linalg.matrix_norm(matrix))
         matrix.diagonal().add_(damping)
         self._factor, info = torch.linalg.cholesky_ex(matrix)
+        if int(info) and damping > 0:  # below the rounding of F; refinement finds what can be found
+            matrix.diagonal().add_(zero_threshold(op, self._norm, len(matrix)))
+            self._factor, info = torch.linalg.cholesky_ex(matrix)
         pivots = self._factor.diagonal()
         eps = float(torch.finfo(op.torch_dtype).eps)
         if int(info) or (damping == 0 and float(pivots.min()) ** 2 <= len(matrix) * eps * float(pivots.max()) ** 2):
@@ -274,6 +290,9 @@ class DampedInverse(TorchLinearOperator):
                 targets = self._rtol * _norms(V)
                 X, R, steps = _refined(self._op, V, self.damping, self, targets)
                 norms = _norms(R)
+                # Or as small as the rounding of products with F lets it be, while that leaves some digits.
+                rounding = 10 * float(torch.finfo(V.dtype).eps) * (self._norm + self.damping) * _norms(X)
+                targets = targets.maximum(rounding.minimum(_LEAST_DIGITS * _norms(V)))
                 solution = Solution(X, norms, steps, bool((norms <= targets).all()), self.method)
             product: Tensor = _converged(solution).x
         return product
@@ -337,11 +356,9 @@ def _conjugate_gradients(
     targets: Tensor,
     maxiter: int | None,
     M: Any,
-    callback: Callable[[int, Any], object] | None,
+    report: Callable[[int, Tensor], None],
     progressbar: bool,
     checkpoint: Any,
-    leave: Callable[[Tensor], Any],
-    single: bool,
 ) -> tuple[Tensor, Tensor, int]:
     """Return x, the true residual and the iterations of preconditioned conjugate gradients for all columns of B.
 
@@ -408,8 +425,7 @@ def _conjugate_gradients(
                 norms = _norms(R)
                 bar.update()
                 bar.set_postfix_str(f"residual {float((norms / _norms(B)).nan_to_num().max()):.1e}", refresh=False)
-                if callback is not None:
-                    callback(done, leave((norms * scales).to(B.dtype)[0] if single else (norms * scales).to(B.dtype)))
+                report(done, (norms * scales).to(B.dtype))
                 if done % 20 == 0:
                     save()
             save()
@@ -417,9 +433,15 @@ def _conjugate_gradients(
             return (X * scales).to(B.dtype), (R * scales).to(B.dtype), done
         except KeyboardInterrupt:
             save()
-            raise Interrupted(
-                _solution((X * scales).to(B.dtype), _norms(R) * scales, False, done, "primal", leave, single)
-            ) from None
+            raise _HaltedError((X * scales).to(B.dtype), _norms(R) * scales, done) from None
+
+
+class _HaltedError(Exception):
+    """Conjugate gradients were interrupted: what they had found."""
+
+    def __init__(self, X: Tensor, norms: Tensor, iterations: int) -> None:
+        super().__init__()
+        self.X, self.norms, self.iterations = X, norms, iterations
 
 
 def _preconditioner(A: TorchLinearOperator, damping: float, M: Any) -> Callable[[Tensor], Tensor]:

@@ -9,11 +9,11 @@ from math import inf
 import torch
 from torch import Tensor
 
+from fisherops.scores.factor import Factor
 from fisherops.scores.graph import Use, find_uses
 from fisherops.scores.held import HeldScores, Span
 from fisherops.scores.jacobian import BatchJacobian, derivative_not_finite
 from fisherops.scores.parts import LinearPart, Part, RowsPart
-from fisherops.scores.recompute import Factor
 from fisherops.scores.rows import rows_by_datum
 
 

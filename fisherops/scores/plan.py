@@ -8,11 +8,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fisherops._memory import is_memory_error
+from fisherops.scores.factor import Factor
 from fisherops.scores.graph import has_fused_attention, saved_bytes
 from fisherops.scores.held import HeldScores
 from fisherops.scores.hold import CannotHoldError, RowsBuilder
 from fisherops.scores.jacobian import ELEMENTARY_ATTENTION, BatchJacobian
-from fisherops.scores.recompute import Factor, RecomputedScores
+from fisherops.scores.recompute import RecomputedScores
 from fisherops.scores.spill import InOrder, Spill, SpilledScores, loaded
 
 Scores = HeldScores | RecomputedScores

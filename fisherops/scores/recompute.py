@@ -3,35 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Protocol
 
 from torch import Tensor
 
+from fisherops.scores.factor import Factor
+from fisherops.scores.graph import saved_bytes
+from fisherops.scores.hold import CannotHoldError, RowsBuilder
 from fisherops.scores.jacobian import BatchJacobian
 from fisherops.scores.rows import list_rows
-
-
-class Factor(Protocol):
-    """What G needs to know of the output factor S: block-diagonal, with B blocks of P × R.
-
-    The outputs (T, C) of a batch, as one row of numbers, are those of the blocks one after the other.
-    """
-
-    blocks: int
-    outputs: int
-    rank: int
-
-    def apply(self, W: Tensor) -> Tensor:
-        """Multiply S: (K, B, R) → (K, B, P)."""
-        ...
-
-    def adjoint(self, U: Tensor) -> Tensor:
-        """Multiply Sᵀ: (K, B, P) → (K, B, R)."""
-        ...
-
-    def columns(self) -> Tensor:
-        """List the vectors, (B, R, P)."""
-        ...
 
 
 class RecomputedScores:
@@ -82,6 +61,14 @@ class RecomputedScores:
 
     def diagonal(self) -> Tensor:
         """Return the squared norms of the columns, (D,)."""
+        if self._jacobian.reached and not self._jacobian.custom_functions():
+            try:
+                # As many backward passes as a datum has rows, where `rows` may need one for each row of the batch.
+                builder = RowsBuilder(self._jacobian, self._factor, self._size)
+                if builder.nbytes("factors") <= 2 * saved_bytes(self._jacobian.graph[0]):
+                    return builder.build("factors")[0].diagonal()
+            except CannotHoldError:
+                pass
         blocks = (rows.square().sum(0) for rows in self.rows())
         return sum(blocks, self._jacobian.outputs.new_zeros(self._jacobian.differentiation.parameters.numel))
 
