@@ -31,7 +31,7 @@ def test_examples_of_the_pages_run():
 
 @pytest.mark.parametrize("number", range(len(EXAMPLES)))
 def test_examples_of_the_readme_run(number):
-    assert len(EXAMPLES) == 3
+    assert len(EXAMPLES) == 4
     exec(compile(EXAMPLES[number], f"README example {number}", "exec"), {})
 
 
