@@ -17,7 +17,7 @@ from torch import nn
 
 from fisherops._checks import first_line
 from fisherops.distributed import shard
-from fisherops.fisher import FisherMCLinearOperator
+from fisherops.operators import FisherMCLinearOperator
 
 LOSSES = {"ce": nn.CrossEntropyLoss, "mse": nn.MSELoss, "bce": nn.BCEWithLogitsLoss}
 INSTALL = "install it with `pip install 'fisherops[demo]'`"

@@ -42,7 +42,7 @@ def test_doctests(name):
 
 
 def test_some_doctest_is_there():
-    assert doctest.testmod(importlib.import_module("fisherops.fisher")).attempted > 0
+    assert doctest.testmod(importlib.import_module("fisherops.operators")).attempted > 0
 
 
 def test_links_of_the_readme_lead_somewhere():

@@ -1,0 +1,421 @@
+"""The three Fisher operators: which vectors make the output factor."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fisherops import _arrays
+from fisherops._checks import integer
+from fisherops._draws import CounterSampler, StreamSampler
+from fisherops._model import isolated
+from fisherops.fisher import FisherOperator, check_result
+from fisherops.likelihoods import Draws, Likelihood, OutputFactor, Terms
+
+
+class FisherMCLinearOperator(FisherOperator):
+    r"""The Monte-Carlo Fisher information matrix of a model as a SciPy ``LinearOperator``.
+
+    .. math::
+
+        F = \frac{1}{c} \sum_{n,t} w_{nt}\, J_{nt}^\top
+            \Big[\frac{1}{M} \sum_{m=1}^{M} s(\tilde y_{ntm})\, s(\tilde y_{ntm})^\top\Big] J_{nt},
+        \qquad \tilde y_{ntm} \sim q(\cdot \mid f_{nt}),
+        \quad s(y) = \nabla_f \big(-\log q(y \mid f)\big)
+
+    for the data n, their loss terms t (one for plain classification; tokens or pixels otherwise), outputs
+    :math:`f_{nt} \in \mathbb{R}^C` with Jacobians :math:`J_{nt}` (C × D) and observation weights :math:`w_{nt}`. Its
+    expectation over the draws is the type-I (exact) Fisher. F is symmetric and positive semi-definite, and one fixed
+    matrix as long as the parameters do not change: every product uses the same draws. It is (1/c) of the Fisher of the
+    summed loss, with c = 1 for ``reduction="sum"`` and c what torch divides by, *over the whole data set*, for
+    ``reduction="mean"``; splitting the data into other batches does not change c.
+
+    Parameters
+    ----------
+    model_func : nn.Module or callable
+        A module; a callable ``X -> f``; or, with `params` a mapping, a callable ``(params, X) -> f``. X is what `data`
+        yields: a tensor, a mapping, a tuple or any object.
+    loss_func : nn.Module, Likelihood, mapping, tuple or None
+        A loss that stands for a likelihood, with reduction "mean" or "sum": ``MSELoss`` (a Gaussian of variance ½),
+        ``GaussianNLLLoss`` (the model returns (mean, var)), ``L1Loss``, ``HuberLoss``, ``SmoothL1Loss`` (the densities
+        ∝ exp(−loss)), ``PoissonNLLLoss``, ``BCEWithLogitsLoss``, ``BCELoss``, all for outputs (batch, ..., C); and
+        ``CrossEntropyLoss``, ``NLLLoss`` for outputs (batch, C, ...). All with their options: class weights,
+        ``ignore_index``, ``weight`` and ``pos_weight`` weight the observations. Or a likelihood of one's own, see
+        :class:`fisherops.likelihoods.Likelihood`. Or a mapping or tuple of these, for a model that returns one, with
+        targets alike; outputs without a loss are left out. Or None, for a model that returns a
+        ``torch.distributions.Distribution``: the Fisher of the sum of its ``log_prob`` over the data, see
+        :class:`fisherops.likelihoods.DistributionLikelihood`.
+    params : list of Parameter, mapping of str to Tensor, or None
+        What to differentiate by; D is the number of their elements, in their order. None takes every parameter of the
+        module that requires grad. Those that the model does not use have zero rows and columns in F.
+    data : iterable of (X, y) or (X, y, index), or a pair of arrays (X, y)
+        Mini-batches, read anew for every product, always in the same order (but see `sampler`): a list, a
+        ``DataLoader`` without shuffling, any re-iterable. Or two arrays with one row per datum. Batches are moved to
+        the parameters' device; NumPy floats are converted to the compute precision.
+    progressbar : bool
+        Whether each pass over the data shows a tqdm bar on stderr.
+    check_deterministic : bool
+        Whether to check, now, that the model is deterministic; and, in every product, that no layer is random
+        (Dropout) or couples the data of a batch (BatchNorm in training mode), and that the data are the same as before
+        (arrays in mappings, tuples and lists are compared, the contents of other objects are not). With False, random
+        layers get the same random numbers in every evaluation.
+    seed : int
+        Seed of the draws; two operators with the same seed and data are the same matrix.
+    mc_samples : int
+        M, draws for each loss term.
+    num_data : int or None
+        Number of data, if known; checked against what `data` yields.
+    batch_size_fn : callable or None
+        ``X -> int``, the number of data in a batch; None takes the length of y.
+    rows : {"term", "datum"}
+        Whether each loss term has rows of its own in the score matrix (what other libraries compute), or the would-be
+        gradients of a datum's terms are summed into one row for each draw: the score of the datum's joint likelihood.
+        Both have the same expectation.
+    sampler : {"counter", "stream"}
+        "counter": each draw is a function of (seed, datum, term, sample, class) alone, by Philox4x32-10 and inverse
+        distribution functions. So F does not depend on how the data are split into batches, nor on the device or the
+        precision (up to rounding, which may change a draw near a boundary), and the first m of M samples are those of
+        ``mc_samples=m`` (but see `fisherops.likelihoods.DistributionLikelihood`). A datum is known by its place in the
+        data, or by `index` where batches are (X, y, index); then their order does not matter either, and a loader may
+        shuffle.
+        "stream": draws batch after batch from one generator, so the matrix depends on how the data are split and
+        ordered, on the device and, for MSE and BCE, on the precision. For the same seed it is the matrix of
+        ``FisherMCLinearOperator`` of curvlinops-for-pytorch 3.0.1.
+    dtype : {None, "float32", "float64"} or dtype
+        Compute precision. None takes that of the parameters (float32 for half precisions). Another one is computed with
+        a converted copy of the model's parameters, buffers and floating-point inputs.
+    batch_size : int or None
+        Rows of a batch where `data` is a pair of arrays; None takes all of them at once.
+    cache : {"auto", "scores", "factors", "linearization", "none"}
+        What is kept between products: the cheapest for each batch and parameter; rows of the score matrix; rows, with
+        the weights of dense layers as factors; the linearized model; or nothing. The matrix is the same to rounding.
+        See `plan`, and docs/explanation/performance.
+    max_memory : int, str or None
+        How much may be kept, in bytes or as "4GiB"; None is half of what is free. Batches that do not fit are computed
+        anew in every product, or kept in files.
+    spill : path or None
+        A folder. Rows of the score matrix that do not fit `max_memory`, dense or as factors, are kept in files there
+        and mapped into memory batch by batch; they are removed with the operator. One batch must fit `max_memory`.
+    process_group : torch.distributed.ProcessGroup, DeviceMesh or None
+        The processes among which the data are divided: each passes its own part as `data`, see
+        :func:`fisherops.distributed.shard`, and F is that of all data, on every one of them. Without indices, the data
+        of a rank follow those of the ranks before. All ranks make the same calls; those that compute wait for each
+        other, at most for the time limit of the group, and a rank that is missing or does something else ends the
+        others with :class:`fisherops.distributed.RankError`. Sums are the same bits on every rank.
+
+    Attributes
+    ----------
+    shape : tuple of int
+        (D, D).
+    dtype : numpy.dtype
+        Compute precision.
+    device : torch.device
+        Where the parameters live and products are computed.
+    plan : Plan
+        What is kept between products and why; print it.
+
+    Raises
+    ------
+    TypeError
+        If an argument has the wrong type; if `data` can be read only once (a generator).
+    ValueError
+        If parameters are missing, doubled, on several devices or of several dtypes; if layers that are random or
+        couple the data of a batch are in training mode; if data or targets do not fit the loss.
+    NotImplementedError
+        If the loss, or an operation of the model, is not supported.
+    RuntimeError
+        If the data or the model's outputs change from one pass to the next.
+    fisherops.distributed.RankError
+        If the processes of `process_group` do not do the same, or one of them is gone.
+    FloatingPointError
+        If an output is NaN or infinite.
+
+    References
+    ----------
+    J. Martens, New insights and perspectives on the natural gradient method, JMLR 21 (2020) 1–76.
+    F. Kunstner, L. Balles, P. Hennig, Limitations of the empirical Fisher approximation for natural gradient descent,
+    NeurIPS 2019.
+
+    Examples
+    --------
+    >>> import torch, fisherops as fo
+    >>> from scipy.sparse.linalg import eigsh
+    >>> _ = torch.manual_seed(0)
+    >>> model = torch.nn.Linear(4, 3)
+    >>> X, y = torch.randn(100, 4), torch.randint(3, (100,))
+    >>> op = fo.FisherMCLinearOperator(model, torch.nn.CrossEntropyLoss(), data=(X, y))
+    >>> op.shape, op.dtype
+    ((15, 15), dtype('float32'))
+    >>> eigsh(op, k=2, return_eigenvectors=False).shape
+    (2,)
+    """
+
+    def __init__(
+        self,
+        model_func: Any,
+        loss_func: Any,
+        params: Any = None,
+        data: Any = None,
+        progressbar: bool = False,
+        check_deterministic: bool = True,
+        seed: int = 2147483647,
+        mc_samples: int = 1,
+        num_data: int | None = None,
+        batch_size_fn: Callable[[Any], int] | None = None,
+        *,
+        rows: str = "term",
+        sampler: str = "counter",
+        dtype: Any = None,
+        batch_size: int | None = None,
+        cache: str = "auto",
+        max_memory: int | str | None = None,
+        spill: Any = None,
+        process_group: Any = None,
+    ) -> None:
+        self._seed = _seed(seed)
+        self._samples = integer("mc_samples", mc_samples, 1)
+        if sampler not in ("counter", "stream"):
+            raise ValueError(f"`sampler` must be 'counter' or 'stream', got {sampler!r}.")
+        self._ordered = sampler == "stream"
+        super().__init__(
+            model_func,
+            loss_func,
+            params,
+            data,
+            progressbar,
+            check_deterministic,
+            num_data,
+            batch_size_fn,
+            rows=rows,
+            dtype=dtype,
+            batch_size=batch_size,
+            cache=cache,
+            max_memory=max_memory,
+            spill=spill,
+            process_group=process_group,
+        )
+        self._needs_terms_by_datum = rows == "datum" or sampler == "counter"
+
+    def _identity(self) -> dict[str, Any]:
+        return {**super()._identity(), "seed": self._seed, "sampler": "stream" if self._ordered else "counter"}
+
+    def _start_sampler(self) -> StreamSampler | CounterSampler:
+        if not self._ordered:
+            return CounterSampler(self._seed)
+        # Ranks must not draw the same numbers; the golden ratio spreads their seeds.
+        return StreamSampler((self._seed + 0x9E3779B97F4A7C15 * self._ranks.rank) % 2**64, self.device)
+
+    def resample(self, seed: int) -> FisherMCLinearOperator:
+        """Return the operator with other draws for the same model and data; what was learnt about those is shared.
+
+        Parameters
+        ----------
+        seed : int
+            As of the operator.
+
+        Returns
+        -------
+        FisherMCLinearOperator
+            The operator that would have been made with this seed, without checking model and data again. Where the
+            linearized model is kept, both share it; rows depend on the draws and are made anew.
+        """
+        other = copy.copy(self)
+        other._seed = _seed(seed)
+        other._number = self._ranks.number()
+        self._ranks.agree(f"resampling of operator {self._number}", seed=seed)
+        if self._keeper is not None and self._state == self._model.state():
+            with isolated(self.device), torch.no_grad():
+                other._keeper, other._state = self._keeper.redrawn(other, other._start_sampler()), self._state
+        return other
+
+    def standard_error(self, v: Any) -> Any:
+        r"""Estimate the standard error of vᵀFv that the draws cause, from the spread of the M samples of each row.
+
+        .. math::
+
+            \widehat{\mathrm{se}}^2 = \frac{1}{c^2} \sum_{n,t} \frac{1}{M (M - 1)}
+                \sum_{m=1}^{M} \big(x_{ntm} - \bar x_{nt}\big)^2,
+            \qquad x_{ntm} = w_{nt} \big(s(\tilde y_{ntm})^\top J_{nt} v\big)^2
+
+        It is the error against the exact Fisher of the same data: vᵀFv is a sum over independent terms, so for many of
+        them, and about M ≥ 8 where likelihoods have heavy tails, it lies within 1.96 standard errors of its expectation
+        in about 95 % of cases. With ``rows="datum"`` n, t is a datum.
+
+        Parameters
+        ----------
+        v : array
+            (D,) or (D, K), of any library that products take; real.
+
+        Returns
+        -------
+        float or array
+            A number for (D,); for (D, K) an array (K,) of the library of `v`.
+
+        Raises
+        ------
+        ValueError
+            If M = 1, or the shape does not fit.
+        """
+        if self._samples < 2:
+            raise ValueError(
+                "the standard error is estimated from the spread of the samples, and mc_samples is 1: use mc_samples=2 "
+                "or more."
+            )
+        x, leave = _arrays.enter(v)
+        self._check_shape(x, "standard_error")
+        if x.is_complex():
+            raise TypeError("the standard error of a quadratic form takes a real vector, got a complex one.")
+        V = (x if x.ndim == 2 else x.unsqueeze(1)).to(self.device, self.torch_dtype)
+        if V.shape[1] == 0:
+            return leave(V[0].clone())
+        with self._pass("standard error", kept=False, **self._marks(V)) as batches:
+            forms = (scores.apply(V).square().view(-1, self._samples, V.shape[1]).double() for scores in batches)
+            terms = (own.var(1).sum(0) * self._samples for own in forms)
+            variance = self._sum(terms, V.shape[1], dtype=torch.float64)
+        error = check_result(variance, V).sqrt().to(self.torch_dtype)
+        return float(error) if x.ndim == 1 else leave(error)
+
+    def _factor(self, q: Likelihood, f: Tensor, terms: Terms, draws: Draws | None) -> OutputFactor:
+        assert draws is not None
+        return _checked(q.scores(f, q.sample(f, self._samples, draws)), q, f, self._samples)
+
+
+class FisherLinearOperator(FisherOperator):
+    r"""The exact (type-I) Fisher information matrix of a model as a SciPy ``LinearOperator``.
+
+    .. math::
+
+        F = \frac{1}{c} \sum_{n,t} w_{nt}\, J_{nt}^\top B_{nt} J_{nt},
+        \qquad B_{nt} = \mathbb{E}_{y \sim q(\cdot \mid f_{nt})} \big[ s(y)\, s(y)^\top \big],
+
+    with closed-form square roots of B: √2 I for ``MSELoss``, diag √(σ(1 − σ)) for ``BCEWithLogitsLoss`` and
+    diag √p − p √pᵀ for ``CrossEntropyLoss``, which is never written out. For these three (and ``NLLLoss``,
+    ``PoissonNLLLoss(log_input=True)``) it is the generalized Gauss-Newton matrix of the (weighted) loss over the whole
+    data set. It does not depend on how the data are split or ordered, and it is the expectation of
+    `FisherMCLinearOperator`. Where no closed form is known (and the targets are not finitely many), products raise
+    NotImplementedError.
+
+    Parameters
+    ----------
+    model_func, loss_func, params, data, progressbar, check_deterministic, num_data, batch_size_fn
+        As for `FisherMCLinearOperator`.
+    dtype, batch_size, cache, max_memory, spill, process_group
+        As for `FisherMCLinearOperator`.
+
+    See Also
+    --------
+    FisherMCLinearOperator : the Monte-Carlo estimate; its page describes the arguments, attributes and errors.
+    EmpiricalFisherLinearOperator : the scores at the observed targets.
+
+    References
+    ----------
+    J. Martens, New insights and perspectives on the natural gradient method, JMLR 21 (2020) 1–76.
+
+    Examples
+    --------
+    >>> import torch, fisherops as fo
+    >>> X, y = torch.ones(10, 1), torch.zeros(10, 1)
+    >>> op = fo.FisherLinearOperator(torch.nn.Linear(1, 1), torch.nn.MSELoss(), data=(X, y))
+    >>> op.todense().round(3)
+    array([[2., 2.],
+           [2., 2.]], dtype=float32)
+    """
+
+    def __init__(
+        self,
+        model_func: Any,
+        loss_func: Any,
+        params: Any = None,
+        data: Any = None,
+        progressbar: bool = False,
+        check_deterministic: bool = True,
+        num_data: int | None = None,
+        batch_size_fn: Callable[[Any], int] | None = None,
+        *,
+        dtype: Any = None,
+        batch_size: int | None = None,
+        cache: str = "auto",
+        max_memory: int | str | None = None,
+        spill: Any = None,
+        process_group: Any = None,
+    ) -> None:
+        # Without `rows`: the terms of a datum are independent, so its joint likelihood has the same Fisher.
+        super().__init__(
+            model_func,
+            loss_func,
+            params,
+            data,
+            progressbar,
+            check_deterministic,
+            num_data,
+            batch_size_fn,
+            dtype=dtype,
+            batch_size=batch_size,
+            cache=cache,
+            max_memory=max_memory,
+            spill=spill,
+            process_group=process_group,
+        )
+
+    def _factor(self, q: Likelihood, f: Tensor, terms: Terms, draws: Draws | None) -> OutputFactor:
+        return _checked(q.exact(f), q, f, None)
+
+
+class EmpiricalFisherLinearOperator(FisherOperator):
+    r"""The empirical Fisher matrix of a model as a SciPy ``LinearOperator``.
+
+    .. math::
+
+        F = \frac{1}{c} \sum_{n,t} w_{nt}\, g_{nt}\, g_{nt}^\top,
+        \qquad g_{nt} = J_{nt}^\top s(y_{nt}),
+
+    with the scores at the observed targets in place of an expectation over the model's own. It is the second moment of
+    the gradients of single loss terms (of single data for ``rows="datum"``), and in general neither the Fisher nor an
+    approximation of it. Label smoothing and soft targets change s.
+
+    Parameters
+    ----------
+    model_func, loss_func, params, data, progressbar, check_deterministic, num_data, batch_size_fn
+        As for `FisherMCLinearOperator`.
+    dtype, batch_size, cache, max_memory, spill, process_group
+        As for `FisherMCLinearOperator`.
+    rows : {"term", "datum"}
+        Whether each loss term has a row of its own in the score matrix, or the gradients of a datum's terms are summed
+        into one.
+
+    See Also
+    --------
+    FisherMCLinearOperator : its page describes the arguments, attributes and errors.
+
+    References
+    ----------
+    F. Kunstner, L. Balles, P. Hennig, Limitations of the empirical Fisher approximation for natural gradient descent,
+    NeurIPS 2019.
+    """
+
+    def _factor(self, q: Likelihood, f: Tensor, terms: Terms, draws: Draws | None) -> OutputFactor:
+        return _checked(q.scores(f, q.observed(terms)), q, f, 1)
+
+
+def _seed(seed: int) -> int:
+    return integer("seed", seed, -(2**63), 2**64 - 1)
+
+
+def _checked(factor: OutputFactor, q: Likelihood, f: Tensor, samples: int | None) -> OutputFactor:
+    """Return a factor if it is for these outputs and has one vector for each sample."""
+    name = type(q).__name__
+    if factor.blocks * factor.outputs != f.numel():
+        raise ValueError(
+            f"{name} returned an output factor of {factor.blocks} blocks of {factor.outputs} for outputs "
+            f"{tuple(f.shape)}: it must have one block for each row."
+        )
+    if samples is not None and len(q.reductions) == 1 and factor.rank != samples:
+        raise ValueError(
+            f"{name} returned {factor.rank} vectors for each term and there are {samples} samples: `sample` must "
+            "return targets with a leading axis of samples, (samples, T, ...)."
+        )
+    return factor
