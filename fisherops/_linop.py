@@ -80,7 +80,7 @@ class TorchLinearOperator(LinearOperator):
     @property
     def ranks(self) -> Alone:
         """The processes that multiply together; all of them make the same calls."""
-        parts = (getattr(self, name, None) for name in ("_A", "_B"))
+        parts = (getattr(self, name, None) for name in ("_A", "_B", "_op", "_fisher"))
         known = [part.ranks for part in parts if isinstance(part, TorchLinearOperator) and part.ranks.size > 1]
         return known[0] if known else Alone()
 

@@ -37,7 +37,7 @@ def as_folder(path: Any) -> Path | None:
         return None
     if not isinstance(path, str | os.PathLike):
         raise TypeError(f"`spill` must be the path of a folder or None, got {path!r}.")
-    folder = Path(path)
+    folder = Path(path).resolve()  # the present directory may change
     if not folder.is_dir():
         raise NotADirectoryError(f"`spill` is {str(path)!r}, which is no folder: make it first.")
     return folder

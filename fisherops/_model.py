@@ -37,6 +37,10 @@ class ModelFunction:
         """Return the tensors that stand for the parameters in the graph of an evaluation, as its `point`."""
         return detached_leaves(point)
 
+    def tensors(self) -> list[Tensor]:
+        """Return all tensors that the model is known to use."""
+        raise NotImplementedError
+
     def check_unchanged(self) -> None:
         """Raise RuntimeError if the model no longer has the parameters that were given."""
 
@@ -132,6 +136,9 @@ class _ModuleFunction(ModelFunction):
     def state(self) -> tuple[Any, ...]:
         return tuple(map(_state_of, self._module.modules()))
 
+    def tensors(self) -> list[Tensor]:
+        return [*self._module.parameters(), *self._module.buffers()]
+
     def check_unchanged(self) -> None:
         own = dict(self._module.named_parameters(remove_duplicate=False))
         replaced = [name for name, p in self._chosen.items() if own.get(name) is not p]
@@ -208,6 +215,9 @@ class _PureFunction(ModelFunction):
     def state(self) -> tuple[Any, ...]:
         return _versions(self._tensors), *map(_state_of, self._modules)
 
+    def tensors(self) -> list[Tensor]:
+        return self._tensors
+
 
 class _ClosureFunction(ModelFunction):
     """A callable ``X -> f`` that holds its parameters itself, called with other values in their place."""
@@ -222,6 +232,9 @@ class _ClosureFunction(ModelFunction):
 
     def state(self) -> tuple[Any, ...]:
         return _versions(self._tensors), *map(_state_of, self._modules)
+
+    def tensors(self) -> list[Tensor]:
+        return self._tensors
 
     def __call__(self, point: Mapping[str, Tensor], X: Any) -> Any:
         # While a graph is built, tensors that escape the substitution must show in it, see BatchJacobian.build_graph.

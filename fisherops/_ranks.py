@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import ctypes
 import json
 import pickle
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
-from typing import Any, NoReturn
+from queue import Empty, SimpleQueue
+from threading import Thread
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -21,6 +25,11 @@ from fisherops._packing import as_bytes, put_together, taken_apart
 # Seconds between looks at whether another rank has raised the alarm, at first and at most; and for all to answer it.
 _FIRST_LOOK, _LOOKS = 0.1, 1.0
 _ROLL_CALL = 10.0
+
+# Seconds that the store may take for an answer.
+_STORE_ANSWERS = 30.0
+
+Answer = TypeVar("Answer")
 
 
 class RankError(RuntimeError):
@@ -51,6 +60,11 @@ class Alone:
         What it is, and the values, are compared before the first of them. If something fails inside, the others are
         told.
         """
+        yield
+
+    @contextlib.contextmanager
+    def guard(self, what: str) -> Iterator[None]:  # noqa: ARG002
+        """Do something inside that only this rank may do; if it fails, the others are told."""
         yield
 
     def begin_sum(self, tensor: Tensor) -> PendingSum:
@@ -115,26 +129,31 @@ class Ranks(Alone):
         self._operators = 0
         self.broken = False
         """Whether an alarm was raised, after which the ranks are out of step."""
-        members = dist.get_process_group_ranks(group)
         on_cpu = device.type == "cpu" or "gloo" in dist.get_backend(group)
-        # Torch has no public names for what every group has: a store, and a time limit.
+        # Torch has no public names for what every group has: a name, a store, and a time limit.
         backend = group._get_backend(torch.device("cpu") if on_cpu else device)
         self._timeout: float = backend.options._timeout.total_seconds()
-        name = "/".join(["fisherops", *map(str, members), str(_count(group))])
-        self._store = dist.distributed_c10d.PrefixStore(name, dist.distributed_c10d._get_default_store())
-        self._store.set(f"made/{self.rank}", "")
+        world, name = dist.distributed_c10d._get_default_store(), f"fisherops/{group.group_name}"
+        # Of how many ranks before, so that what earlier groups of this name left in the store is not ours.
+        arrived = self._ask(lambda: world.add(f"{name}/arrived", 1)) - 1
+        self._store = dist.distributed_c10d.PrefixStore(f"{name}/{arrived // self.size}", world)
+        self._ask(lambda: self._store.set(f"made/{self.rank}", ""))
         missing = self._without("made", self._timeout)
         if missing:
             raise RankError(
                 f"{_named(missing)} made no operator within {self._timeout:g} s, and operators with a process group "
                 "are made by all of its ranks together."
             )
-        self._group = dist.new_group(
-            members,
-            timeout=timedelta(seconds=self._timeout + 60),  # ours ends first, as it can say for whom it waited
-            backend="gloo" if device.type == "cpu" else f"cpu:gloo,{device.type}:{_backend(group, device)}",
-            use_local_synchronization=True,
-        )
+        # Not by `new_group`, whose names depend on what other groups a process is in. Its limit is later than ours,
+        # because we can say for whom we waited.
+        limit = timedelta(seconds=self._timeout + 60)
+        self._cpu: Any = dist.ProcessGroupGloo(self._store, self.rank, self.size, limit)
+        self._gpu: Any = None
+        if device.type == "cuda":
+            nccl = dist.distributed_c10d.PrefixStore("nccl", self._store)
+            options = dist.ProcessGroupNCCL.Options()
+            options._timeout = limit
+            self._gpu = dist.ProcessGroupNCCL(nccl, self.rank, self.size, options)
 
     # ---- What the operators do ----------------------------------------------------------------
 
@@ -144,16 +163,21 @@ class Ranks(Alone):
             raise RankError("the ranks are out of step after an error: make a new operator, on all of them.")
         self._compare()
         self._doing, self._announced = what, values
-        try:
+        with self.guard(what):
             yield
             self._compare()
+
+    @contextlib.contextmanager
+    def guard(self, what: str) -> Iterator[None]:
+        try:
+            yield
         except RankError:
             raise
         except BaseException as error:
             self.broken = True
             with contextlib.suppress(RuntimeError):  # what went wrong here is more than that nobody can be told
                 self._raise_alarm(f"failed in {what}: {type(error).__name__}: {first_line(error)}", failed=True)
-                self._group.abort()
+                self._abort()
             raise
 
     def _compare(self) -> None:
@@ -166,7 +190,7 @@ class Ranks(Alone):
             return
         mark = zlib.crc32(repr((self._doing, values)).encode())
         marks = torch.tensor([mark, -mark], device="cpu")
-        self._wait(dist.all_reduce(marks, dist.ReduceOp.MAX, group=self._group, async_op=True))
+        self._wait(self._cpu.allreduce([marks], dist.ReduceOp.MAX))
         if int(marks.sum()) != 0:  # the largest of all is not the smallest
             said = self.share((self._doing, values))
             self.broken = True
@@ -177,19 +201,19 @@ class Ranks(Alone):
         # Two numbers are rounded once when they are added; a sum of more is made in float64, or it would lose digits.
         wide = tensor if self.size == 2 or not tensor.is_floating_point() else tensor.to(torch.float64)
         wide = wide.contiguous()
-        work = dist.all_reduce(wide, group=self._group, async_op=True)
+        work = self._group(wide).allreduce([wide], dist.ReduceOp.SUM)
         return _PendingReduction(self, wide, tensor.dtype, work)
 
     def gather(self, tensor: Tensor) -> list[Tensor]:
         self._compare()
         counts = [torch.zeros(1, dtype=torch.int64, device="cpu") for _ in range(self.size)]
         own = torch.tensor([len(tensor)], device="cpu")
-        self._wait(dist.all_gather(counts, own, group=self._group, async_op=True))
+        self._wait(self._cpu.allgather([counts], [own]))
         longest = max(int(count) for count in counts)
         padded = tensor.new_zeros(longest, *tensor.shape[1:])
         padded[: len(tensor)] = tensor
         parts = [torch.empty_like(padded) for _ in range(self.size)]
-        self._wait(dist.all_gather(parts, padded, group=self._group, async_op=True))
+        self._wait(self._group(padded).allgather([parts], [padded]), padded.device)
         return [part[: int(count)] for part, count in zip(parts, counts, strict=True)]
 
     def share(self, value: Any) -> list[Any]:
@@ -200,9 +224,10 @@ class Ranks(Alone):
         tensors = taken_apart(value) if self.rank == source else []
         kinds = self.share([(t.shape, t.dtype, t.device.type) for t in tensors])[source]
         if self.rank != source:
-            tensors = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype, device in kinds]
+            devices = {"cpu": torch.device("cpu"), self._device.type: self._device}
+            tensors = [torch.empty(shape, dtype=dtype, device=devices[kind]) for shape, dtype, kind in kinds]
         for t in tensors:
-            self._wait(dist.broadcast(t, group=self._group, group_src=source, async_op=True), t.device)
+            self._wait(self._group(t).broadcast(t, source), t.device)
         return value if self.rank == source else put_together(tensors)
 
     def number(self) -> int:
@@ -210,11 +235,12 @@ class Ranks(Alone):
         return self._operators
 
     def checksum(self, V: Tensor) -> int:
-        if V.device.type != "cpu":
-            return 0  # it would make the host wait for the device
         bits = V.contiguous().view(torch.int32 if V.itemsize == 4 else torch.int64)
         by_column = bits.sum(0, dtype=torch.int64)
-        return int((by_column * torch.arange(1, V.shape[1] + 1, device="cpu")).sum())
+        return int((by_column * torch.arange(1, V.shape[1] + 1, device=V.device)).sum())
+
+    def _group(self, t: Tensor) -> Any:
+        return self._cpu if t.device.type == "cpu" else self._gpu
 
     # ---- Waiting ------------------------------------------------------------------------------
 
@@ -231,54 +257,74 @@ class Ranks(Alone):
                     self._end(f"lost a connection in {self._doing}")
             else:
                 return
-            with self._store_must_answer():
-                raised = self._store.check(["alarm"])
-            if raised or time.monotonic() > deadline:
+            if self._ask(lambda: self._store.check(["alarm"])) or time.monotonic() > deadline:
                 self._end(f"waited {self._timeout:g} s for the others in {self._doing}")
             look = min(2 * look, _LOOKS)
 
     def _raise_alarm(self, text: str, failed: bool) -> dict[str, Any]:
         """Let all ranks know that something is wrong, and return what the first of them said."""
         own = json.dumps({"rank": self.rank, "text": text, "failed": failed})
-        self._store.set(f"here/{self.rank}", "")
-        alarm: dict[str, Any] = json.loads(self._store.compare_set("alarm", "", own))
+        self._ask(lambda: self._store.set(f"here/{self.rank}", ""))
+        alarm: dict[str, Any] = json.loads(self._ask(lambda: self._store.compare_set("alarm", "", own)))
         return alarm
 
     def _end(self, text: str) -> NoReturn:
         """End waiting with an error that names the ranks at fault."""
         self.broken = True
-        with self._store_must_answer():
-            alarm = self._raise_alarm(text, failed=False)
-            if alarm["failed"]:
-                raise RankError(f"rank {alarm['rank']} {alarm['text']}")
-            missing = self._without("here", min(_ROLL_CALL, self._timeout))
-            self._group.abort()  # what is still under way would hold up the end of the process
+        alarm = self._raise_alarm(text, failed=False)
+        if alarm["failed"]:
+            self._abort()
+            raise RankError(f"rank {alarm['rank']} {alarm['text']}")
+        missing = self._without("here", min(_ROLL_CALL, self._timeout))
+        self._abort()
         fault = f"{_named(missing)} died, hangs or does something else" if missing else "all ranks are there"
         raise RankError(f"{fault}: rank {alarm['rank']} {alarm['text']}.")
 
+    def _abort(self) -> None:
+        """End what is still under way, as far as it lets itself be ended."""
+        for group in (self._cpu, self._gpu):
+            if group is not None:
+                group.abort()
+                # Never freed: that would wait for the threads, which wait for a rank that may never come.
+                ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
+        self._cpu = self._gpu = None
+
     def _without(self, key: str, seconds: float) -> list[int]:
         """Return the ranks that did not set a key within some time."""
-        deadline, missing = time.monotonic() + seconds, list(range(self.size))
+        deadline = time.monotonic() + seconds
         while True:
-            missing = [rank for rank in missing if not self._store.check([f"{key}/{rank}"])]
+            there = self._ask(lambda: [self._store.check([f"{key}/{rank}"]) for rank in range(self.size)])
+            missing = [rank for rank, is_there in enumerate(there) if not is_there]
             if not missing or time.monotonic() > deadline:
                 return missing
             time.sleep(0.02)
 
-    @contextlib.contextmanager
-    def _store_must_answer(self) -> Iterator[None]:
+    def _ask(self, question: Callable[[], Answer]) -> Answer:
+        """Ask the store, which may never answer: a process that is stopped keeps its connections."""
+        answers: SimpleQueue[tuple[Any, Exception | None]] = SimpleQueue()
+
+        def ask() -> None:
+            try:
+                answers.put((question(), None))
+            except Exception as error:
+                answers.put((None, error))
+
+        Thread(target=ask, daemon=True).start()
         try:
-            yield
-        except RankError:
-            raise
-        except RuntimeError as error:
+            answer, error = answers.get(timeout=min(_STORE_ANSWERS, self._timeout))
+        except Empty:
+            answer, error = None, TimeoutError("it does not answer")
+        if error is not None:
+            self.broken = True
             raise RankError(
-                "rank 0 of the world, which holds the store of torch.distributed, or whatever else held it, is gone "
+                "rank 0 of the world, which holds the store of torch.distributed, or whatever else holds it, is gone "
                 f"({first_line(error)})."
             ) from None
+        result: Answer = answer
+        return result
 
     def __reduce__(self) -> NoReturn:
-        raise TypeError("an operator with a process group belongs to its processes: it cannot be pickled.")
+        raise TypeError("an operator with a process group belongs to its processes: it cannot be pickled or copied.")
 
 
 class _PendingReduction(PendingSum):
@@ -291,7 +337,47 @@ class _PendingReduction(PendingSum):
 
 
 _KNOWN: dict[tuple[Any, str], Ranks] = {}
-_COUNTS: dict[Any, int] = {}
+
+
+@atexit.register
+def _forget() -> None:
+    """Let go of the groups while torch can still end their threads, whoever still has an operator."""
+    for ranks in _KNOWN.values():
+        ranks._cpu = ranks._gpu = None
+    _KNOWN.clear()
+
+
+def as_group(process_group: Any) -> Any:
+    """Return the process group that a user's argument means.
+
+    Raises
+    ------
+    TypeError
+        If it is no process group.
+    ValueError
+        If this process does not belong to it.
+    """
+    if not dist.is_available():
+        raise ValueError("this build of torch has no torch.distributed, so there is no `process_group`.")
+    from torch.distributed.device_mesh import DeviceMesh
+
+    if isinstance(process_group, DeviceMesh):
+        if process_group.ndim != 1:
+            raise ValueError(
+                f"`process_group` is a mesh of {process_group.ndim} dimensions: pass the one over which the data are "
+                "divided, `mesh['name']`."
+            )
+        process_group = process_group.get_group()
+    if process_group is dist.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError("this process does not belong to `process_group`.")
+    if not isinstance(process_group, dist.ProcessGroup):
+        raise TypeError(
+            "`process_group` must be a process group of torch.distributed (`torch.distributed.group.WORLD` after "
+            f"`init_process_group`), a mesh of one dimension or None, got {type(process_group).__name__}."
+        )
+    if dist.get_rank(process_group) < 0:
+        raise ValueError("this process does not belong to `process_group`.")
+    return process_group
 
 
 def ranks_of(process_group: Any, device: torch.device) -> Alone:
@@ -308,24 +394,7 @@ def ranks_of(process_group: Any, device: torch.device) -> Alone:
     """
     if process_group is None:
         return Alone()
-    if not dist.is_available():
-        raise ValueError("this build of torch has no torch.distributed, so there is no `process_group`.")
-    from torch.distributed.device_mesh import DeviceMesh
-
-    if isinstance(process_group, DeviceMesh):
-        if process_group.ndim != 1:
-            raise ValueError(
-                f"`process_group` is a mesh of {process_group.ndim} dimensions: pass the one over which the data are "
-                "divided, `mesh['name']`."
-            )
-        process_group = process_group.get_group()
-    if not isinstance(process_group, dist.ProcessGroup):
-        raise TypeError(
-            "`process_group` must be a process group of torch.distributed (`torch.distributed.group.WORLD` after "
-            f"`init_process_group`), a mesh of one dimension or None, got {type(process_group).__name__}."
-        )
-    if dist.get_rank(process_group) < 0:
-        raise ValueError("this process does not belong to `process_group`.")
+    process_group = as_group(process_group)
     if dist.get_world_size(process_group) == 1:
         return Alone()
     ranks = _KNOWN.get((process_group, device.type))
@@ -334,15 +403,23 @@ def ranks_of(process_group: Any, device: torch.device) -> Alone:
     return ranks
 
 
-def _count(group: Any) -> int:
-    """Return how often ranks of a group were made before: the same number on all that did the same."""
-    _COUNTS[group] = _COUNTS.get(group, -1) + 1
-    return _COUNTS[group]
-
-
-def _backend(group: Any, device: torch.device) -> str:
-    name: str = group._get_backend(device).name()
-    return name
+def fingerprint(x: Any, depth: int = 8) -> int:
+    """Return a number that depends on the numbers and texts in an object, the same in every process."""
+    if isinstance(x, Tensor):
+        own: Any = x.to_local() if hasattr(x, "to_local") else x
+        own = own.detach().cpu().contiguous()
+        text = own.as_strided((own.numel(),), (1,)).view(torch.uint8).numpy().tobytes() if own.numel() else b""
+        return zlib.crc32(text, zlib.crc32(repr((tuple(own.shape), own.dtype)).encode()))
+    if x is None or isinstance(x, bool | int | float | complex | str | bytes | torch.dtype | torch.Size):
+        return zlib.crc32(repr(x).encode())
+    parts: Any = ()
+    if depth > 0 and isinstance(x, Mapping):
+        parts = [(repr(key), fingerprint(value, depth - 1)) for key, value in x.items()]
+    elif depth > 0 and isinstance(x, tuple | list):
+        parts = [fingerprint(item, depth - 1) for item in x]
+    elif depth > 0 and hasattr(x, "__dict__") and not isinstance(x, type) and not callable(x):
+        parts = [(name, fingerprint(value, depth - 1)) for name, value in sorted(vars(x).items())]
+    return zlib.crc32(repr((type(x).__name__, parts)).encode())
 
 
 def _named(ranks: list[int]) -> str:

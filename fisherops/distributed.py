@@ -13,7 +13,7 @@ from torch.utils.data.distributed import DistributedSampler
 
 from fisherops._checks import integer
 from fisherops._data import is_pair, length_of_pair
-from fisherops._ranks import Alone, RankError
+from fisherops._ranks import Alone, RankError, as_group
 from fisherops._tree import leaves, map_arrays
 
 __all__ = ["RankError", "shard"]
@@ -149,17 +149,31 @@ def with_indices(data: Any, ranks: Alone) -> Any:
             f"{ranks.rank} of {ranks.size} of `process_group`."
         )
     assert isinstance(data, DataLoader)
-    # Rank r has the places r, r + W, ... of a list whose end repeats its beginning.
-    N = len(sampler.dataset)  # type: ignore[arg-type]
-    own = [index for k, index in enumerate(sampler) if ranks.rank + k * ranks.size < N]
-    if data.drop_last and data.batch_size is not None:
-        own = own[: len(own) // data.batch_size * data.batch_size]
+    if data.batch_sampler is None:
+        raise ValueError(
+            "the DataLoader with a DistributedSampler has batch_size=None, so its indices are of batches: pass each "
+            "rank's own batches, as (X, y, index)."
+        )
+    own = list(sampler)
+    if type(sampler) is DistributedSampler:
+        # Rank r has the places r, r + W, ... of a list whose end repeats its beginning.
+        N = len(sampler.dataset)  # type: ignore[arg-type]
+        own = [index for k, index in enumerate(own) if ranks.rank + k * ranks.size < N]
+    else:
+        with ranks.step("indices of the sampler"):
+            before = torch.cat(ranks.gather(torch.tensor(own, dtype=torch.int64))[: ranks.rank + 1])
+        taken = set(before[: len(before) - len(own)].tolist())
+        own = [index for index in dict.fromkeys(own) if index not in taken]
+    step = data.batch_sampler.batch_size  # type: ignore[attr-defined]
+    if data.batch_sampler.drop_last:  # type: ignore[attr-defined]
+        own = own[: len(own) // step * step]
     return IndexedLoader(data, own)
 
 
 def _part(count: int, process_group: Any, order: str) -> range:
     """Return which of so many things belong to this rank."""
-    rank, size = dist.get_rank(process_group), dist.get_world_size(process_group)
+    group = dist.group.WORLD if process_group is None else as_group(process_group)
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
     if order == "strided":
         return range(rank, count, size)
     return range(count * rank // size, count * (rank + 1) // size)

@@ -20,7 +20,7 @@ from fisherops._memory import as_bytes, as_folder, is_memory_error
 from fisherops._model import ModelFunction, as_function, isolated
 from fisherops._params import Parameters, as_dtype, select
 from fisherops._randomness import fixed_randomness
-from fisherops._ranks import Alone, ranks_of
+from fisherops._ranks import Alone, fingerprint, ranks_of
 from fisherops._sharding import Sharding, is_sharded, reshard
 from fisherops._sums import CompensatedSum
 from fisherops._tree import leaves, map_arrays
@@ -32,6 +32,7 @@ from fisherops.scores import (
     BatchJacobian,
     Differentiation,
     HeldScores,
+    InOrder,
     Keeper,
     Plan,
     RecomputedScores,
@@ -44,7 +45,10 @@ _CHUNK_BYTES = 2**24
 _FEW_COLUMNS = 8
 
 # What the ranks of a process group compare before they sum.
-_VECTORS = "the checksum of the vectors (SciPy's solvers draw others on each rank unless v0 or rng is given)"
+_VECTORS = (
+    "the checksum of the vectors (SciPy's solvers draw others on each rank unless v0 or rng is given; "
+    "ranks with other processors or numbers of threads round differently)"
+)
 
 Item = TypeVar("Item")
 
@@ -172,9 +176,12 @@ class FisherOperator(TorchLinearOperator):
         return {
             "the operator": type(self).__name__,
             "the dtype": str(self.torch_dtype),
-            "the loss": "/".join(self._likelihood.reductions) + f" of {type(self._likelihood).__name__}",
+            "the loss": f"{type(self._likelihood).__name__} ({', '.join(self._likelihood.reductions)})",
+            "the checksum of the loss's options": fingerprint(self._likelihood),
             "the shapes of the parameters": {name: tuple(shape) for name, shape in self.parameter_shapes.items()},
             "the checksum of the parameters": self.parameter_checksum,
+            "the checksum of all parameters and buffers of the model": self._checksum(self._model.tensors()),
+            "check_deterministic": self._checked,
             "rows": self._rows,
             "mc_samples": self._samples,
         }
@@ -301,10 +308,10 @@ class FisherOperator(TorchLinearOperator):
     @property
     def parameter_checksum(self) -> int:
         """A checksum of the present values of the parameters."""
-        checksum = 0
-        for tensor in self._parameters.point().values():
-            own: Any = tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
-            checksum = zlib.crc32(own.cpu().contiguous().numpy().tobytes(), checksum)
+        return self._checksum(self._parameters.point().values())
+
+    def _checksum(self, tensors: Iterable[Tensor]) -> int:
+        checksum = zlib.crc32(repr([fingerprint(tensor) for tensor in tensors]).encode())
         if self._sharding is None:
             return checksum
         with self._step("checksum of the parameters"):
@@ -438,7 +445,8 @@ class FisherOperator(TorchLinearOperator):
             else:
                 self._keeper = None
                 if self._ranks.size > 1:
-                    self._ranks.agree("parameters", **{"the checksum of the parameters": self.parameter_checksum})
+                    checksum = self._checksum(self._model.tensors())
+                    self._ranks.agree("parameters", **{"the checksum of the parameters and buffers": checksum})
                 keeper = Keeper(self._cache, self._max_memory, self._spill)
                 yield self._scores(batches, self._c, keeper)
                 if not keeper.complete and (self._data.order_is_free or self._ordered):
@@ -634,7 +642,8 @@ def _one_ahead(items: Iterable[Item]) -> Iterator[Item]:
 
 def _sums_of_products(batches: Iterable[Scores], blocks: Sequence[Tensor]) -> Iterator[Tensor]:
     """Sum GᵀG V over batches for blocks of columns V, one after the other; but data are read once for all blocks."""
-    for group in [[V] for V in blocks] if isinstance(batches, list) else [blocks]:
+    in_memory = isinstance(batches, InOrder) and not batches.in_files
+    for group in [[V] for V in blocks] if in_memory else [blocks]:
         totals = deque(CompensatedSum(V) for V in group)
         for scores in batches:
             for total, V in zip(totals, group, strict=True):

@@ -226,10 +226,14 @@ class FisherMCLinearOperator(FisherOperator):
         other = copy.copy(self)
         other._seed = _seed(seed)
         other._number = self._ranks.number()
-        self._ranks.agree(f"resampling of operator {self._number}", seed=seed)
-        if self._keeper is not None and self._state == self._model.state():
-            with isolated(self.device), torch.no_grad():
-                other._keeper, other._state = self._keeper.redrawn(other, other._start_sampler()), self._state
+        with self._step("resampling", seed=seed):
+            keeper = None
+            if self._keeper is not None and self._state == self._model.state():
+                with isolated(self.device), torch.no_grad():
+                    keeper = self._keeper.redrawn(other, other._start_sampler())
+            # All ranks share what was learnt, or none does.
+            shared = all(self._ranks.share(keeper is not None))
+            other._keeper, other._state = (keeper, self._state) if shared else (None, None)
         return other
 
     def standard_error(self, v: Any) -> Any:

@@ -445,3 +445,100 @@ def documented(group, code):
     inverse = linalg.inv(op, 1e-2, method="dual", rtol=1e-9) @ (op.damped(1e-2) @ v)
     density = linalg.spectral_density(op, method="dual")
     return (v * (op @ v)).sum().full_tensor().item(), (inverse - v).norm().full_tensor().item(), density.counts.sum()
+
+
+# ---- What a review found -----------------------------------------------------------------------------
+
+
+def subgroups(group):
+    """Make operators on groups of which some ranks are in more than others."""
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    first = dist.new_group([0])
+    pair = dist.new_group([0, 1])
+    overlapping = dist.new_group([1, size - 1])
+    traces = []
+    for own, members in ((first, [0]), (pair, [0, 1]), (overlapping, [1, size - 1]), (group, range(size))):
+        if rank in members:
+            op = fo.FisherMCLinearOperator(
+                network(), loss(), data=fo.distributed.shard(everything(), own, batch_size=8), process_group=own
+            )
+            traces.append(op.trace())
+    return traces
+
+
+def differ(group, what):
+    """Have something else on the last rank that is no parameter of the operator."""
+    last = dist.get_rank(group) == dist.get_world_size(group) - 1
+    options, criterion = {}, loss()
+    model = nn.Sequential(nn.Linear(D_IN, 6), nn.BatchNorm1d(6), nn.Linear(6, C)).double().eval()
+    torch.manual_seed(0)
+    for p in model.parameters():
+        nn.init.normal_(p)
+    if what == "buffers" and last:
+        model[1].running_mean.add_(1)
+    if what == "frozen":
+        options["params"] = list(model[2].parameters())
+        if last:
+            with torch.no_grad():
+                model[0].weight.mul_(2)
+    if what == "class weights" and last:
+        criterion.weight[0] = 3
+    if what == "ignore_index" and last:
+        criterion = nn.CrossEntropyLoss(weight=criterion.weight, ignore_index=-1)
+    if what == "check_deterministic":
+        options["check_deterministic"] = last
+    fo.FisherMCLinearOperator(model, criterion, data=parts(group, "contiguous"), process_group=group, **options)
+
+
+def resampled(group, how):
+    rank = dist.get_rank(group)
+    options = {"cache": "linearization", "max_memory": 10**9 if rank == 0 else 3000} if how == "memory" else {}
+    data = parts(group, "nothing" if how == "nothing" else "contiguous")
+    if how == "memory":
+        options["cache"] = "auto" if rank else "linearization"
+    op = fo.FisherMCLinearOperator(network(), loss(), data=data, process_group=group, mc_samples=2, seed=5, **options)
+    v = np.ones(op.shape[0])
+    op @ v
+    return op.resample(9) @ v, (op.damped(1e-2) @ v).shape, linalg.inv(op, 1e-2).ranks.size, op.scores.T.ranks.size
+
+
+def odd_samplers(group, kind):
+    X, y = everything()
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    dataset = TensorDataset(X, y)
+
+    class Chunks(DistributedSampler):
+        def __iter__(self):
+            start, stop = (0, 33) if self.rank == 0 else (30, 37)
+            return iter(range(start, stop))
+
+    if kind == "subclass":
+        data = DataLoader(dataset, batch_size=4, sampler=Chunks(dataset, size, rank))
+    if kind == "batch sampler":
+        sampler = torch.utils.data.BatchSampler(
+            DistributedSampler(dataset, size, rank, shuffle=False), 4, drop_last=False
+        )
+        data = DataLoader(dataset, batch_sampler=sampler)
+    if kind == "no batches":
+        data = DataLoader(dataset, batch_size=None, sampler=DistributedSampler(dataset, size, rank, shuffle=False))
+    op = fo.FisherMCLinearOperator(network(), loss(), data=data, process_group=group, mc_samples=2, seed=5)
+    return op.todense()
+
+
+def again(group):
+    """Fail on one group, and go on with another of the same ranks."""
+    other = dist.new_group(list(range(dist.get_world_size(group))))
+    healthy = operator(other)
+    with contextlib.suppress(fo.distributed.RankError):
+        disagree(group, "seed")
+    return healthy.trace(), operator(group).trace(), operator(other).trace()
+
+
+def failing_callback(group):
+    op = operator(group)
+
+    def callback(*_):
+        if dist.get_rank(group) == 0:
+            raise ZeroDivisionError("in the callback")
+
+    linalg.solve(op, np.ones(op.shape[0]), 1e-3, method="primal", callback=callback)

@@ -348,3 +348,59 @@ def test_the_examples_of_the_how_to_page(two, tmp_path):
     op = fo.FisherMCLinearOperator(model, torch.nn.CrossEntropyLoss(), data=(X, y))
     found = [float(number) for number in re.findall(r"\d+\.\d+", line)]
     np.testing.assert_allclose(found[:3], linalg.eigvalsh(op)[-3:], rtol=1e-4)
+
+
+# ---- What a review found -----------------------------------------------------------------------------
+
+
+def test_groups_of_some_of_the_ranks(four):
+    answers = four.results("subgroups")
+    whole = fo.FisherMCLinearOperator(network(), loss(), data=everything()).trace()
+    for traces in answers:
+        np.testing.assert_allclose(traces, whole, rtol=1e-12)
+    assert [len(traces) for traces in answers] == [3, 3, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("what", "text"),
+    [
+        ("buffers", "all parameters and buffers of the model is"),
+        ("frozen", "all parameters and buffers of the model is"),
+        ("class weights", "the checksum of the loss's options is"),
+        ("ignore_index", "the checksum of the loss's options is"),
+        ("check_deterministic", "check_deterministic is False on rank 0, True on rank 1"),
+    ],
+)
+def test_what_else_makes_the_matrix_is_compared(two, what, text):
+    for answer in two.run("differ", what, seconds=50):
+        assert isinstance(answer, JobError), answer
+        assert text in answer.text, answer.text
+
+
+@pytest.mark.parametrize("how", ["nothing", "memory"])
+def test_resampling_where_ranks_keep_different_things(two, how):
+    expected = alone().resample(9) @ np.ones(alone().shape[0])
+    for product, shape, inverse_ranks, scores_ranks in two.results("resampled", how):
+        np.testing.assert_allclose(product, expected, atol=1e-12)
+        assert shape == expected.shape
+        assert inverse_ranks == scores_ranks == 2
+
+
+def test_odd_samplers(two):
+    F = alone().todense()
+    for kind in ("subclass", "batch sampler"):
+        for dense in two.results("odd_samplers", kind):
+            np.testing.assert_allclose(dense, F, atol=1e-14)
+    for answer in two.run("odd_samplers", "no batches"):
+        assert "batch_size=None" in answer.text
+
+
+def test_groups_of_the_same_ranks_do_not_share_alarms(two):
+    for traces in two.results("again"):
+        np.testing.assert_allclose(traces, traces[0], rtol=1e-12)
+
+
+def test_an_error_in_a_callback_is_told(two):
+    first, second = two.run("failing_callback", seconds=50)
+    assert first.kind == "ZeroDivisionError"
+    assert "rank 0 failed in the callback of solve: ZeroDivisionError: in the callback" in second.text

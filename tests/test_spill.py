@@ -3,6 +3,8 @@
 import errno
 import gc
 import os
+import weakref
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -114,7 +116,9 @@ def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
         return Full(file) if "w" in mode else file
 
     monkeypatch.setattr(spilling.Path, "open", open_full)
-    with pytest.raises(OSError, match="do not fit on the disk of `spill`: make room") as caught:
+    with pytest.raises(
+        OSError, match=r"do not fit on the disk of `spill` \(No space left on device\): make room"
+    ) as caught:
         op @ v
     assert caught.value.errno == errno.ENOSPC
     monkeypatch.undo()
@@ -144,3 +148,58 @@ def test_one_batch_must_fit_in_memory(tmp_path):
 def test_a_folder_is_taken(folder, error, text):
     with pytest.raises(error, match=text):
         build(folder)
+
+
+def test_what_is_written_is_not_held(tmp_path):
+    _, op = build(tmp_path, cache="scores")
+    alive = []
+    write = spilling.Spill.write
+
+    def noted(self, held):
+        alive.append(weakref.ref(held._dense))
+        return write(self, held)
+
+    gc.disable()
+    try:
+        with mock.patch.object(spilling.Spill, "write", noted):
+            op @ np.ones(op.shape[0])
+        assert len(alive) > 1
+        assert not any(reference() is not None for reference in alive[:-1])
+    finally:
+        gc.enable()
+
+
+def test_files_are_closed_and_read_once_for_many_columns(tmp_path):
+    _, op = build(tmp_path, cache="scores", batch_size=2, max_memory=1500)
+    op @ np.ones(op.shape[0])
+    before = len(os.listdir("/proc/self/fd"))
+    loads = []
+    load = spilling.SpilledScores.load
+    with (
+        mock.patch("fisherops.fisher._CHUNK_BYTES", 1),
+        mock.patch.object(spilling.SpilledScores, "load", lambda self: loads.append(self) or load(self)),
+    ):
+        op @ np.ones((op.shape[0], 40))
+    assert len(loads) == sum(entry.file_size > 0 for entry in op.plan.entries) > 20
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_relative_folder_is_that_of_the_time(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "files").mkdir()
+    _, op = build("files")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    v = np.ones(op.shape[0], "f4")
+    np.testing.assert_array_equal(op @ v, op @ v)
+    assert list((tmp_path / "files").glob("*/*.npy"))
+
+
+def test_a_fork_does_not_remove_the_files(tmp_path):
+    _, op = build(tmp_path)
+    v = np.ones(op.shape[0], "f4")
+    expected = op @ v
+    finalizer = op._keeper._spill.close
+    with mock.patch("os.getpid", return_value=-1):
+        finalizer()
+    np.testing.assert_array_equal(op @ v, expected)

@@ -61,6 +61,10 @@ class Checkpoint:
         """Write the state, on the first rank; the file is the old one until the new one is complete."""
         if self._ranks.rank > 0:
             return
+        with self._ranks.guard("writing a checkpoint"):
+            self._write(arrays)
+
+    def _write(self, arrays: dict[str, Any]) -> None:
         content = {f"state {name}": np.asarray(value) for name, value in arrays.items()}
         content |= {f"number {name}": value for name, value in self._numbers.items()}
         content |= {f"identity {name}": np.asarray(repr(value)) for name, value in self._identity.items()}

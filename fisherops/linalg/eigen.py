@@ -302,7 +302,8 @@ def _primal(
         bar.set_postfix_str(f"residual {residuals.max(initial=0) / scale:.1e} of the largest", refresh=False)
         save()
         if callback is not None:
-            callback(space.products, values, residuals)
+            with A.ranks.guard("the callback of eigsh"):
+                callback(space.products, values, residuals)
 
     tol = max(tol, float(torch.finfo(A.torch_dtype).eps))
     with bar:

@@ -128,7 +128,8 @@ def solve(
 
         def report(done: int, norms: Tensor) -> None:
             if callback is not None:
-                callback(done, leave(norms[0] if single else norms))
+                with A.ranks.guard("the callback of solve"):
+                    callback(done, leave(norms[0] if single else norms))
 
         try:
             X, R, iterations = _conjugate_gradients(

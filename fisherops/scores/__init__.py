@@ -8,12 +8,14 @@ from fisherops.scores.held import HeldScores
 from fisherops.scores.jacobian import BatchJacobian, Differentiation
 from fisherops.scores.plan import CACHES, Keeper, Plan, PlanWarning, Scores
 from fisherops.scores.recompute import RecomputedScores
+from fisherops.scores.spill import InOrder
 
 __all__ = [
     "CACHES",
     "BatchJacobian",
     "Differentiation",
     "HeldScores",
+    "InOrder",
     "Keeper",
     "Plan",
     "PlanWarning",

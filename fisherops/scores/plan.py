@@ -190,6 +190,8 @@ class Keeper:
         self.plan.entries = [Entry(entry.size, "none", 0, reason) for entry in self.plan.entries]
         self.kept = [None] * len(self.kept)
         self._redraws = []
+        if self._spill is not None:
+            self._spill.close()
 
     def _rows(self, jacobian: BatchJacobian, make_factor: Callable[[], Factor], size: int, left: int) -> Scores:
         jacobian.check_custom_functions()

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import mmap
+import os
 import shutil
 import tempfile
 import weakref
 from collections.abc import Iterator
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +24,7 @@ from fisherops.scores.held import HeldScores
 # Tensors begin at multiples of this in a file, as the fastest instructions want it.
 _ALIGNMENT = 64
 
-Kept = TypeVar("Kept")
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 class Spill:
@@ -47,7 +49,7 @@ class Spill:
                 error.errno, f"`spill` must be a folder that can be written to ({error.strerror})", str(parent)
             ) from None
         self._count = 0
-        self.close = weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
+        self.close = weakref.finalize(self, _remove, self.folder, os.getpid())
 
     def write(self, held: HeldScores) -> SpilledScores:
         """Write the rows of a batch to a file.
@@ -74,15 +76,19 @@ class Spill:
                 file.truncate(start + size)
         except OSError as error:
             path.unlink(missing_ok=True)
-            if error.errno != errno.ENOSPC:
-                raise
-            raise OSError(
-                errno.ENOSPC,
-                f"the {size} bytes of a batch do not fit on the disk of `spill`: make room or choose another folder, "
+            why = "do not fit on the disk of" if error.errno in _FULL else "cannot be written to"
+            raise type(error)(
+                error.errno,
+                f"the {size} bytes of a batch {why} `spill` ({error.strerror}): make room or choose another folder, "
                 "and multiply again; nothing is lost",
                 str(self.folder),
             ) from None
         return SpilledScores(path, start, places, held)
+
+
+def _remove(folder: Path, process: int) -> None:
+    if os.getpid() == process:  # and not a copy of it by fork
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 class SpilledScores:
@@ -108,8 +114,6 @@ class SpilledScores:
         self.count = held.count
         self.size = self._stat.st_size
         """Bytes of the file."""
-        with path.open("rb") as file:
-            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
 
     def load(self) -> HeldScores:
         """Return the rows; those on the CPU are read from the file as they are used.
@@ -122,7 +126,9 @@ class SpilledScores:
         now = self._look()
         if (now.st_size, now.st_mtime_ns) != (self._stat.st_size, self._stat.st_mtime_ns):
             raise self._gone("changed")
-        everything = torch.frombuffer(self._map, dtype=torch.uint8, offset=self._start)
+        with self._path.open("rb") as file:  # only while it is used: each map takes a descriptor
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        everything = torch.frombuffer(mapped, dtype=torch.uint8, offset=self._start)
         tensors: list[Tensor] = []
         for place, shape, dtype in self._places:
             own = everything[place : place + shape.numel() * dtype.itemsize]
@@ -132,15 +138,9 @@ class SpilledScores:
 
     def read_ahead(self) -> None:
         """Let the system read the file while something else is computed."""
-        self._advise("MADV_WILLNEED")
-
-    def release(self) -> None:
-        """Let the system use the memory for something else."""
-        self._advise("MADV_DONTNEED")
-
-    def _advise(self, name: str) -> None:
-        if hasattr(mmap, name):  # not on every system
-            self._map.madvise(getattr(mmap, name))
+        if hasattr(os, "posix_fadvise"):  # not on every system
+            with contextlib.suppress(OSError), self._path.open("rb") as file:  # what is wrong is said when it is loaded
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
 
     def _look(self) -> Any:
         try:
@@ -166,8 +166,11 @@ class InOrder(list[Any]):
             if number + 1 < len(self) and isinstance(self[number + 1], SpilledScores):
                 self[number + 1].read_ahead()
             yield loaded(present)
-            if isinstance(present, SpilledScores):
-                present.release()
+
+    @property
+    def in_files(self) -> bool:
+        """Whether some are in files, which should not be read more often than once."""
+        return any(isinstance(self[number], SpilledScores) for number in range(len(self)))
 
 
 def loaded(scores: Any) -> Any:
