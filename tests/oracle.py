@@ -34,8 +34,10 @@ def draw_targets(loss, f, samples, generator):
     if isinstance(loss, nn.CrossEntropyLoss):
         return torch.multinomial(f.softmax(1), samples, replacement=True, generator=generator).T
     if isinstance(loss, nn.MSELoss):
-        noise = torch.randn((samples, *f.shape), generator=generator, dtype=f.dtype)
-        return f + 0.5**0.5 * noise
+        # half-precision numbers are drawn as float32: torch 2.11 has another stream for those
+        dtype = torch.promote_types(f.dtype, torch.float32)
+        noise = torch.randn((samples, *f.shape), generator=generator, dtype=dtype)
+        return f + 0.5**0.5 * noise.to(f.dtype)
     return torch.bernoulli(f.sigmoid().repeat(samples, 1, 1), generator=generator)
 
 

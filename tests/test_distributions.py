@@ -99,9 +99,11 @@ def test_poisson_draws_invert_the_distribution_function(rate, u):
 @pytest.mark.parametrize("rate", [2e5, 1e9])
 def test_poisson_draws_of_large_rates(rate):
     u = (torch.arange(10_000, dtype=torch.float64) + 0.5) / 10_000
-    difference = np.abs(_poisson_quantile(u, torch.tensor(rate).double()).numpy() - stats.poisson.ppf(u.numpy(), rate))
-    assert difference.max() <= 1
-    assert (difference > 0).mean() < 1e-3
+    k = _poisson_quantile(u, torch.tensor(rate).double()).numpy()
+    # by the distribution function: stats.poisson.ppf of SciPy 1.14 is one off in some of these
+    wrong = (stats.poisson.cdf(k, rate) < u.numpy()) | (stats.poisson.cdf(k - 1, rate) >= u.numpy())
+    assert np.abs(k - stats.poisson.ppf(u.numpy(), rate)).max() <= 1
+    assert wrong.mean() < 1e-3
 
 
 def test_loss_func_none_sums_and_a_likelihood_can_average():

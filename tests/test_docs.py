@@ -2,6 +2,7 @@
 
 import doctest
 import importlib
+import importlib.util
 import pkgutil
 import re
 from pathlib import Path
@@ -18,12 +19,15 @@ MODULES = [module.name for module in pkgutil.walk_packages(fisherops.__path__, "
 
 
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
+PEER = importlib.util.find_spec("curvlinops") is not None
 
 
 def test_examples_of_the_pages_run():
     ran = 0
     for page in PAGES:
         for number, code in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)):
+            if not PEER and re.search(r"^(from|import) curvlinops", code, re.MULTILINE):
+                continue
             exec(compile(code, f"{page.name} example {number}", "exec"), {})
             ran += 1
     assert ran >= 2
