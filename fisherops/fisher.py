@@ -404,8 +404,8 @@ class FisherOperator(TorchLinearOperator):
         self._keeper = None
 
     def __getstate__(self) -> dict[str, Any]:
-        # Graphs cannot be copied; what is kept is found again.
-        return {**self.__dict__, "_keeper": None, "_state": None}
+        # Graphs cannot be copied; what is kept is found again. SciPy has a state of its own from 1.18 on.
+        return {**super().__getstate__(), "_keeper": None, "_state": None}
 
     # ---- One pass over the data ---------------------------------------------------------------
 
