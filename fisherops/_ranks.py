@@ -200,9 +200,12 @@ class Ranks(Alone):
         self._compare()
         # Two numbers are rounded once when they are added; a sum of more is made in float64, or it would lose digits.
         wide = tensor if self.size == 2 or not tensor.is_floating_point() else tensor.to(torch.float64)
-        wide = wide.contiguous()
+        turned = (
+            wide.ndim == 2 and wide.T.is_contiguous()
+        )  # columns that lie one after the other, as products have them
+        wide = (wide.T if turned else wide).contiguous()
         work = self._group(wide).allreduce([wide], dist.ReduceOp.SUM)
-        return _PendingReduction(self, wide, tensor.dtype, work)
+        return _PendingReduction(self, wide, turned, tensor.dtype, work)
 
     def gather(self, tensor: Tensor) -> list[Tensor]:
         self._compare()
@@ -328,12 +331,13 @@ class Ranks(Alone):
 
 
 class _PendingReduction(PendingSum):
-    def __init__(self, ranks: Ranks, wide: Tensor, dtype: torch.dtype, work: Any) -> None:
-        self._ranks, self._wide, self._dtype, self._work = ranks, wide, dtype, work
+    def __init__(self, ranks: Ranks, wide: Tensor, turned: bool, dtype: torch.dtype, work: Any) -> None:
+        self._ranks, self._wide, self._turned, self._dtype, self._work = ranks, wide, turned, dtype, work
 
     def value(self) -> Tensor:
         self._ranks._wait(self._work, self._wide.device)
-        return self._wide.to(self._dtype)
+        total = self._wide.to(self._dtype)
+        return total.T if self._turned else total
 
 
 _KNOWN: dict[tuple[Any, str], Ranks] = {}
