@@ -542,3 +542,15 @@ def failing_callback(group):
             raise ZeroDivisionError("in the callback")
 
     linalg.solve(op, np.ones(op.shape[0]), 1e-3, method="primal", callback=callback)
+
+
+def stop_first(group):
+    """Stop the rank that holds the store, which keeps its connections."""
+    op = operator(group)
+    if dist.get_rank(group) == 0:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    try:
+        op @ np.ones(op.shape[0])
+    except Exception as error:
+        return type(error).__name__, str(error)
+    return "nothing"

@@ -6,6 +6,7 @@ A job is a function ``job(group, *arguments)`` in `rank_jobs`; its results, by r
 import contextlib
 import datetime
 import multiprocessing
+import socket
 import tempfile
 import time
 from pathlib import Path
@@ -25,12 +26,11 @@ class DeathError(Exception):
     """A process that ended before its job did."""
 
 
-def _work(rank, size, folder, timeout, pipe):
+def _work(rank, size, store, timeout, pipe):
     import torch
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    store = f"file://{folder}/store"
     limit = datetime.timedelta(seconds=timeout)
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=size, timeout=limit)
     import rank_jobs
@@ -48,27 +48,34 @@ def _work(rank, size, folder, timeout, pipe):
     dist.destroy_process_group()
 
 
+def _free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 class Processes:
     """Processes that wait for jobs; to be used with ``with``."""
 
-    def __init__(self, size, timeout=60.0):
+    def __init__(self, size, timeout=60.0, tcp=False):
         self.size = size
         self._folder = tempfile.TemporaryDirectory()
         self._pipes, self.processes = [], []
+        store = f"tcp://127.0.0.1:{_free_port()}" if tcp else f"file://{Path(self._folder.name)}/store"
         for rank in range(size):
             ours, theirs = CONTEXT.Pipe()
-            arguments = (rank, size, str(Path(self._folder.name)), timeout, theirs)
+            arguments = (rank, size, store, timeout, theirs)
             self.processes.append(CONTEXT.Process(target=_work, args=arguments, daemon=True))
             self._pipes.append(ours)
             self.processes[-1].start()
             theirs.close()
 
-    def run(self, name, *arguments, seconds=120.0):
-        """Let every rank do a job, and return the results by rank, failures among them."""
+    def run(self, name, *arguments, seconds=120.0, wait_for=None):
+        """Let every rank do a job, and return the results by rank (or of some ranks), failures among them."""
         for pipe in self._pipes:
             pipe.send((name, arguments))
         end = time.monotonic() + seconds
-        return [self._answer(rank, end) for rank in range(self.size)]
+        return [self._answer(rank, end) for rank in (range(self.size) if wait_for is None else wait_for)]
 
     def _answer(self, rank, end):
         pipe = self._pipes[rank]
@@ -94,8 +101,9 @@ class Processes:
         for pipe in self._pipes:
             with contextlib.suppress(OSError):
                 pipe.send(None)
+        end = time.monotonic() + 20
         for process in self.processes:
-            process.join(20)
+            process.join(max(0.1, end - time.monotonic()))
             if process.is_alive():
                 process.kill()
                 process.join()

@@ -404,3 +404,11 @@ def test_an_error_in_a_callback_is_told(two):
     first, second = two.run("failing_callback", seconds=50)
     assert first.kind == "ZeroDivisionError"
     assert "rank 0 failed in the callback of solve: ZeroDivisionError: in the callback" in second.text
+
+
+def test_the_rank_that_holds_the_store_may_hang():
+    with Processes(2, timeout=3.0, tcp=True) as processes:
+        ((kind, text),) = processes.run("stop_first", seconds=60, wait_for=[1])
+        assert kind == "RankError"
+        assert "rank 0" in text
+        processes.processes[0].kill()
