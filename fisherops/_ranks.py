@@ -200,9 +200,8 @@ class Ranks(Alone):
         self._compare()
         # Two numbers are rounded once when they are added; a sum of more is made in float64, or it would lose digits.
         wide = tensor if self.size == 2 or not tensor.is_floating_point() else tensor.to(torch.float64)
-        turned = (
-            wide.ndim == 2 and wide.T.is_contiguous()
-        )  # columns that lie one after the other, as products have them
+        # Few columns lie one after the other, as products leave them; by the shape, which is the same on all ranks.
+        turned = wide.ndim == 2 and wide.shape[1] < wide.shape[0]
         wide = (wide.T if turned else wide).contiguous()
         work = self._group(wide).allreduce([wide], dist.ReduceOp.SUM)
         return _PendingReduction(self, wide, turned, tensor.dtype, work)

@@ -85,7 +85,8 @@ def operator(group, kind="mc", split="contiguous", **options):
 
 def dense(group, kind, split, options):
     op = operator(group, kind, split, **options)
-    return op.todense(), op @ np.eye(op.shape[0]), op.diagonal(), op.trace(), op.num_rows
+    D = op.shape[0]
+    return op.todense(), op @ np.eye(D), op.diagonal(), op.trace(), op @ np.linspace(-1, 1, 3 * D).reshape(D, 3)
 
 
 def same_bits(group, cache):

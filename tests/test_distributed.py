@@ -45,7 +45,9 @@ SPLITS = [
 def test_the_matrix_is_that_of_one_process(size, split, request):
     processes = request.getfixturevalue({2: "two", 4: "four"}[size])
     F = alone().todense()
-    for dense, product, diagonal, trace, _ in processes.results("dense", "mc", split, {}):
+    V = np.linspace(-1, 1, 3 * len(F)).reshape(-1, 3)
+    for dense, product, diagonal, trace, columns in processes.results("dense", "mc", split, {}):
+        np.testing.assert_allclose(columns, F @ V, atol=1e-13)
         np.testing.assert_allclose(dense, F, atol=1e-14)
         np.testing.assert_allclose(product, F, atol=1e-14)
         np.testing.assert_allclose(diagonal, np.diag(F), atol=1e-14)
