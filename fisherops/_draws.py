@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fisherops import _philox
-from fisherops._randomness import fixed_randomness
+from fisherops._torch import fixed_randomness
 
 # Of the 32 bits that number the samples, those for the samples of one head where a model has several.
 _SAMPLE_BITS = 24

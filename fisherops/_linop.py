@@ -78,6 +78,19 @@ class TorchLinearOperator(LinearOperator):
         return self._transpose()
 
     @property
+    def version(self) -> int:
+        """A number that grows whenever the operator was seen to become another matrix: the sum of its parts'."""
+        return sum(part.version for part in self._parts())
+
+    def refresh(self) -> None:
+        """Forget what is cached by the operators that this one is made of; see `FisherMCLinearOperator.refresh`."""
+        for part in self._parts():
+            part.refresh()
+
+    def _parts(self) -> list[TorchLinearOperator]:
+        return [part for part in vars(self).values() if isinstance(part, TorchLinearOperator)]
+
+    @property
     def ranks(self) -> Alone:
         """The processes that multiply together; all of them make the same calls."""
         parts = (getattr(self, name, None) for name in ("_A", "_B", "_op", "_fisher"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from typing import Any, NamedTuple, TypeVar
 
@@ -12,25 +12,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fisherops import likelihoods
+from fisherops import _torch
 from fisherops._data import Batch, Data
 from fisherops._draws import CounterDraws, CounterSampler, StreamSampler
 from fisherops._linop import TorchLinearOperator
 from fisherops._memory import as_bytes, as_folder, is_memory_error
-from fisherops._model import ModelFunction, as_function, isolated
-from fisherops._params import Parameters, as_dtype, select
-from fisherops._randomness import fixed_randomness
 from fisherops._ranks import Alone, fingerprint, ranks_of
-from fisherops._sharding import Sharding, is_sharded, reshard
+from fisherops._sharding import Sharding
 from fisherops._sums import CompensatedSum
-from fisherops._tree import leaves, map_arrays
+from fisherops._tree import map_arrays
 from fisherops.distributed import with_indices
 from fisherops.likelihoods import Draws, Likelihood, OutputFactor, Terms
+from fisherops.problem import Evaluation, Parameters, Problem
 from fisherops.score_matrix import ScoreMatrix
 from fisherops.scores import (
     CACHES,
-    BatchJacobian,
-    Differentiation,
     HeldScores,
     InOrder,
     Keeper,
@@ -54,25 +50,6 @@ Item = TypeVar("Item")
 
 # Rows that are summed in the compute precision without compensation.
 _ROWS_PER_SUM = 8192
-
-
-class _Evaluation:
-    """The model as a function of parameters and inputs, with fixed random numbers and inputs left as they are."""
-
-    def __init__(self, model: ModelFunction, device: torch.device, deterministic: bool) -> None:
-        self._model = model
-        self._device = device
-        self._deterministic = deterministic
-        self.clones_inputs = True
-        """Whether inputs are copied, because the model may write into them."""
-
-    def __call__(self, point: Mapping[str, Tensor], X: Any) -> Any:
-        if self.clones_inputs:
-            X = map_arrays(Tensor.clone, X)
-        if self._deterministic:
-            return self._model(point, X)
-        with fixed_randomness(self._device, 1):
-            return self._model(point, X)
 
 
 class Kept(NamedTuple):
@@ -116,31 +93,20 @@ class FisherOperator(TorchLinearOperator):
             raise ValueError(f"`rows` must be 'term' or 'datum', got {rows!r}.")
         self._rows = rows
         self._needs_terms_by_datum = rows == "datum"
-        self._likelihood = likelihoods.of_loss(loss_func)
-        reshard(model_func)
-        self._parameters = Parameters(select(model_func, params), as_dtype(dtype))
-        self._model = as_function(model_func, self._parameters, functional=isinstance(params, Mapping))
-        self._ranks = ranks_of(process_group, self._parameters.device)
-        self._evaluate = _Evaluation(self._model, self._parameters.device, check_deterministic)
+        self._problem = Problem(model_func, loss_func, params, dtype=dtype)
+        self._ranks = ranks_of(process_group, self._problem.device)
         self._sharding = None
-        if any(map(is_sharded, self._parameters.tensors.values())):
+        if self._problem.sharded:
             if cache not in ("auto", "factors"):
                 raise NotImplementedError(
                     f"cache={cache!r} cannot be had where the parameters are sharded: use 'auto' or 'factors'."
                 )
             self._sharding = Sharding(self._parameters.tensors, self._ranks)
-        self._differentiation = Differentiation(
-            self._evaluate,
-            self._likelihood.flatten,
-            self._parameters,
-            self._model.leaves,
-            self._sharding is not None,
-        )
         self._data = Data(
             with_indices(data, self._ranks),
             device=self._parameters.device,
             dtype=self._parameters.dtype,
-            convert=self._model.converts,
+            convert=self._problem.model.converts,
             batch_size=batch_size,
             batch_size_fn=batch_size_fn,
             num_data=num_data,
@@ -153,7 +119,9 @@ class FisherOperator(TorchLinearOperator):
         self._max_memory = as_bytes(max_memory, self._parameters.device)
         self._spill = as_folder(spill)
         self._keeper: Keeper | None = None
-        self._state: Any = None
+        self._version = -1
+        self._refreshes = 0
+        self._structure = self._loss_version = 0
         D = self._parameters.numel
         super().__init__((D, D), self._parameters.dtype, self._parameters.device)
         self._checked = check_deterministic
@@ -169,6 +137,14 @@ class FisherOperator(TorchLinearOperator):
 
     # ---- What a subclass says -----------------------------------------------------------------
 
+    @property
+    def _likelihood(self) -> Likelihood:
+        return self._problem.likelihood
+
+    @property
+    def _parameters(self) -> Parameters:
+        return self._problem.parameters
+
     def _identity(self) -> dict[str, Any]:
         """Return what must be the same on all ranks."""
         if self._ranks.size == 1:
@@ -180,7 +156,7 @@ class FisherOperator(TorchLinearOperator):
             "the checksum of the loss's options": fingerprint(self._likelihood),
             "the shapes of the parameters": {name: tuple(shape) for name, shape in self.parameter_shapes.items()},
             "the checksum of the parameters": self.parameter_checksum,
-            "the checksum of all parameters and buffers of the model": self._checksum(self._model.tensors()),
+            "the checksum of all parameters and buffers of the model": self._checksum(self._problem.model.tensors()),
             "check_deterministic": self._checked,
             "rows": self._rows,
             "mc_samples": self._samples,
@@ -318,9 +294,9 @@ class FisherOperator(TorchLinearOperator):
             return zlib.crc32(repr(self._ranks.share(checksum)).encode())
 
     @property
-    def state(self) -> Any:
-        """What products depend on and torch counts: it compares equal as long as the operator is the same matrix."""
-        return self._model.state()
+    def version(self) -> int:
+        """A number that grows whenever the model, its tensors or the loss were seen to change."""
+        return self._problem.look() + self._refreshes
 
     @property
     def ranks(self) -> Alone:
@@ -388,7 +364,7 @@ class FisherOperator(TorchLinearOperator):
     @property
     def plan(self) -> Plan:
         """What is kept between products, its memory and why; made by a pass over the data if there was none."""
-        if self._keeper is None or self._state != self._model.state():
+        if self._keeper is None or self._version != self._problem.look():
             with self._pass("plan") as batches:
                 for _ in batches:
                     pass
@@ -398,14 +374,15 @@ class FisherOperator(TorchLinearOperator):
     def refresh(self) -> None:
         """Forget what is kept, and compute it anew in the next product.
 
-        Parameters and buffers that torch changes in place are noticed without it. Changes that torch does not see
-        (through ``.data``, through NumPy arrays that share memory, of other objects that the model looks at) need it.
+        Changes of the model, its tensors and the loss are noticed without it, except those that
+        docs/explanation/limits lists.
         """
         self._keeper = None
+        self._refreshes += 1
 
     def __getstate__(self) -> dict[str, Any]:
         # Graphs cannot be copied; what is kept is found again. SciPy has a state of its own from 1.18 on.
-        return {**super().__getstate__(), "_keeper": None, "_state": None}
+        return {**super().__getstate__(), "_keeper": None, "_version": -1}
 
     # ---- One pass over the data ---------------------------------------------------------------
 
@@ -424,16 +401,23 @@ class FisherOperator(TorchLinearOperator):
         With ``kept=False`` vectors of the output factor are as they were drawn, and nothing is kept. All ranks go
         through their own batches; what they find is summed or gathered inside.
         """
-        keeper = self._keeper if kept and self._state == self._model.state() else None
+        version = self._problem.look()
+        keeper = self._keeper if kept and self._version == version else None
         # What a rank does next must not depend on more than the ranks have compared.
         values["whether the parameters are those of the last product"] = keeper is not None
-        with isolated(self.device), torch.no_grad(), self._step(description, **values), ExitStack() as stack:
+        with torch.no_grad(), self._step(description, **values), ExitStack() as stack:
             if keeper is not None and keeper.complete:
+                # Nothing of the process is touched: no lock, no random numbers.
+                if _torch.needs_own_precision(self.device):
+                    stack.enter_context(_torch.own_precision(self.device))
                 yield keeper.in_order()
                 return
-            self._model.check_unchanged()
+            stack.enter_context(self._problem.isolated())
+            self._problem.model.check_unchanged()
             if self._checked:
-                stack.enter_context(self._model.refuse_faults())
+                stack.enter_context(self._problem.model.refuse_faults())
+            if self._follow_changes():
+                self._c = None
             if self._c is None:
                 self._sum_divisors()
             assert self._c is not None
@@ -445,7 +429,7 @@ class FisherOperator(TorchLinearOperator):
             else:
                 self._keeper = None
                 if self._ranks.size > 1:
-                    checksum = self._checksum(self._model.tensors())
+                    checksum = self._checksum(self._problem.model.tensors())
                     self._ranks.agree("parameters", **{"the checksum of the parameters and buffers": checksum})
                 keeper = Keeper(self._cache, self._max_memory, self._spill)
                 yield self._scores(batches, self._c, keeper)
@@ -454,14 +438,15 @@ class FisherOperator(TorchLinearOperator):
                         "a stream of draws reads them all" if self._ordered else "they come in another order each time"
                     )
                     keeper.forget(f"not all batches can be kept, and {why}")
-                self._keeper, self._state = keeper, self._model.state()
+                self._keeper, self._version = keeper, version
 
     def _scores(self, batches: Iterator[Batch], c: Tensor, keeper: Keeper | None) -> Iterator[Scores]:
         """Compute G of each batch that is not kept; a keeper that has nothing yet chooses the forms."""
         sampler = self._start_sampler()
-        point = self._parameters.point()
         divisors, reached = _Divisors(self._likelihood), frozenset[str]()
         choosing = keeper is not None and not keeper.kept
+        # A graph that is kept must not share the memory of the user's parameters.
+        point = self._parameters.point(copied=choosing)
         for batch in batches:
             known = keeper.batch(batch.number) if keeper is not None and not choosing else None
             if known is not None:
@@ -469,43 +454,43 @@ class FisherOperator(TorchLinearOperator):
                 continue
             # What is kept must not change with the user's arrays.
             X = map_arrays(Tensor.clone, batch.X) if choosing else batch.X
-            jacobian = self._differentiation.at(point, X)
+            evaluation = self._problem.evaluate(X, point)
             if not choosing:
-                jacobian.settle()
-            reached |= jacobian.reached
-            terms = self._terms(jacobian.output, batch)
-            _check_finite(jacobian.outputs, batch)
+                evaluation.choose_mode()
+            reached |= evaluation.reached
+            terms = self._terms(evaluation.output, batch)
+            _check_finite(evaluation.outputs, batch)
             divisors.add(terms)
             if self._needs_terms_by_datum:
-                _check_terms_by_datum(jacobian.outputs, batch)
+                _check_terms_by_datum(evaluation.outputs, batch)
             draws = sampler.batch(batch.places) if sampler is not None else None
 
             def make_factor(
-                jacobian: BatchJacobian = jacobian,
+                evaluation: Evaluation = evaluation,
                 terms: Terms = terms,
                 size: int = batch.size,
                 draws: StreamSampler | CounterDraws | None = draws,
             ) -> OutputFactor:
                 again = draws.again() if draws is not None else None
-                return self._output_factor(jacobian, terms, c, size, again, compressed=keeper is not None)
+                return self._output_factor(evaluation, terms, c, size, again, compressed=keeper is not None)
 
             def redraw(
                 op: FisherOperator,
                 sampler: StreamSampler | CounterSampler,
-                jacobian: BatchJacobian = jacobian,
+                evaluation: Evaluation = evaluation,
                 terms: Terms = terms,
                 batch: tuple[int, Tensor] = (batch.size, batch.places),
             ) -> OutputFactor:
                 size, places = batch
-                return op._output_factor(jacobian, terms, c, size, sampler.batch(places), compressed=True)
+                return op._output_factor(evaluation, terms, c, size, sampler.batch(places), compressed=True)
 
             if choosing:
                 assert keeper is not None
-                yield keeper.choose(jacobian, make_factor, batch.size, redraw)
+                yield keeper.choose(evaluation, make_factor, batch.size, redraw)
             elif keeper is not None:
-                yield keeper.compute(batch.number, jacobian, make_factor, batch.size)
+                yield keeper.compute(evaluation, make_factor, batch.size)
             else:
-                yield RecomputedScores(jacobian, make_factor(), batch.size)
+                yield RecomputedScores(evaluation, make_factor(), batch.size)
         if keeper is not None and not choosing and any(scores is not None for scores in keeper.kept):
             return  # not every batch was looked at
         if self._data.num_data:
@@ -517,10 +502,10 @@ class FisherOperator(TorchLinearOperator):
             )
 
     def _output_factor(
-        self, jacobian: BatchJacobian, terms: Terms, c: Tensor, size: int, draws: Draws | None, compressed: bool
+        self, evaluation: Evaluation, terms: Terms, c: Tensor, size: int, draws: Draws | None, compressed: bool
     ) -> OutputFactor:
         """Return S of a batch, with weights, normalization and the sums over the terms of a datum."""
-        q, f = self._likelihood.bind(jacobian.output), jacobian.outputs
+        q, f = self._likelihood.bind(evaluation.output), evaluation.outputs
         factor = self._factor(q, f, terms, draws).scaled(q.scale(f, terms, c * self._samples))
         if self._rows == "datum":
             factor = factor.summed(factor.blocks // size)
@@ -540,7 +525,7 @@ class FisherOperator(TorchLinearOperator):
 
     def _read(self) -> None:
         """Read the data once."""
-        with isolated(self.device), self._batches("first pass") as batches:
+        with self._problem.isolated(), self._batches("first pass") as batches:
             counts = self._ranks.share(sum(1 for _ in batches))
         if self._sharding is not None and len(set(counts)) > 1:
             raise ValueError(
@@ -554,42 +539,47 @@ class FisherOperator(TorchLinearOperator):
         if divisors.needed:
             point = self._parameters.point()
             # The pass that follows must find the same random numbers: a loader may shuffle by them.
-            with torch.no_grad(), fixed_randomness(self.device, 0), self._batches("normalization") as batches:
+            with _torch.fixed_randomness(self.device, 0), self._batches("normalization") as batches:
                 for batch in batches:
-                    output = self._evaluate(point, batch.X)
+                    with torch.enable_grad():  # models may differentiate inside
+                        output = self._problem.call(point, batch.X)
                     divisors.add(self._terms(output, batch))
         self._divisors, self._c = divisors, divisors.total(self._ranks)
 
     # ---- Checks -------------------------------------------------------------------------------
 
+    def _follow_changes(self) -> bool:
+        """Repeat the checks if modules, modes or hooks have changed; say whether the loss has."""
+        version = self._problem.version
+        loss, self._loss_version = self._loss_version, version.loss
+        if self._structure != version.structure:
+            self._structure = version.structure
+            if self._checked:
+                self._check_deterministic()
+        return loss != version.loss
+
     def _check_deterministic(self) -> None:
         """Evaluate the model twice and read the data twice, with other random numbers each time."""
-        point = self._parameters.point()
-        self._evaluate.clones_inputs = writes = False
+        problem = self._problem
+        writes, problem.clones_inputs = False, True
         divisors = _Divisors(self._likelihood)
-        flat = self._differentiation.flat
-        with isolated(self.device), torch.no_grad(), self._model.refuse_faults():
+        with problem.isolated(), torch.no_grad(), problem.model.refuse_faults():
             with self._batches("check") as batches:
                 for batch in batches:
-                    X = map_arrays(Tensor.clone, batch.X)
-                    output = self._evaluate(point, X)
-                    writes = writes or any(t._version > 0 for t in leaves(X))
-                    f = self._likelihood.flatten(output)
+                    output, f, same, wrote = problem.evaluate_twice(batch.X)
+                    writes = writes or wrote
                     divisors.add(self._terms(output, batch))
                     _check_finite(f, batch)
-                    with fixed_randomness(self.device, 2):
-                        again = flat(point, map_arrays(Tensor.clone, batch.X))
-                    tolerance = torch.finfo(f.dtype).eps ** 0.5 * f.abs().max()
-                    if again.shape != f.shape or not (again - f).abs().max() <= tolerance:
+                    if not same:
                         raise RuntimeError(
                             f"the model is not deterministic: two evaluations of batch {batch.number} differ. Switch "
                             "the randomness off (`model.eval()`, no functional dropout in training mode), or pass "
                             "check_deterministic=False to take it with fixed random numbers."
                         )
-            with fixed_randomness(self.device, 2), self._batches("check") as batches:
+            with _torch.fixed_randomness(self.device, 2), self._batches("check") as batches:
                 for _ in batches:
                     pass
-        self._evaluate.clones_inputs = writes
+        problem.clones_inputs = writes
         self._divisors, self._c = divisors, divisors.total(self._ranks)
 
     def _check_reached(self, reached: frozenset[str]) -> None:

@@ -12,7 +12,6 @@ from torch import Tensor
 from fisherops import _arrays
 from fisherops._checks import integer
 from fisherops._draws import CounterSampler, StreamSampler
-from fisherops._model import isolated
 from fisherops.fisher import FisherOperator, check_result
 from fisherops.likelihoods import Draws, Likelihood, OutputFactor, Terms
 
@@ -228,12 +227,12 @@ class FisherMCLinearOperator(FisherOperator):
         other._number = self._ranks.number()
         with self._step("resampling", seed=seed):
             keeper = None
-            if self._keeper is not None and self._state == self._model.state():
-                with isolated(self.device), torch.no_grad():
+            if self._keeper is not None and self._version == self._problem.look():
+                with self._problem.isolated(), torch.no_grad():
                     keeper = self._keeper.redrawn(other, other._start_sampler())
             # All ranks share what was learnt, or none does.
             shared = all(self._ranks.share(keeper is not None))
-            other._keeper, other._state = (keeper, self._state) if shared else (None, None)
+            other._keeper, other._version = (keeper, self._version) if shared else (None, -1)
         return other
 
     def standard_error(self, v: Any) -> Any:

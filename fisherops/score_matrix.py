@@ -78,6 +78,15 @@ class ScoreMatrix(TorchLinearOperator):
     def _transpose(self) -> Transposed:
         return Transposed(self)
 
+    @property
+    def version(self) -> int:
+        """That of the operator F = GᵀG."""
+        return self._fisher.version
+
+    def refresh(self) -> None:
+        """Forget what is cached; see `FisherMCLinearOperator.refresh`."""
+        self._fisher.refresh()
+
     def gram(self) -> np.ndarray[Any, Any]:
         """Return the Gram matrix G Gᵀ as a NumPy array of shape (rows, rows).
 

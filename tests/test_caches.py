@@ -20,6 +20,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 import fisherops as fo
+from fisherops.problem import Evaluation
 from fisherops.scores.held import HeldScores
 
 CACHES = ("auto", "scores", "factors", "linearization", "none")
@@ -459,14 +460,14 @@ def test_no_form_takes_more_than_its_memory(cache):
 @pytest.mark.parametrize("cache", ["auto", "none"])
 def test_graphs_are_not_kept_with_rows(cache, monkeypatch):
     graphs = []
-    jacobian = fo.fisher.BatchJacobian
+    evaluation = Evaluation
 
     def watched(*arguments):
-        made = jacobian(*arguments)
+        made = evaluation(*arguments)
         graphs.append(weakref.ref(made))
         return made
 
-    monkeypatch.setattr("fisherops.scores.jacobian.BatchJacobian", watched)
+    monkeypatch.setattr("fisherops.problem.problem.Evaluation", watched)
     case = make_case("dense", "ce", sizes=(4, 3))
     op = fo.FisherMCLinearOperator(case.model, case.loss, data=case.data, cache=cache)
     op @ np.ones(case.D)

@@ -41,7 +41,7 @@ def data_for(model, *shape, n=4):
 
 
 def mode(op):
-    return op._differentiation.mode.name
+    return op._problem.mode.name
 
 
 @pytest.mark.parametrize(

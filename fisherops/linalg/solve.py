@@ -266,7 +266,7 @@ class DampedInverse(TorchLinearOperator):
 
     def _factorize(self) -> None:
         op, damping = self._op, self.damping
-        self._state = op.state if isinstance(op, FisherOperator) else None
+        self._version = op.version
         matrix = dense_matrix(op, self.method)
         self._norm = float(torch.linalg.matrix_norm(matrix))
         matrix.diagonal().add_(damping)
@@ -301,7 +301,7 @@ class DampedInverse(TorchLinearOperator):
     def direct(self, V: Tensor) -> Tensor:
         """Multiply by the factor alone, without refinement."""
         op = self._op
-        if isinstance(op, FisherOperator) and op.state != self._state:
+        if op.version != self._version:
             self._factorize()
         if self.method == "dense":
             return torch.cholesky_solve(V.double(), self._factor).to(V.dtype)

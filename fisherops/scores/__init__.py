@@ -5,15 +5,12 @@ with the rows of G ordered by block of the output factor and then by vector.
 """
 
 from fisherops.scores.held import HeldScores
-from fisherops.scores.jacobian import BatchJacobian, Differentiation
 from fisherops.scores.plan import CACHES, Keeper, Plan, PlanWarning, Scores
 from fisherops.scores.recompute import RecomputedScores
 from fisherops.scores.spill import InOrder
 
 __all__ = [
     "CACHES",
-    "BatchJacobian",
-    "Differentiation",
     "HeldScores",
     "InOrder",
     "Keeper",

@@ -192,26 +192,6 @@ def find_uses(f: Tensor, leaves: Mapping[str, Tensor]) -> dict[str, list[Use] | 
     return uses
 
 
-def has_fused_attention(f: Tensor) -> bool:
-    """Whether the graph of f goes through an attention kernel that is slow, or impossible, to differentiate twice."""
-    consumers, _ = _consumers(f.grad_fn)
-    return any(node.name().startswith("ScaledDotProduct") for node in [f.grad_fn, *consumers])
-
-
-def saved_bytes(f: Tensor) -> int:
-    """Return the memory of the tensors that the graph of f has saved."""
-    consumers, _ = _consumers(f.grad_fn)
-    storages: dict[int, int] = {}
-    for node in [f.grad_fn, *consumers]:
-        for name in dir(node):
-            if name.startswith("_saved_"):
-                value = getattr(node, name)
-                for t in value if isinstance(value, tuple) else (value,):
-                    if isinstance(t, Tensor):
-                        storages[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-    return sum(storages.values())
-
-
 def _consumers(root: Any) -> tuple[dict[Any, list[tuple[Any, int]]], list[Any]]:
     """Return who takes the result of each node, and the nodes of leaves."""
     consumers: dict[Any, list[tuple[Any, int]]] = {}

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import partial
 from math import inf
 
 import torch
 from torch import Tensor
 
+from fisherops.problem.evaluation import Evaluation, derivative_not_finite
 from fisherops.scores.factor import Factor
 from fisherops.scores.graph import Use, find_uses
 from fisherops.scores.held import HeldScores, Span
-from fisherops.scores.jacobian import BatchJacobian, derivative_not_finite
 from fisherops.scores.parts import LinearPart, Part, RowsPart
 from fisherops.scores.rows import rows_by_datum
 
@@ -31,7 +30,7 @@ class RowsBuilder:
 
     Parameters
     ----------
-    jacobian : BatchJacobian
+    evaluation : Evaluation
     factor : Factor
     size : int
         Number of data in the batch.
@@ -42,13 +41,13 @@ class RowsBuilder:
         If rows do not belong to data.
     """
 
-    def __init__(self, jacobian: BatchJacobian, factor: Factor, size: int) -> None:
+    def __init__(self, evaluation: Evaluation, factor: Factor, size: int) -> None:
         if factor.blocks % size:
             raise CannotHoldError(f"{factor.blocks} terms do not belong to {size} data in equal numbers")
-        self._jacobian, self._factor, self._N = jacobian, factor, size
+        self._evaluation, self._factor, self._N = evaluation, factor, size
         self._q = factor.blocks // size * factor.rank
-        self._f, self._leaves = jacobian.graph
-        self.data_second: dict[str, bool] = {}
+        self._f, self._leaves = evaluation.graph
+        self._positions: dict[str, bool] = {}
         """For each parameter found by its uses whether the data lie on the second axis."""
         with torch.no_grad():
             self._uses = find_uses(self._f, self._leaves)
@@ -98,7 +97,7 @@ class RowsBuilder:
         parts: dict[str, list[Part]] = {}
         rest: list[str] = []
         self._surprising: list[str] = []
-        if self._jacobian.differentiation.sharded:
+        if self._evaluation.problem.sharded:
             return self._build_sharded(gradients, columns), []
         with torch.no_grad():
             w, truth = self._probe(columns)
@@ -111,6 +110,8 @@ class RowsBuilder:
                     parts[name] = found
             if rest:
                 parts |= self._differentiated(columns, rest)
+            elif not self._evaluation.custom_functions:
+                self._evaluation.facts.positions[self._N, self._q] = self._positions
             return self._assembled(parts, form), rest
 
     def _build_sharded(self, gradients: dict[Use, Tensor], columns: Tensor) -> HeldScores:
@@ -136,7 +137,7 @@ class RowsBuilder:
                 if len(known) == len(parts):
                     found[name].append((self._difference(known, w, truth), known))
 
-        tensors = self._jacobian.differentiation.parameters.tensors.values()
+        tensors = self._evaluation.problem.parameters.tensors.values()
         users = [p.grad for p in tensors]
         hooks = [leaf.register_hook(partial(look, name)) for name, leaf in self._leaves.items()]
         try:
@@ -153,26 +154,28 @@ class RowsBuilder:
         parts = {}
         for name, candidates in found.items():
             difference, parts[name] = min(candidates, key=lambda candidate: candidate[0], default=(inf, []))
-            if not difference <= self._jacobian.differentiation.tolerance * (sizes[name] + self._scale):
+            if not difference <= self._evaluation.facts.tolerance * (sizes[name] + self._scale):
                 raise CannotHoldError(f"the rows of {name} are not those of plain reverse mode")
         with torch.no_grad():
             return self._assembled(parts, "factors", merge=False)
 
-    def build_again(self, data_second: Mapping[str, bool]) -> HeldScores:
-        """Build the rows of a batch in the form "factors" as they were found, and checked, before.
+    def build_again(self) -> HeldScores | None:
+        """Build the rows in the form "factors" as they were found, and checked, for a graph of this signature.
 
-        Parameters
-        ----------
-        data_second : mapping of str to bool
-            As after `build`, which had to differentiate no parameter datum by datum.
+        None if there was none, or the rows do not come out of this one.
         """
+        positions = self._evaluation.facts.positions.get((self._N, self._q))
+        if positions is None or set(positions) != set(self._uses):
+            return None
         gradients = self._backpropagated(self._factor.columns())
-        parts = {}
+        parts: dict[str, list[Part]] = {}
         with torch.no_grad():
             for name, uses in self._uses.items():
-                assert uses is not None
-                found = [use.part(gradients[use], self._N, data_second[name]) for use in uses if use in gradients]
+                own = [use for use in uses or () if use in gradients]
+                found = [use.part(gradients[use], self._N, positions[name]) for use in own]
                 parts[name] = [part for part in found if part is not None]
+                if len(parts[name]) < len(found):
+                    return None
             return self._assembled(parts, "factors")
 
     def _backpropagated(self, columns: Tensor) -> dict[Use, Tensor]:
@@ -185,7 +188,7 @@ class RowsBuilder:
         U = columns.view(self._N, own, self._factor.rank, -1)
         U = torch.einsum("norp,ox->ornxp", U, torch.eye(own, dtype=U.dtype, device=U.device))
         U = U.reshape(self._q, *self._f.shape)
-        how = self._jacobian.differentiation
+        facts = self._evaluation.facts
 
         def grad(cotangent: Tensor, batched: bool) -> tuple[Tensor | None, ...]:
             result: tuple[Tensor | None, ...] = torch.autograd.grad(
@@ -197,7 +200,7 @@ class RowsBuilder:
             passes = zip(*(grad(u, batched=False) for u in U), strict=True)
             return tuple(None if b[0] is None else torch.stack(b) for b in passes)
 
-        found = one_by_one() if self._q == 1 else how.vectorized("factors", lambda: grad(U, batched=True), one_by_one)
+        found = one_by_one() if self._q == 1 else facts.try_vmap("factors", lambda: grad(U, batched=True), one_by_one)
         known = {(e.node, e.output_nr): b for e, b in zip(edges, found, strict=True)}
         by_use = {use: known[use.edge.node, use.edge.output_nr] for use in uses}
         return {use: b.detach().to(columns.dtype) for use, b in by_use.items() if b is not None}
@@ -206,11 +209,11 @@ class RowsBuilder:
         """Return random weights (1, N, q) of the rows, and their sum for each parameter by plain reverse mode."""
         f, w = self._f, self._weights()
         blocks = w.view(1, self._factor.blocks, self._factor.rank)
-        sums = self._jacobian.vjp(self._factor.apply(blocks).reshape(1, *f.shape))[:, 0]
+        sums = self._evaluation.vjp(self._factor.apply(blocks).reshape(1, *f.shape))[:, 0]
         self._scale = 1e-3 * sums.norm()
         if not sums.isfinite().all() and self._f.isfinite().all() and columns.isfinite().all():
             raise derivative_not_finite()
-        spans = self._jacobian.differentiation.parameters.spans
+        spans = self._evaluation.problem.parameters.spans
         return w, {name: sums[slice(*spans[name])] for name in self._uses}
 
     def _weights(self) -> Tensor:
@@ -228,13 +231,13 @@ class RowsBuilder:
             parts = [use.part(gradients[use], self._N, data_second) for use in used]
             known = [part for part in parts if part is not None]
             if len(known) == len(parts) and self._agrees(known, w, truth[name]):
-                self.data_second[name] = data_second
+                self._positions[name] = data_second
                 return known
         return None
 
     def _agrees(self, parts: list[Part], w: Tensor, truth: Tensor) -> bool:
         # A parameter may have no effect but rounding, such as a bias before a normalization.
-        tolerance = self._jacobian.differentiation.tolerance * (truth.norm() + self._scale)
+        tolerance = self._evaluation.facts.tolerance * (truth.norm() + self._scale)
         return self._difference(parts, w, truth) <= float(tolerance)
 
     def _difference(self, parts: list[Part], w: Tensor, truth: Tensor) -> float:
@@ -247,7 +250,7 @@ class RowsBuilder:
         return float((total - truth).norm())
 
     def _differentiated(self, columns: Tensor, names: list[str]) -> dict[str, list[Part]]:
-        rows = rows_by_datum(self._jacobian, columns, self._N, names)
+        rows = rows_by_datum(self._evaluation, columns, self._N, names)
         if rows is None:
             raise CannotHoldError(
                 f"the rows for {', '.join(self._surprising or names)} cannot be differentiated datum by datum",
@@ -259,7 +262,7 @@ class RowsBuilder:
         }
 
     def _assembled(self, parts: dict[str, list[Part]], form: str, merge: bool = True) -> HeldScores:
-        parameters = self._jacobian.differentiation.parameters
+        parameters = self._evaluation.problem.parameters
         joined = {name: _joined(parts.pop(name)) for name in parameters.spans if parts.get(name)}
 
         def is_dense(uses: list[Part]) -> bool:

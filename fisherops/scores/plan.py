@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from fisherops._memory import is_memory_error
+from fisherops.problem.evaluation import ELEMENTARY_ATTENTION, Evaluation
 from fisherops.scores.factor import Factor
-from fisherops.scores.graph import has_fused_attention, saved_bytes
 from fisherops.scores.held import HeldScores
 from fisherops.scores.hold import CannotHoldError, RowsBuilder
-from fisherops.scores.jacobian import ELEMENTARY_ATTENTION, BatchJacobian
 from fisherops.scores.recompute import RecomputedScores
 from fisherops.scores.spill import InOrder, Spill, SpilledScores, loaded
 
@@ -102,8 +101,6 @@ class Keeper:
         self._spill = None if spill is None else Spill(spill)
         # Of linearizations only: each holds the graph of its batch.
         self._redraws: list[Callable[..., Factor]] = []
-        # Of batches that are not kept, but whose rows are cheaper than two derivatives: where their data lie.
-        self._rows_again: dict[int, Mapping[str, bool]] = {}
 
     @property
     def complete(self) -> bool:
@@ -120,15 +117,15 @@ class Keeper:
         return scores
 
     def choose(
-        self, jacobian: BatchJacobian, make_factor: Callable[[], Factor], size: int, redraw: Callable[..., Factor]
+        self, evaluation: Evaluation, make_factor: Callable[[], Factor], size: int, redraw: Callable[..., Factor]
     ) -> Scores:
         """Return G of the next batch in the form chosen for it.
 
         Parameters
         ----------
-        jacobian : BatchJacobian
+        evaluation : Evaluation
         make_factor : callable
-            Returns the output factor for the present outputs of `jacobian`.
+            Returns the output factor for the present outputs of `evaluation`.
         size : int
             Number of data in the batch.
         redraw : callable
@@ -136,11 +133,11 @@ class Keeper:
         """
         cache, reason = self.plan.cache, "asked for"
         left = self.plan.max_memory - self.plan.nbytes
-        if cache in ("auto", "scores", "factors") and jacobian.reached:
+        if cache in ("auto", "scores", "factors") and evaluation.reached:
             try:
-                return self._rows(jacobian, make_factor, size, left)
+                return self._rows(evaluation, make_factor, size, left)
             except CannotHoldError as error:
-                if jacobian.differentiation.sharded:
+                if evaluation.problem.sharded:
                     raise NotImplementedError(
                         f"the parameters are sharded, and their rows cannot be held as factors: {error}. There is no "
                         "other form for them."
@@ -151,29 +148,44 @@ class Keeper:
                     ) from None
                 reason = str(error)
         form, nbytes = "none", 0
-        if cache in ("auto", "linearization") and jacobian.reached:
-            nbytes = 2 * saved_bytes(jacobian.graph[0])
+        if cache in ("auto", "linearization") and evaluation.reached:
+            nbytes = 2 * evaluation.saved_bytes()
             if nbytes <= left:
                 form = "linearization"
-                if has_fused_attention(jacobian.graph[0]):
-                    jacobian.build_graph(ELEMENTARY_ATTENTION)
-                    nbytes = 2 * saved_bytes(jacobian.graph[0])
+                if evaluation.has_fused_attention():
+                    evaluation.build_graph(ELEMENTARY_ATTENTION)
+                    nbytes = 2 * evaluation.saved_bytes()
             else:
                 self._check_fits(nbytes, size)
                 reason = f"{reason}; a linearization would take {_bytes(nbytes)}, and {_bytes(left)} are left"
-        if form == "none" or not jacobian.linearize():
-            jacobian.settle()
         if form == "none":
-            return self._computed(jacobian, make_factor(), size, reason)
+            return self._computed(evaluation, make_factor, size, reason)
+        if not evaluation.linearize():
+            evaluation.choose_mode()
         self._redraws.append(redraw)
-        return self._note(RecomputedScores(jacobian, make_factor(), size), size, form, nbytes, reason)
+        return self._note(RecomputedScores(evaluation, make_factor(), size), size, form, nbytes, reason)
 
-    def compute(self, number: int, jacobian: BatchJacobian, make_factor: Callable[[], Factor], size: int) -> Scores:
-        """Return G of a batch that is not kept, in a later pass."""
-        if number in self._rows_again:
-            return RowsBuilder(jacobian, make_factor(), size).build_again(self._rows_again[number])
-        jacobian.settle()
-        return RecomputedScores(jacobian, make_factor(), size)
+    def compute(self, evaluation: Evaluation, make_factor: Callable[[], Factor], size: int) -> Scores:
+        """Return G of a batch that will not be kept: by its rows, for one vector or two, where all uses are known.
+
+        They take one pass backward and 4 flops for each weight and datum, and J v and Jᵀu about 8.
+        """
+        evaluation.choose_mode()
+        factor = make_factor()
+        if evaluation.reached and not evaluation.custom_functions:
+            try:
+                builder = RowsBuilder(evaluation, factor, size)
+                cheap = builder.vectors <= _FEW_VECTORS and builder.every_use_is_known
+                if cheap and builder.nbytes("factors") <= 2 * evaluation.saved_bytes():
+                    held = builder.build_again()
+                    if held is not None:
+                        return held
+                    held, differentiated = builder.build("factors")
+                    if not differentiated:
+                        return held
+            except CannotHoldError:
+                pass
+        return RecomputedScores(evaluation, factor, size)
 
     def redrawn(self, op: Any, sampler: Any) -> Keeper | None:
         """Return what is kept for an operator with other draws, or None where rows must be made anew."""
@@ -193,9 +205,9 @@ class Keeper:
         if self._spill is not None:
             self._spill.close()
 
-    def _rows(self, jacobian: BatchJacobian, make_factor: Callable[[], Factor], size: int, left: int) -> Scores:
-        jacobian.check_custom_functions()
-        builder = RowsBuilder(jacobian, make_factor(), size)
+    def _rows(self, evaluation: Evaluation, make_factor: Callable[[], Factor], size: int, left: int) -> Scores:
+        evaluation.check_custom_functions()
+        builder = RowsBuilder(evaluation, make_factor(), size)
         if self.plan.cache == "auto" and builder.vectors > _MANY_VECTORS:
             raise CannotHoldError(f"{builder.vectors} rows for each datum would cost as many backward passes")
         held = None
@@ -204,7 +216,7 @@ class Keeper:
         try:
             # Where the cheapest form does not fit, factors may, which are smaller for long sequences.
             forms = ("auto", "factors") if self.plan.cache == "auto" else (self.plan.cache,)
-            for form in ("factors",) if jacobian.differentiation.sharded else forms:
+            for form in ("factors",) if evaluation.problem.sharded else forms:
                 nbytes = builder.nbytes(form)
                 if nbytes <= limit:
                     held, differentiated = builder.build(form)
@@ -230,8 +242,7 @@ class Keeper:
             if self.plan.cache == "auto":
                 raise CannotHoldError(reason)
             self._check_fits(nbytes, size)
-            jacobian.settle()
-            return self._computed(jacobian, make_factor(), size, reason)
+            return self._computed(evaluation, make_factor, size, reason)
         reason = "every parameter's rows by the operation that uses it"
         if differentiated:
             reason = (
@@ -254,24 +265,11 @@ class Keeper:
                 "what fits."
             )
 
-    def _computed(self, jacobian: BatchJacobian, factor: Factor, size: int, reason: str) -> Scores:
-        """Return G of a batch that will not be kept: by its rows, for one vector or two, where all uses are known.
-
-        They take one pass backward and 4 flops for each weight and datum, and J v and Jᵀu about 8.
-        """
-        scores: Scores = RecomputedScores(jacobian, factor, size)
-        if jacobian.reached and not jacobian.custom_functions():
-            try:
-                builder = RowsBuilder(jacobian, factor, size)
-                cheap = builder.vectors <= _FEW_VECTORS and builder.every_use_is_known
-                if cheap and builder.nbytes("factors") <= 2 * saved_bytes(jacobian.graph[0]):
-                    held, differentiated = builder.build("factors")
-                    if not differentiated:
-                        self._rows_again[len(self.kept)] = builder.data_second
-                        scores = held
-                        reason = f"{reason}; rows are built anew in every product"
-            except CannotHoldError:
-                pass
+    def _computed(self, evaluation: Evaluation, make_factor: Callable[[], Factor], size: int, reason: str) -> Scores:
+        """Return G of a batch that will not be kept, and note it."""
+        scores = self.compute(evaluation, make_factor, size)
+        if isinstance(scores, HeldScores):
+            reason = f"{reason}; rows are built anew in every product"
         return self._note(scores, size, "none", 0, reason)
 
     def _note(self, scores: Scores, size: int, form: str, nbytes: int, reason: str) -> Scores:

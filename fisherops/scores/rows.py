@@ -9,14 +9,15 @@ import torch
 from torch import Tensor
 from torch.func import vjp, vmap
 
+from fisherops._memory import is_memory_error
 from fisherops._tree import leaves, map_arrays
-from fisherops.scores.jacobian import BatchJacobian
+from fisherops.problem.evaluation import Evaluation
 
 # Bytes that one block of rows, with the vectors that it is computed from, may take.
 _BLOCK_BYTES = 2**26
 
 
-def list_rows(jacobian: BatchJacobian, columns: Tensor, size: int) -> Iterator[Tensor]:
+def list_rows(evaluation: Evaluation, columns: Tensor, size: int) -> Iterator[Tensor]:
     """List G in blocks of rows (r, D), ordered by block of S and then by vector.
 
     Where the data of the batch do not depend on each other, all rows of a block cost about one backward pass;
@@ -24,57 +25,64 @@ def list_rows(jacobian: BatchJacobian, columns: Tensor, size: int) -> Iterator[T
 
     Parameters
     ----------
-    jacobian : BatchJacobian
+    evaluation : Evaluation
     columns : torch.Tensor
         The vectors of the output factor, (B, R, P).
     size : int
         Number of data in the batch.
     """
-    how = jacobian.differentiation
+    facts, numel = evaluation.facts, evaluation.problem.parameters.numel
     B, R, P = columns.shape
-    rows, names = B * R, list(jacobian.point)
+    rows, names = B * R, list(evaluation.point)
     per_datum = rows // size if rows % (size * R) == 0 else 0
-    separable = per_datum > 0 and bool(jacobian.reached) and _can_be_cut(jacobian.X, size)
-    for start, stop in _spans(rows, per_datum, P * B // size + how.parameters.numel, columns.itemsize):
+    separable = per_datum > 0 and bool(evaluation.reached) and _can_be_cut(evaluation.X, size)
+    for start, stop in _spans(rows, per_datum, P * B // size + numel, columns.itemsize):
 
         def by_backward(start: int = start, stop: int = stop) -> Tensor:
-            return _by_backward(jacobian, columns, start, stop)
+            return _by_backward(evaluation, columns, start, stop)
 
         def by_datum(start: int = start, stop: int = stop) -> Tensor:
-            block = _by_datum(jacobian, columns, size, start, stop, names)
-            if not _matches(block, jacobian, columns, start, stop, names):
+            block = _by_datum(evaluation, columns, size, start, stop, names)
+            if not _matches(block, evaluation, columns, start, stop, names):
                 raise RuntimeError("the data of the batch depend on each other")
             return block
 
-        yield how.vectorized("rows", by_datum, by_backward) if separable else by_backward()
+        if not separable:
+            yield by_backward()
+            continue
+        try:
+            yield facts.try_vmap("rows", by_datum, by_backward)
+        except (MemoryError, RuntimeError) as error:
+            if not is_memory_error(error):
+                raise
+            yield by_backward()
 
 
-def rows_by_datum(jacobian: BatchJacobian, columns: Tensor, size: int, names: Sequence[str]) -> Tensor | None:
+def rows_by_datum(evaluation: Evaluation, columns: Tensor, size: int, names: Sequence[str]) -> Tensor | None:
     """Return the rows of G for some parameters, (B · R, d), or None if the data cannot be differentiated one by one.
 
     Parameters
     ----------
-    jacobian, columns, size
+    evaluation, columns, size
         As for `list_rows`.
     names : sequence of str
         The parameters; the columns of the result are theirs, one after the other.
     """
-    how = jacobian.differentiation
     B, R, P = columns.shape
-    if B % size or not _can_be_cut(jacobian.X, size):
+    if B % size or not _can_be_cut(evaluation.X, size):
         return None
-    numel = sum(jacobian.point[name].numel() for name in names)
+    numel = sum(evaluation.point[name].numel() for name in names)
 
     def at_once() -> Tensor:
         blocks = []
         for start, stop in _spans(B * R, B // size * R, P * B // size + numel, columns.itemsize):
-            block = _by_datum(jacobian, columns, size, start, stop, names)
-            if not _matches(block, jacobian, columns, start, stop, names):
+            block = _by_datum(evaluation, columns, size, start, stop, names)
+            if not _matches(block, evaluation, columns, start, stop, names):
                 raise RuntimeError("the data of the batch depend on each other")
             blocks.append(block)
         return torch.cat(blocks)
 
-    return how.vectorized("rows", at_once, lambda: None)
+    return evaluation.facts.try_vmap("rows", at_once, lambda: None)
 
 
 def _spans(rows: int, per_datum: int, numbers_per_row: int, itemsize: int) -> Iterator[tuple[int, int]]:
@@ -96,11 +104,10 @@ def _can_be_cut(X: Any, size: int) -> bool:
 
 
 def _by_datum(
-    jacobian: BatchJacobian, columns: Tensor, size: int, start: int, stop: int, names: Sequence[str]
+    evaluation: Evaluation, columns: Tensor, size: int, start: int, stop: int, names: Sequence[str]
 ) -> Tensor:
     """Differentiate each datum by itself, all at once."""
-    how = jacobian.differentiation
-    X = jacobian.X
+    problem, X = evaluation.problem, evaluation.X
     B, R, P = columns.shape
     own_blocks = B // size
     rows = own_blocks * R
@@ -110,22 +117,22 @@ def _by_datum(
     cotangents = columns.new_zeros(last - first, len(within), own_blocks, P)
     number = torch.arange(len(within), device=columns.device)
     cotangents[:, number, within // R] = own[:, within // R, within % R]
-    cotangents = cotangents.reshape(last - first, len(within), -1, jacobian.outputs.shape[1])
+    cotangents = cotangents.reshape(last - first, len(within), -1, evaluation.outputs.shape[1])
 
     def one_datum(x: tuple[Tensor, ...], U: Tensor) -> dict[str, Tensor]:
         parts = iter(x)
         datum = map_arrays(lambda _: next(parts).unsqueeze(0), X)
-        chosen = {name: jacobian.point[name] for name in names}
-        pull = vjp(lambda point: how.flat({**jacobian.point, **point}, datum), chosen)[1]
+        chosen = {name: evaluation.point[name] for name in names}
+        pull = vjp(lambda point: problem.flat({**evaluation.point, **point}, datum), chosen)[1]
         gradients: dict[str, Tensor] = vmap(pull)(U)[0]
         return gradients
 
-    with how.kernels(), torch.no_grad():
+    with evaluation.kernels(), torch.no_grad():
         gradients = vmap(one_datum, randomness="same")(tuple(t[first:last] for t in leaves(X)), cotangents)
     return torch.cat([gradients[name].reshape(len(cotangents) * len(within), -1) for name in names], 1)
 
 
-def _by_backward(jacobian: BatchJacobian, columns: Tensor, start: int, stop: int) -> Tensor:
+def _by_backward(evaluation: Evaluation, columns: Tensor, start: int, stop: int) -> Tensor:
     """Differentiate the batch once for each row."""
     B, R, P = columns.shape
     at_once = max(1, _BLOCK_BYTES // (B * P * columns.itemsize))
@@ -134,20 +141,20 @@ def _by_backward(jacobian: BatchJacobian, columns: Tensor, start: int, stop: int
         index = torch.arange(begin, min(begin + at_once, stop), device=columns.device)
         U = columns.new_zeros(len(index), B, P)
         U[torch.arange(len(index), device=columns.device), index // R] = columns[index // R, index % R]
-        blocks.append(jacobian.vjp(U.reshape(len(index), *jacobian.outputs.shape)).T)
+        blocks.append(evaluation.vjp(U.reshape(len(index), *evaluation.outputs.shape)).T)
     return torch.cat(blocks)
 
 
 def _matches(
-    block: Tensor, jacobian: BatchJacobian, columns: Tensor, start: int, stop: int, names: Sequence[str]
+    block: Tensor, evaluation: Evaluation, columns: Tensor, start: int, stop: int, names: Sequence[str]
 ) -> bool:
     """Compare a weighted sum of the rows with one plain backward pass; weights in [1, 2] let no row vanish."""
     B, R, _ = columns.shape
     weights = torch.zeros(B * R, dtype=block.dtype, device=block.device)
     weights[start:stop] = torch.linspace(1, 2, stop - start, dtype=block.dtype, device=block.device)
     U = torch.einsum("brp,br->bp", columns, weights.view(B, R))
-    whole = jacobian.vjp(U.reshape(1, *jacobian.outputs.shape))[:, 0]
-    spans = jacobian.differentiation.parameters.spans
+    whole = evaluation.vjp(U.reshape(1, *evaluation.outputs.shape))[:, 0]
+    spans = evaluation.problem.parameters.spans
     plain = torch.cat([whole[slice(*spans[name])] for name in names])
     difference = (weights[start:stop] @ block - plain).norm()
-    return bool(difference <= jacobian.differentiation.tolerance * plain.norm())
+    return bool(difference <= evaluation.facts.tolerance * plain.norm())

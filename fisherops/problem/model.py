@@ -9,18 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Distribution
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules import batchnorm, dropout
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 
-from fisherops._params import Parameters
-from fisherops._randomness import fixed_randomness
 from fisherops._sharding import is_sharded, reshard
-
-# Torch's random state, forward-mode level and kernel flags belong to the process, not to a thread.
-_LOCK = threading.RLock()
+from fisherops.problem.parameters import Parameters
+from fisherops.problem.version import BOOKKEEPING, LONG
 
 
 class ModelFunction:
@@ -29,27 +24,28 @@ class ModelFunction:
     converts: bool
     """Whether the model is evaluated in another precision than its own, so that inputs must be converted too."""
 
+    def __init__(self) -> None:
+        self._called: set[nn.Module] = set()
+        """Modules that evaluations were seen to call."""
+
     def __call__(self, point: Mapping[str, Tensor], X: Any) -> Any:
-        """Evaluate the model; buffers that it updates are left as they were."""
+        """Evaluate the model; what it stores in its modules is put back."""
         raise NotImplementedError
 
     def leaves(self, point: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the tensors that stand for the parameters in the graph of an evaluation, as its `point`."""
-        return detached_leaves(point)
+        return {name: value.detach().requires_grad_() for name, value in point.items()}
 
     def tensors(self) -> list[Tensor]:
         """Return all tensors that the model is known to use."""
         raise NotImplementedError
 
+    def watched(self) -> list[Any]:
+        """Return the objects that evaluations read, as far as they are known."""
+        raise NotImplementedError
+
     def check_unchanged(self) -> None:
         """Raise RuntimeError if the model no longer has the parameters that were given."""
-
-    def state(self) -> tuple[Any, ...]:
-        """Return what is equal as long as no tensor that the model is known to use was replaced or changed in place.
-
-        Nor is a module replaced or set to another mode.
-        """
-        raise NotImplementedError
 
     @contextmanager
     def refuse_faults(self) -> Iterator[None]:
@@ -67,10 +63,8 @@ class ModelFunction:
         finally:
             handle.remove()
 
-
-def detached_leaves(point: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return tensors with the values of a point that gradients can be taken with respect to."""
-    return {name: value.detach().requires_grad_() for name, value in point.items()}
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_called": set()}
 
 
 def as_function(model_func: Any, parameters: Parameters, functional: bool) -> ModelFunction:
@@ -119,25 +113,35 @@ class _ModuleFunction(ModelFunction):
     """A module called with other values for its parameters."""
 
     def __init__(self, module: nn.Module, parameters: Parameters) -> None:
-        self._module = module
-        self._dtype = parameters.dtype
+        super().__init__()
+        self._module, self._parameters = module, parameters
         own = dict(module.named_parameters(remove_duplicate=False))
         self._chosen = {name: own[name] for name in parameters.tensors}
-        self.converts = parameters.converts or any(p.dtype != self._dtype for p in self._chosen.values())
+        floating = [*module.parameters(), *module.buffers()] if parameters.asks_dtype else self._chosen.values()
+        self._dtype = parameters.dtype
+        self.converts = parameters.converts or any(
+            t.dtype != self._dtype for t in floating if t.is_floating_point() and not is_sharded(t)
+        )
 
     def __call__(self, point: Mapping[str, Tensor], X: Any) -> Any:
-        # Frozen parameters are detached so that no graph is built for them, and buffers copied because layers may
-        # update them in place.
-        chosen = {id(p) for p in self._chosen.values()}
-        values = {name: self._convert(p.detach()) for name, p in self._module.named_parameters() if id(p) not in chosen}
-        values |= {name: self._convert(buffer.clone()) for name, buffer in self._module.named_buffers()}
-        return torch.func.functional_call(self._module, values | dict(point), (X,))
+        chosen = {id(p): point[name] for name, p in self._chosen.items()}
 
-    def state(self) -> tuple[Any, ...]:
-        return tuple(map(_state_of, self._module.modules()))
+        def substitute(t: Tensor) -> Tensor:
+            own = chosen.get(id(t))
+            if own is not None:
+                return own
+            # Frozen parameters are detached so that no graph is built for them; what layers may update in place is
+            # copied.
+            return self._convert(t.detach() if isinstance(t, nn.Parameter) else _copied(t))
+
+        with _Restoring(self._module.modules(), substitute):
+            return self._module(X)
 
     def tensors(self) -> list[Tensor]:
         return [*self._module.parameters(), *self._module.buffers()]
+
+    def watched(self) -> list[Any]:
+        return [self._module, *self._parameters.tensors.values()]
 
     def check_unchanged(self) -> None:
         own = dict(self._module.named_parameters(remove_duplicate=False))
@@ -172,7 +176,6 @@ class _ShardedModule(_ModuleFunction):
             raise NotImplementedError("sharded parameters are computed in their own precision: leave out `dtype`.")
         from torch.distributed.fsdp import FSDPModule
 
-        self._modules: set[nn.Module] = set()
         self._gathered: dict[str, Tensor] = {}
         for prefix, part in module.named_modules():
             if not isinstance(part, FSDPModule):
@@ -190,7 +193,7 @@ class _ShardedModule(_ModuleFunction):
             )
 
     def __call__(self, point: Mapping[str, Tensor], X: Any) -> Any:  # noqa: ARG002 (at its own values)
-        with _buffers_restored(self._modules):
+        with _Restoring(called=self._called):
             output = self._module(X)
         reshard(self._module)
         return output
@@ -203,20 +206,19 @@ class _PureFunction(ModelFunction):
     """A callable ``(params, X) -> f``."""
 
     def __init__(self, function: Callable[[dict[str, Tensor], Any], Any], parameters: Parameters) -> None:
-        self._function = function
-        self._tensors = list(parameters.tensors.values())
-        self._modules: set[nn.Module] = set()
+        super().__init__()
+        self._function, self._parameters = function, parameters
         self.converts = parameters.converts
 
     def __call__(self, point: Mapping[str, Tensor], X: Any) -> Any:
-        with _buffers_restored(self._modules):
+        with _Restoring(self._called, _copied_unless_parameter, self._called):
             return self._function(dict(point), X)
 
-    def state(self) -> tuple[Any, ...]:
-        return _versions(self._tensors), *map(_state_of, self._modules)
-
     def tensors(self) -> list[Tensor]:
-        return self._tensors
+        return list(self._parameters.tensors.values())
+
+    def watched(self) -> list[Any]:
+        return [self._function, *self.tensors(), *self._called]
 
 
 class _ClosureFunction(ModelFunction):
@@ -225,27 +227,145 @@ class _ClosureFunction(ModelFunction):
     converts = False
 
     def __init__(self, function: Callable[[Any], Any], parameters: Parameters) -> None:
-        self._function = function
-        self._names = {id(t): name for name, t in parameters.tensors.items()}
-        self._tensors = list(parameters.tensors.values())
-        self._modules: set[nn.Module] = set()
-
-    def state(self) -> tuple[Any, ...]:
-        return _versions(self._tensors), *map(_state_of, self._modules)
+        super().__init__()
+        self._function, self._parameters = function, parameters
 
     def tensors(self) -> list[Tensor]:
-        return self._tensors
+        return list(self._parameters.tensors.values())
+
+    def watched(self) -> list[Any]:
+        return [self._function, *self.tensors(), *self._called]
 
     def __call__(self, point: Mapping[str, Tensor], X: Any) -> Any:
-        # While a graph is built, tensors that escape the substitution must show in it, see BatchJacobian.build_graph.
-        hidden = [t for t in self._tensors if torch.is_grad_enabled() and not t.requires_grad]
+        own = self._parameters.tensors
+        leaves = {id(t): point[name] for name, t in own.items()}
+
+        def substitute(t: Tensor) -> Tensor:
+            return t if id(t) in leaves else _copied_unless_parameter(t)
+
+        # While a graph is built, tensors that escape the substitution must show in it, see Evaluation.
+        hidden = [t for t in own.values() if torch.is_grad_enabled() and not t.requires_grad]
         with ExitStack() as stack:
             for t in hidden:
                 stack.callback(t.requires_grad_, False)
                 t.requires_grad_()
-            stack.enter_context(_buffers_restored(self._modules))
-            stack.enter_context(_Substitution({key: point[name] for key, name in self._names.items()}))
+            stack.enter_context(_Restoring(self._called, substitute, self._called))
+            stack.enter_context(_Substitution(leaves))
             return self._function(X)
+
+
+def _copied(t: Tensor) -> Tensor:
+    # A tensor with a history keeps it, so that parameters behind it are found in the graph of the outputs.
+    return t.clone() if t.grad_fn is not None else t.detach().clone()
+
+
+def _copied_unless_parameter(t: Tensor) -> Tensor:
+    return t if isinstance(t, nn.Parameter) else _copied(t)
+
+
+class _Restoring:
+    """Lets modules work with other tensors inside, and puts back what they held, by identity, afterwards.
+
+    This covers parameters and buffers under every name and module that has them, plain attributes, and lists and
+    mappings among these. (`torch.func.functional_call` leaves its own tensors behind in modules with two names.)
+
+    Parameters
+    ----------
+    modules : iterable of nn.Module
+        Those known before the evaluation.
+    substitute : callable
+        ``tensor -> tensor``, what modules find in place of each of theirs.
+    called : set of nn.Module
+        Other modules that are called inside are added to it; they are treated likewise from their first call on.
+    """
+
+    def __init__(
+        self,
+        modules: Iterable[nn.Module] = (),
+        substitute: Callable[[Tensor], Tensor] = _copied_unless_parameter,
+        called: set[nn.Module] | None = None,
+    ) -> None:
+        self._modules, self._substitute, self._called = list(modules), substitute, called
+        self._hook: Any = None
+        self._before: list[tuple[Any, Any]] = []
+        self._known: set[nn.Module] = set()
+        self._new: dict[int, Tensor] = {}
+        # Tensors that parameters and buffers of modules that were first seen when called stand for, by module's dict.
+        self._swapped: list[tuple[dict[str, Any], str, Tensor, Tensor]] = []
+
+    def __enter__(self) -> None:
+        try:
+            self._enter()
+        except BaseException:
+            self.__exit__()
+            raise
+
+    def _enter(self) -> None:
+        for module in self._modules:
+            self._known.add(module)
+            for holder in _holders(vars(module)):
+                self._before.append((holder, dict(holder) if isinstance(holder, dict) else list(holder)))
+        for holder, before in self._before:
+            for key, value in before.items() if isinstance(before, dict) else enumerate(before):
+                if isinstance(value, Tensor):
+                    holder[key] = self._other(value)
+        if self._called is not None:
+            thread = threading.get_ident()
+
+            def first_call(module: nn.Module, _inputs: Any) -> None:
+                if threading.get_ident() == thread and module not in self._known:
+                    self._enter_called(module)
+
+            self._hook = register_module_forward_pre_hook(first_call)
+
+    def _enter_called(self, module: nn.Module) -> None:
+        # Its tensors may be those of a `functional_call` around it, which puts its own back before we do: only copies
+        # of ours are put back.
+        assert self._called is not None
+        self._known.add(module)
+        self._called.add(module)
+        own = vars(module)
+        for holder in _holders(own):
+            if holder is not own["_parameters"] and holder is not own["_buffers"]:
+                self._before.append((holder, dict(holder) if isinstance(holder, dict) else list(holder)))
+        buffers = own["_buffers"]
+        for name, t in list(buffers.items()):
+            if t is not None:
+                buffers[name] = self._other(t)
+                self._swapped.append((buffers, name, buffers[name], t))
+
+    def _other(self, t: Tensor) -> Tensor:
+        if id(t) not in self._new:
+            self._new[id(t)] = self._substitute(t)
+        return self._new[id(t)]
+
+    def __exit__(self, *_: object) -> None:
+        if self._hook is not None:
+            self._hook.remove()
+        for holder, name, ours, before in self._swapped:
+            if holder.get(name) is ours:
+                holder[name] = before
+        for holder, before in self._before:
+            if isinstance(before, dict):
+                present = [*holder.keys(), *map(id, holder.values())]
+                if present != [*before.keys(), *map(id, before.values())]:
+                    holder.clear()
+                    holder.update(before)
+            elif list(map(id, holder)) != list(map(id, before)):
+                holder[:] = before
+
+
+def _holders(own: dict[str, Any]) -> list[Any]:
+    """List the mappings and lists in which a module keeps things: its attributes, and those among these."""
+    found: list[Any] = [own]
+    seen = {id(own)}
+    for holder in found:
+        for key, value in holder.items() if isinstance(holder, dict) else enumerate(holder):
+            if isinstance(value, dict | list) and key not in BOOKKEEPING and id(value) not in seen:
+                seen.add(id(value))
+                if len(value) <= LONG:
+                    found.append(value)
+    return found
 
 
 class _Substitution(TorchFunctionMode):
@@ -268,83 +388,6 @@ class _Substitution(TorchFunctionMode):
         if type(x) is dict:
             return {key: self._replace(item) for key, item in x.items()}
         return x
-
-
-@contextmanager
-def _buffers_restored(modules: set[nn.Module]) -> Iterator[None]:
-    """Let every module called inside work on copies of its buffers, and note which they are."""
-    thread = threading.get_ident()
-    originals: dict[nn.Module, dict[str, Tensor]] = {}
-
-    def swap(module: nn.Module, _inputs: Any) -> None:
-        if threading.get_ident() == thread and module not in originals:
-            modules.add(module)
-            originals[module] = dict(module.named_buffers(recurse=False))
-            for name, buffer in originals[module].items():
-                setattr(module, name, buffer.clone())
-
-    handle = register_module_forward_pre_hook(swap)
-    try:
-        yield
-    finally:
-        handle.remove()
-        for module, buffers in originals.items():
-            for name, buffer in buffers.items():
-                setattr(module, name, buffer)
-
-
-def _versions(tensors: Iterable[Tensor | None]) -> tuple[Any, ...]:
-    return tuple((id(t), None if t.is_inference() else t._version) for t in tensors if t is not None)
-
-
-def _state_of(module: nn.Module) -> tuple[Any, ...]:
-    own = (*module._parameters.values(), *module._buffers.values())
-    return id(module), module.training, _versions(own)
-
-
-@contextmanager
-def plain_kernels() -> Iterator[None]:
-    """Evaluate attention and recurrent layers by elementary operations, which can be differentiated in every mode."""
-    with ExitStack() as stack:
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        # By the flag alone: the context managers of these backends also set precisions, with warnings.
-        for backend in (torch.backends.mkldnn, torch.backends.cudnn):
-            stack.callback(setattr, backend, "enabled", getattr(backend, "enabled"))  # noqa: B009
-            setattr(backend, "enabled", False)  # noqa: B010 (the attribute is unknown to type checkers)
-        stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
-        torch.backends.mha.set_fastpath_enabled(False)
-        yield
-
-
-@contextmanager
-def isolated(device: torch.device) -> Iterator[None]:
-    """Evaluate models inside as if nothing else ran in the process, and leave no trace.
-
-    The global random numbers are fixed inside and restored afterwards; inference mode and autocasting of the caller do
-    not reach in; other threads wait.
-    """
-    with (
-        _LOCK,
-        fixed_randomness(device, 0),
-        torch.inference_mode(False),
-        torch.autocast(device.type, enabled=False),
-        _unvalidated_distributions(),
-    ):
-        yield
-
-
-@contextmanager
-def _unvalidated_distributions() -> Iterator[None]:
-    """Let models make torch.distributions inside of torch's transforms, where values cannot be looked at.
-
-    Likelihoods look at them outside.
-    """
-    before = Distribution._validate_args
-    Distribution.set_default_validate_args(False)
-    try:
-        yield
-    finally:
-        Distribution.set_default_validate_args(before)
 
 
 def _fault(module: nn.Module) -> str | None:

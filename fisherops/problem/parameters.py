@@ -36,6 +36,8 @@ class Parameters:
         D, the length of the flat vector.
     dtype : torch.dtype
         Compute precision.
+    asks_dtype : bool
+        Whether the user named the precision; then frozen tensors are converted to it too.
     device : torch.device
     """
 
@@ -49,6 +51,7 @@ class Parameters:
         _check_each(self.tensors)
         self.device = _the_device(self.tensors)
         self.dtype = _the_dtype(self.tensors, dtype)
+        self.asks_dtype = dtype is not None
         self.shapes = {name: t.shape for name, t in self.tensors.items()}
         self._sizes = [t.numel() for t in self.tensors.values()]
         self.numel = sum(self._sizes)
@@ -66,10 +69,10 @@ class Parameters:
         ends = list(accumulate(self._sizes))
         return {name: (end - size, end) for name, size, end in zip(self.shapes, self._sizes, ends, strict=True)}
 
-    def point(self) -> dict[str, Tensor]:
+    def point(self, copied: bool = False) -> dict[str, Tensor]:
         """Return the present values, in the compute precision and detached from the user's graph."""
+        point = {name: t.detach().to(self.dtype, copy=copied) for name, t in self.tensors.items()}
         # A tensor made under inference_mode cannot be differentiated; its copy can.
-        point = {name: t.detach().to(self.dtype) for name, t in self.tensors.items()}
         return {name: t.clone() if t.is_inference() else t for name, t in point.items()}
 
     def split(self, V: Tensor) -> dict[str, Tensor]:

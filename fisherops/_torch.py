@@ -1,0 +1,265 @@
+"""What is private to torch or belongs to the whole process: versions of tensors, random state, kernels, graph nodes.
+
+A torch that lacks one of these names answers "unknown", never with an error; `tests/test_torch.py` tries each.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+# Torch's random state, forward-mode level and kernel flags belong to the process, not to a thread.
+_LOCK = threading.RLock()
+
+
+# ---- Tensors ----------------------------------------------------------------------------------
+
+
+def version_of(t: Tensor) -> int | None:
+    """Return the number of in-place changes of a tensor that torch counted, or None if it does not count them."""
+    try:
+        return t._version
+    except (AttributeError, RuntimeError):  # inference tensors have no counter
+        return None
+
+
+def address_of(t: Tensor) -> int | None:
+    """Return the address of the elements, or None for tensors without memory of their own (fake, sparse, wrapped)."""
+    try:
+        return t.data_ptr()
+    except (AttributeError, RuntimeError, NotImplementedError):
+        return None
+
+
+def memory_of(t: Tensor, count: int) -> Tensor | None:
+    """Return at most `count` elements of a tensor as integers, evenly spaced in its memory, without a copy.
+
+    The view shares memory with the tensor and does not refer to it: `torch.utils.swap_tensors` refuses tensors that
+    something else refers to. None if the tensor has no strided memory.
+    """
+    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    try:
+        if t.layout is not torch.strided or t.numel() == 0 or type(t).__torch_dispatch__ is not _PLAIN_DISPATCH:
+            return None
+        extent = 1 + sum((n - 1) * stride for n, stride in zip(t.shape, t.stride(), strict=True))
+        step = -(-extent // count)
+        view = torch.empty(0, dtype=t.dtype, device=t.device)
+        view.set_(t.untyped_storage(), t.storage_offset(), (-(-extent // step),), (step,))
+        # Bits are compared, so that NaN equals itself; a strided view of complex elements has no integer type.
+        return view.view(integers[t.itemsize]) if t.itemsize in integers else torch.view_as_real(view)
+    except (AttributeError, RuntimeError, NotImplementedError):
+        return None
+
+
+_PLAIN_DISPATCH = Tensor.__torch_dispatch__
+
+
+def deferred(flag: Tensor) -> Callable[[], bool]:
+    """Return a function that reads a boolean tensor later, when an accelerator has computed it by itself."""
+    if flag.device.type != "cuda":
+        return lambda: bool(flag)
+    arrived = torch.cuda.Event()
+    on_host = torch.empty((), dtype=torch.bool, pin_memory=True).copy_(flag, non_blocking=True)
+    arrived.record(torch.cuda.current_stream(flag.device))
+
+    def read() -> bool:
+        arrived.synchronize()
+        return bool(on_host)
+
+    return read
+
+
+def on_optimizer_step(note: Callable[[Any], None]) -> None:
+    """Call `note` with every optimizer of torch after each of its steps: fused steps change no version counter."""
+    with suppress(ImportError):
+        from torch.optim.optimizer import register_optimizer_step_post_hook
+
+        register_optimizer_step_post_hook(lambda optimizer, *_: note(optimizer))
+
+
+# ---- The process ------------------------------------------------------------------------------
+
+
+@contextmanager
+def fixed_randomness(device: torch.device, seed: int) -> Iterator[list[torch.Generator]]:
+    """Fix torch's global random numbers inside, and leave their state untouched outside; yields their generators."""
+    # Only the generators used here: torch.manual_seed would also seed those of other devices, and not restore them.
+    generators = [torch.default_generator]
+    if device.type == "cuda":
+        generators.append(torch.cuda.default_generators[device.index])
+    states = [generator.get_state() for generator in generators]
+    try:
+        for generator in generators:
+            generator.manual_seed(seed)
+        yield generators
+    finally:
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)
+
+
+@contextmanager
+def isolated(device: torch.device) -> Iterator[None]:
+    """Evaluate models inside as if nothing else ran in the process, and leave no trace.
+
+    The global random numbers are fixed inside and restored afterwards; inference mode and autocasting of the caller do
+    not reach in; other threads wait.
+    """
+    with _LOCK, fixed_randomness(device, 0), own_precision(device), _unvalidated_distributions():
+        yield
+
+
+@contextmanager
+def own_precision(device: torch.device) -> Iterator[None]:
+    """Compute inside without the caller's inference mode and autocasting."""
+    with torch.inference_mode(False), torch.autocast(device.type, enabled=False):
+        yield
+
+
+def needs_own_precision(device: torch.device) -> bool:
+    """Whether the caller's contexts would change results on a device: asking costs less than entering others."""
+    return torch.is_autocast_enabled(device.type) or torch.is_inference_mode_enabled()
+
+
+@contextmanager
+def _unvalidated_distributions() -> Iterator[None]:
+    """Let models make torch.distributions inside of torch's transforms, where values cannot be looked at.
+
+    Likelihoods look at them outside.
+    """
+    before = Distribution._validate_args
+    Distribution.set_default_validate_args(False)
+    try:
+        yield
+    finally:
+        Distribution.set_default_validate_args(before)
+
+
+@contextmanager
+def elementary_kernels() -> Iterator[None]:
+    """Evaluate attention and recurrent layers by elementary operations, which can be differentiated in every mode."""
+    with ExitStack() as stack:
+        stack.enter_context(elementary_attention())
+        # By the flag alone: the context managers of these backends also set precisions, with warnings.
+        for backend in (torch.backends.mkldnn, torch.backends.cudnn):
+            stack.callback(setattr, backend, "enabled", getattr(backend, "enabled"))  # noqa: B009
+            setattr(backend, "enabled", False)  # noqa: B010 (the attribute is unknown to type checkers)
+        stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
+        torch.backends.mha.set_fastpath_enabled(False)
+        yield
+
+
+def elementary_attention() -> Any:
+    """Evaluate attention by elementary operations."""
+    return sdpa_kernel(SDPBackend.MATH)
+
+
+def eager() -> Any:
+    """Evaluate compiled models by their Python code, which the modes of a build can see."""
+    try:
+        return torch.compiler.set_stance("force_eager")
+    except (AttributeError, RuntimeError):  # inside of a compiled function the stance cannot be changed
+        return nullcontext()
+
+
+# ---- Graphs -----------------------------------------------------------------------------------
+
+
+def graph_nodes(*roots: Tensor) -> list[Any]:
+    """List the nodes of the autograd graph of tensors, each after one that uses it."""
+    nodes = list(dict.fromkeys(t.grad_fn for t in roots if t.grad_fn is not None))
+    seen = set(nodes)
+    for node in nodes:
+        for parent, _ in node.next_functions:
+            if parent is not None and parent not in seen:
+                seen.add(parent)
+                nodes.append(parent)
+    return nodes
+
+
+def signature(nodes: list[Any], names: Mapping[int, str]) -> int:
+    """Return a number that depends on the structure of a graph.
+
+    It covers the operations, the shapes and dtypes that they give, how they are connected, integers that views save,
+    and the parameters, whose names are given by the identity of their leaves.
+    """
+    index = {node: k for k, node in enumerate(nodes)}
+    text: list[tuple[Any, ...]] = []
+    for node in nodes:
+        variable = getattr(node, "variable", None)
+        if variable is not None:
+            text.append((names.get(id(variable)), tuple(variable.shape)))
+            continue
+        shapes = tuple((tuple(m.shape), m.dtype) for m in getattr(node, "_input_metadata", ()))
+        integers = tuple(_hashable(getattr(node, name)) for name in _saved_names(node) if name in _INTEGERS)
+        parents = tuple((index.get(parent, -1), number) for parent, number in node.next_functions)
+        text.append((node.name(), shapes, integers, parents))
+    return hash(tuple(text))
+
+
+_INTEGERS = {
+    "_saved_dim", "_saved_dim0", "_saved_dim1", "_saved_dims", "_saved_start", "_saved_end", "_saved_index",
+    "_saved_split_size", "_saved_chunks", "_saved_size", "_saved_stride",
+}  # fmt: skip
+
+
+def _hashable(value: Any) -> Any:
+    if isinstance(value, tuple | list):
+        return tuple(map(_hashable, value))
+    return tuple(value.shape) if isinstance(value, Tensor) else value
+
+
+def custom_functions(nodes: list[Any]) -> frozenset[str]:
+    """Name the torch.autograd.Function subclasses among the nodes of a graph."""
+    custom = (n for n in nodes if isinstance(n, torch.autograd.function.BackwardCFunction))
+    return frozenset(type(node).__name__.removesuffix("Backward") for node in custom)
+
+
+def saved_tensors(nodes: list[Any]) -> Iterator[Tensor]:
+    """List the tensors that nodes of a graph have saved, those of custom functions too."""
+    for node in nodes:
+        for name in _saved_names(node):
+            value: Any = None
+            with suppress(RuntimeError, AttributeError):
+                value = getattr(node, name)
+            for t in value if isinstance(value, tuple | list) else (value,):
+                if isinstance(t, Tensor):
+                    yield t
+
+
+_SAVED: dict[type, tuple[str, ...]] = {}
+
+
+def _saved_names(node: Any) -> tuple[str, ...]:
+    kind = type(node)
+    if kind not in _SAVED:
+        custom = issubclass(kind, torch.autograd.function.BackwardCFunction)
+        names = ("saved_tensors",) if custom else (name for name in dir(kind) if name.startswith("_saved_"))
+        _SAVED[kind] = tuple(names)
+    return _SAVED[kind]
+
+
+def saved_bytes(nodes: list[Any]) -> int:
+    """Return the memory of the tensors that nodes of a graph have saved, each storage counted once."""
+    storages: dict[int, int] = {}
+    for t in saved_tensors(nodes):
+        with suppress(RuntimeError, NotImplementedError):
+            storage = t.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
+def has_fused_attention(nodes: list[Any]) -> bool:
+    """Whether a graph goes through attention kernels whose double-backward is missing or slow."""
+    return any("ScaledDotProduct" in node.name() for node in nodes)
+
+
+def uses_reentrant_checkpoints(nodes: list[Any]) -> bool:
+    """Whether a graph goes through `torch.utils.checkpoint` in its reentrant form, which hides parameters."""
+    return any("CheckpointFunctionBackward" in node.name() for node in nodes)

@@ -1,0 +1,143 @@
+"""A problem: model, likelihood, parameters, and what was learned about differentiating them. It knows no data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fisherops import _torch, likelihoods
+from fisherops._sharding import is_sharded, reshard
+from fisherops._tree import leaves, map_arrays
+from fisherops.likelihoods import Likelihood
+from fisherops.problem.evaluation import MODES, Evaluation, GraphFacts
+from fisherops.problem.model import as_function
+from fisherops.problem.parameters import Parameters, as_dtype, select
+from fisherops.problem.version import Version
+
+# Evaluations see these random numbers; a check for randomness compares with others.
+_SEED, _OTHER_SEED = 1, 2
+
+
+class Facts:
+    """What was learned about differentiation, by the signature of the graph that it was learned from."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, GraphFacts] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_known": {}}  # signatures are of this process
+
+    def of(self, e: Evaluation) -> GraphFacts:
+        """Return what is known of graphs like that of an evaluation."""
+        signature = e.signature
+        if signature not in self._known:
+            own = torch.finfo(e.problem.parameters.dtype).eps ** 0.5
+            self._known[signature] = GraphFacts(max(own, e.measure_rounding()))
+        return self._known[signature]
+
+
+class Problem:
+    """A model and the likelihood that its loss stands for, as functions of some parameters.
+
+    Parameters
+    ----------
+    model_func, loss_func, params
+        As of the operators.
+    dtype : dtype or None
+        Compute precision.
+
+    Attributes
+    ----------
+    parameters : Parameters
+    model : ModelFunction
+    likelihood : Likelihood
+        Made again when the loss has changed.
+    version : Version
+    facts : Facts
+        Dropped when modules, their modes or hooks have changed.
+    mode : Mode
+        How the last model that needed J v was differentiated, and so with which kernels it is evaluated first.
+    sharded : bool
+        Whether the parameters are divided among processes (FSDP2), so that there is reverse mode only.
+    """
+
+    def __init__(self, model_func: Any, loss_func: Any, params: Any = None, *, dtype: Any = None) -> None:
+        self._loss_func = loss_func
+        self.likelihood: Likelihood = likelihoods.of_loss(loss_func)
+        reshard(model_func)
+        self.parameters = Parameters(select(model_func, params), as_dtype(dtype))
+        self.sharded = any(map(is_sharded, self.parameters.tensors.values()))
+        self.model = as_function(model_func, self.parameters, functional=isinstance(params, Mapping))
+        self.clones_inputs = True
+        """Whether inputs are copied for each evaluation, because the model may write into them."""
+        self.facts, self.mode = Facts(), MODES[0]
+        self.version = Version(self.model.watched, loss_func)
+        self._seen = self.version.structure, self.version.loss
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return self.parameters.device
+
+    def look(self) -> int:
+        """Return the version, after making anew what belongs to an earlier one."""
+        number = self.version.look()
+        structure, loss = self._seen
+        self._seen = self.version.structure, self.version.loss
+        if self.version.loss != loss:
+            self.likelihood = likelihoods.of_loss(self._loss_func)
+        if self.version.structure != structure:
+            self.facts, self.mode = Facts(), MODES[0]
+        return number
+
+    def isolated(self) -> AbstractContextManager[None]:
+        """Evaluate inside as if nothing else ran in the process, and leave no trace."""
+        return _torch.isolated(self.device)
+
+    def evaluate(self, X: Any, point: Mapping[str, Tensor] | None = None) -> Evaluation:
+        """Evaluate the model on the inputs of a batch with a graph: at the present parameters, or at a point."""
+        with self.isolated():
+            return Evaluation(self, self.parameters.point() if point is None else point, X)
+
+    def call(self, point: Mapping[str, Tensor], X: Any, seed: int = _SEED) -> Any:
+        """Return the model's output at a point; every evaluation sees the same random numbers."""
+        if self.clones_inputs:
+            X = map_arrays(Tensor.clone, X)
+        with _torch.fixed_randomness(self.device, seed):
+            output = self.model(point, X)
+        self.version.absorb()
+        return output
+
+    def flat(self, point: Mapping[str, Tensor], X: Any, seed: int = _SEED) -> Tensor:
+        """Return the outputs at a point, (T, C), in the compute precision."""
+        return self.likelihood.flatten(self.call(point, X, seed)).to(self.parameters.dtype)
+
+    def evaluate_twice(self, X: Any) -> tuple[Any, Tensor, bool, bool]:
+        """Evaluate with one seed and with another.
+
+        Returns
+        -------
+        output : object
+        f : torch.Tensor
+            (T, C), without a graph.
+        same : bool
+            Whether both evaluations gave the same outputs, to rounding.
+        writes : bool
+            Whether the model wrote into its inputs.
+        """
+        point = self.parameters.point()
+        # With a graph, because models may differentiate inside.
+        with torch.enable_grad():
+            own = map_arrays(Tensor.clone, X)
+            with _torch.fixed_randomness(self.device, _SEED):
+                output = self.model(point, own)
+            writes = any(t._version > 0 for t in leaves(own))
+            f = self.likelihood.flatten(output).detach()
+            again = self.flat(point, X, _OTHER_SEED).detach()
+        tolerance = torch.finfo(f.dtype).eps ** 0.5 * f.abs().max()
+        same = again.shape == f.shape and bool((again - f).abs().max() <= tolerance)
+        return output, f, same, writes

@@ -1,0 +1,235 @@
+"""Whether anything that products depend on has changed: the only judge of freshness."""
+
+from __future__ import annotations
+
+import functools
+import threading
+import types
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fisherops import _torch
+from fisherops.likelihoods import Likelihood
+
+# All entries are compared where there are at most so many, which takes a few microseconds; else some of each tensor.
+_FEW_ENTRIES = 2**14
+_SAMPLE = 64
+
+# What a module keeps beside its tensors, parts and settings, and no evaluation reads.
+BOOKKEEPING = {
+    "_non_persistent_buffers_set", "_backward_pre_hooks", "_backward_hooks", "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs", "_state_dict_hooks", "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks",
+}  # fmt: skip
+
+# Longer lists and mappings are data sets or tables, not settings that an evaluation reads.
+LONG = 1000
+
+# One look at a time: a second one would compare with half of a new snapshot.
+_LOCK = threading.RLock()
+
+_WATCHED: weakref.WeakSet[Version] = weakref.WeakSet()
+
+
+def _note_step(optimizer: Any) -> None:
+    stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for version in list(_WATCHED):
+        version.note_step(stepped)
+
+
+_torch.on_optimizer_step(_note_step)
+
+
+class Version:
+    """The single source of truth for freshness: an integer that grows when the model, its tensors or the loss change.
+
+    Objects are compared by identity: modules with their attributes, parts, modes and hooks; what functions have
+    captured; the lists and mappings among these. Tensors are compared by identity, version counter, address, and
+    contents: all entries of small models, else 64 of each tensor, which finds what changes no counter (NumPy arrays
+    that share memory, ``.data``). Steps of torch's optimizers are noted by a hook, since fused ones leave no mark.
+
+    Parameters
+    ----------
+    model : callable
+        ``() -> objects``, what an evaluation of the model reads, as far as it is known.
+    loss : object
+        What the likelihood was made from.
+
+    Attributes
+    ----------
+    structure : int
+        Grows when modules, their modes or their hooks change.
+    loss : int
+        Grows when the loss changes.
+    """
+
+    def __init__(self, model: Callable[[], Iterable[Any]], loss: Any) -> None:
+        self.number = self.structure = self.loss = 0
+        self._watches = _Watch(model), _Watch(functools.partial(tuple, (loss,)))
+        self._stepped = False
+        _WATCHED.add(self)
+
+    def look(self) -> int:
+        """Return the number, after one look at everything."""
+        with _LOCK:
+            model, loss = self._watches
+            if model.changed() or self._stepped:
+                before, self._stepped = model.structure, False
+                model.renew()
+                self.number += 1
+                self.structure += model.structure != before
+            if loss.changed():
+                loss.renew()
+                self.number += 1
+                self.loss += 1
+            return self.number
+
+    def absorb(self) -> None:
+        """Take what an evaluation has changed or made known, such as counters of functions, as the present state."""
+        with _LOCK:
+            model = self._watches[0]
+            if model.grew() or model.changed():
+                model.renew()
+
+    def note_step(self, parameters: set[int]) -> None:
+        """Note that an optimizer has changed the parameters with these identities."""
+        self._stepped = self._stepped or not parameters.isdisjoint(self._watches[0].tensor_ids)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        _WATCHED.add(self)
+
+
+class _Watch:
+    """A snapshot of what some objects hold. What it compares by identity it refers to, so no address is used again."""
+
+    def __init__(self, roots: Callable[[], Iterable[Any]]) -> None:
+        self._roots = roots
+        self.renew()
+
+    def renew(self) -> None:
+        """Take the present state as the known one."""
+        self._readers: list[Callable[[], Iterable[Any]]] = []
+        self._empty: list[Any] = []
+        self._tensors: list[Tensor] = []
+        structure: list[Any] = []
+        seen: set[int] = set()
+        waiting = list(self._roots())
+        self._count = roots = len(waiting)
+        for number, x in enumerate(waiting):
+            if id(x) in seen:
+                continue
+            seen.add(id(x))
+            if isinstance(x, Tensor):
+                self._tensors.append(x)
+                continue
+            if isinstance(x, dict | list | set) and not x:
+                self._empty.append(x)  # most mappings of modules, which are looked at fastest so
+                continue
+            if isinstance(x, nn.Module):
+                structure += [x, x.training, *x._modules.values(), *x._forward_hooks, *x._forward_pre_hooks]
+            for reader in _readers(x, number < roots):
+                self._readers.append(reader)
+                waiting += reader()
+            if isinstance(x, nn.Module):
+                own = vars(x)
+                seen |= {id(own[name]) for name in BOOKKEEPING if name in own}
+        self._held = waiting
+        self._ids = self._read()
+        self._marks = self._read_marks()
+        self.tensor_ids = set(map(id, self._tensors))
+        few = sum(t.numel() for t in self._tensors) <= _FEW_ENTRIES
+        views: dict[Any, list[Tensor]] = {}
+        for t in self._tensors:
+            view = _torch.memory_of(t, _FEW_ENTRIES if few else _SAMPLE)
+            if view is not None:
+                views.setdefault((view.dtype, view.device), []).append(view)
+        self._views = list(views.values())
+        self._contents = [torch.cat(group) for group in self._views]
+        self._answers: list[Callable[[], bool]] = []
+        self.structure = tuple(map(id, structure))
+        """Identities of modules, their modes, parts and hooks; what it names is referred to by the snapshot."""
+
+    def grew(self) -> bool:
+        """Whether more objects are to be compared, such as modules that an evaluation was seen to call."""
+        return len(list(self._roots())) > self._count
+
+    def changed(self) -> bool:
+        """Whether anything differs from the snapshot."""
+        return (
+            self._read() != self._ids
+            or any(self._empty)
+            or self._read_marks() != self._marks
+            or self._contents_differ()
+        )
+
+    def _read(self) -> list[int]:
+        return list(map(id, chain.from_iterable([read() for read in self._readers])))
+
+    def _read_marks(self) -> Sequence[int | None]:
+        try:
+            return [t._version for t in self._tensors] + [t.data_ptr() for t in self._tensors]
+        except (AttributeError, RuntimeError, NotImplementedError):  # some tensor has no counter, or no memory
+            tensors = self._tensors
+            return [*map(_torch.version_of, tensors), *map(_torch.address_of, tensors)]
+
+    def _contents_differ(self) -> bool:
+        differ = False
+        # On an accelerator the answer would be waited for: that of the last look is read, which has arrived since.
+        for answer in self._answers:
+            differ = answer() or differ
+        self._answers = []
+        for group, known in zip(self._views, self._contents, strict=True):
+            present = torch.cat(group)
+            if known.device.type == "cpu":
+                differ = differ or not torch.equal(present, known)
+            else:
+                self._answers.append(_torch.deferred((present != known).any()))
+        return differ
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_roots": self._roots}  # identities and addresses mean nothing elsewhere
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.renew()
+
+
+def _readers(x: Any, root: bool) -> Iterator[Callable[[], Iterable[Any]]]:
+    """Return functions that list what an object holds at present, as far as evaluations may read it."""
+    if isinstance(x, dict | list | set | tuple | frozenset):
+        if len(x) <= LONG:
+            yield x.values if isinstance(x, dict) else x.__iter__
+    elif isinstance(x, types.FunctionType):
+        if not (x.__module__ or "").startswith("torch."):
+            yield functools.partial(_captured, x)
+    elif isinstance(x, types.MethodType):
+        yield lambda: (x.__self__, x.__func__)
+        yield from _readers(x.__self__, True)
+    elif isinstance(x, functools.partial):
+        yield lambda: (x.func, *x.args, *x.keywords.values())
+    elif isinstance(x, nn.Module | Likelihood) or (root and hasattr(x, "__dict__") and not isinstance(x, type)):
+        yield vars(x).values
+
+
+def _captured(function: types.FunctionType) -> list[Any]:
+    """List what a function reads beside its arguments: captured variables, defaults, and globals that are data."""
+    found: list[Any] = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
+    for cell in function.__closure__ or ():
+        try:
+            found.append(cell.cell_contents)
+        except ValueError:  # not assigned yet
+            found.append(None)
+    own = function.__globals__
+    for name in function.__code__.co_names:
+        x = own.get(name)
+        if isinstance(x, Tensor | nn.Module | int | float) or (
+            isinstance(x, types.FunctionType) and x.__module__ == function.__module__
+        ):
+            found.append(x)
+    return found
