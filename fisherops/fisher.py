@@ -53,7 +53,7 @@ _VECTORS = (
 Item = TypeVar("Item")
 
 # Rows that are summed in the compute precision without compensation.
-_ROWS_PER_SUM = 8192
+_ROWS_PER_SUM = 4096
 
 
 class _Evaluation:
