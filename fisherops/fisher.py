@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fisherops import likelihoods
+from fisherops._checks import noting, prefixing
 from fisherops._data import Batch, Data
 from fisherops._draws import CounterDraws, CounterSampler, StreamSampler
 from fisherops._linop import TorchLinearOperator
@@ -469,9 +470,10 @@ class FisherOperator(TorchLinearOperator):
                 continue
             # What is kept must not change with the user's arrays.
             X = map_arrays(Tensor.clone, batch.X) if choosing else batch.X
-            jacobian = self._differentiation.at(point, X)
-            if not choosing:
-                jacobian.settle()
+            with noting(f"batch {batch.number}"):
+                jacobian = self._differentiation.at(point, X)
+                if not choosing:
+                    jacobian.settle()
             reached |= jacobian.reached
             terms = self._terms(jacobian.output, batch)
             _check_finite(jacobian.outputs, batch)
@@ -501,11 +503,14 @@ class FisherOperator(TorchLinearOperator):
 
             if choosing:
                 assert keeper is not None
-                yield keeper.choose(jacobian, make_factor, batch.size, redraw)
+                with noting(f"batch {batch.number}"):
+                    scores = keeper.choose(jacobian, make_factor, batch.size, redraw)
             elif keeper is not None:
-                yield keeper.compute(batch.number, jacobian, make_factor, batch.size)
+                with noting(f"batch {batch.number}"):
+                    scores = keeper.compute(batch.number, jacobian, make_factor, batch.size)
             else:
-                yield RecomputedScores(jacobian, make_factor(), batch.size)
+                scores = RecomputedScores(jacobian, make_factor(), batch.size)
+            yield scores
         if keeper is not None and not choosing and any(scores is not None for scores in keeper.kept):
             return  # not every batch was looked at
         if self._data.num_data:
@@ -532,11 +537,9 @@ class FisherOperator(TorchLinearOperator):
             yield batches
 
     def _terms(self, output: Any, batch: Batch) -> Terms:
-        try:
-            with torch.enable_grad():  # whether a distribution depends on the parameters shows in its graph
-                return self._likelihood.terms(output, batch.y)
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"batch {batch.number}: {error}") from None
+        # Whether a distribution depends on the parameters shows in its graph.
+        with prefixing(f"batch {batch.number}"), torch.enable_grad():
+            return self._likelihood.terms(output, batch.y)
 
     def _read(self) -> None:
         """Read the data once."""
@@ -556,7 +559,8 @@ class FisherOperator(TorchLinearOperator):
             # The pass that follows must find the same random numbers: a loader may shuffle by them.
             with torch.no_grad(), fixed_randomness(self.device, 0), self._batches("normalization") as batches:
                 for batch in batches:
-                    output = self._evaluate(point, batch.X)
+                    with noting(f"batch {batch.number}"):
+                        output = self._evaluate(point, batch.X)
                     divisors.add(self._terms(output, batch))
         self._divisors, self._c = divisors, divisors.total(self._ranks)
 
@@ -572,12 +576,13 @@ class FisherOperator(TorchLinearOperator):
             with self._batches("check") as batches:
                 for batch in batches:
                     X = map_arrays(Tensor.clone, batch.X)
-                    output = self._evaluate(point, X)
+                    with noting(f"batch {batch.number}"):
+                        output = self._evaluate(point, X)
                     writes = writes or any(t._version > 0 for t in leaves(X))
                     f = self._likelihood.flatten(output)
                     divisors.add(self._terms(output, batch))
                     _check_finite(f, batch)
-                    with fixed_randomness(self.device, 2):
+                    with noting(f"batch {batch.number}"), fixed_randomness(self.device, 2):
                         again = flat(point, map_arrays(Tensor.clone, batch.X))
                     tolerance = torch.finfo(f.dtype).eps ** 0.5 * f.abs().max()
                     if again.shape != f.shape or not (again - f).abs().max() <= tolerance:
