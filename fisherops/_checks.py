@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 
@@ -28,3 +30,26 @@ def first_line(error: BaseException) -> str:
     """Return the first line of an error's message without its full stop, or the error's name if it has none."""
     lines = str(error).strip().splitlines()
     return lines[0].rstrip(".") if lines else type(error).__name__
+
+
+@contextmanager
+def noting(where: str) -> Iterator[None]:
+    """Add a note that names the place to exceptions of the user's model, whose type and traceback stay."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(f"Raised for {where}.")
+        raise
+
+
+@contextmanager
+def prefixing(where: str) -> Iterator[None]:
+    """Name the place at the beginning of messages; exceptions that are more than a message get a note."""
+    try:
+        yield
+    except Exception as error:
+        if type(error) in (TypeError, ValueError) and len(error.args) == 1:
+            error.args = (f"{where}: {error}",)
+        else:
+            error.add_note(f"Raised for {where}.")
+        raise

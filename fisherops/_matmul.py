@@ -11,6 +11,10 @@ from torch import Tensor
 # Multiplications from which arranging matrices in blocks pays.
 _LARGE = 128**3
 
+# Products that one call sums: fewer by the kernels for vectors, which matrices of few rows are multiplied by.
+_PIECE_OF_VECTORS, _PIECE_OF_MATRICES = 2**12, 2**18
+_FEW_ROWS = 8
+
 
 def times_transposed(X: Tensor, W: Tensor) -> Tensor:
     """Multiply X Wᵀ, (m, k) and (n, k) → (m, n), fastest where X is contiguous, and W is or its transpose.
@@ -19,8 +23,12 @@ def times_transposed(X: Tensor, W: Tensor) -> Tensor:
     which torch has for convolutions, does, and is twice as fast there. It is taken for matrices that are large enough,
     unless the user has allowed lower precision.
     """
+    (m, k), n = X.shape, len(W)
+    longest = _PIECE_OF_MATRICES if min(m, n) >= _FEW_ROWS else _PIECE_OF_VECTORS
+    if k > 2 * longest and X.dtype == torch.float32:
+        return _in_pieces(X, W, longest)
     if (
-        X.shape[0] * X.shape[1] * W.shape[0] >= _LARGE
+        m * k * n >= _LARGE
         and X.is_contiguous()
         and (W.is_contiguous() or W.T.is_contiguous())  # of others oneDNN makes copies, a hundred times as slow
         and takes_onednn(X)
@@ -28,6 +36,24 @@ def times_transposed(X: Tensor, W: Tensor) -> Tensor:
         product: Tensor = torch.ops.mkldnn._linear_pointwise(X, W, None, "none", [], "")
         return product
     return X @ W.T
+
+
+def _in_pieces(X: Tensor, W: Tensor, longest: int) -> Tensor:
+    """Multiply X Wᵀ a piece of the contracted axis at a time.
+
+    The kernels for vectors add one product after the other, so that sums of millions lose two digits in float32; those
+    for matrices add the sums of some hundred products.
+    """
+    if longest == _PIECE_OF_MATRICES:
+        total = X.new_zeros(len(X), len(W))
+        for x, w in zip(X.split(longest, 1), W.split(longest, 1), strict=True):
+            total += times_transposed(x.contiguous(), w if w.T.is_contiguous() else w.contiguous())
+        return total
+    pieces = X.shape[1] // longest
+    whole = pieces * longest
+    x = X[:, :whole].unflatten(1, (pieces, longest)).transpose(0, 1)
+    w = W[:, :whole].unflatten(1, (pieces, longest)).permute(1, 2, 0)
+    return torch.bmm(x, w).sum(0) + X[:, whole:] @ W[:, whole:].T
 
 
 def takes_onednn(X: Tensor) -> bool:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fisherops import _torch
+from fisherops._checks import noting, prefixing
 from fisherops._data import Batch, Data
 from fisherops._draws import CounterDraws, CounterSampler, StreamSampler
 from fisherops._linop import TorchLinearOperator
@@ -49,7 +50,7 @@ _VECTORS = (
 Item = TypeVar("Item")
 
 # Rows that are summed in the compute precision without compensation.
-_ROWS_PER_SUM = 8192
+_ROWS_PER_SUM = 4096
 
 
 class Kept(NamedTuple):
@@ -454,9 +455,10 @@ class FisherOperator(TorchLinearOperator):
                 continue
             # What is kept must not change with the user's arrays.
             X = map_arrays(Tensor.clone, batch.X) if choosing else batch.X
-            evaluation = self._problem.evaluate(X, point)
-            if not choosing:
-                evaluation.choose_mode()
+            with noting(f"batch {batch.number}"):
+                evaluation = self._problem.evaluate(X, point)
+                if not choosing:
+                    evaluation.choose_mode()
             reached |= evaluation.reached
             terms = self._terms(evaluation.output, batch)
             _check_finite(evaluation.outputs, batch)
@@ -486,11 +488,14 @@ class FisherOperator(TorchLinearOperator):
 
             if choosing:
                 assert keeper is not None
-                yield keeper.choose(evaluation, make_factor, batch.size, redraw)
+                with noting(f"batch {batch.number}"):
+                    scores = keeper.choose(evaluation, make_factor, batch.size, redraw)
             elif keeper is not None:
-                yield keeper.compute(evaluation, make_factor, batch.size)
+                with noting(f"batch {batch.number}"):
+                    scores = keeper.compute(evaluation, make_factor, batch.size)
             else:
-                yield RecomputedScores(evaluation, make_factor(), batch.size)
+                scores = RecomputedScores(evaluation, make_factor(), batch.size)
+            yield scores
         if keeper is not None and not choosing and any(scores is not None for scores in keeper.kept):
             return  # not every batch was looked at
         if self._data.num_data:
@@ -517,11 +522,9 @@ class FisherOperator(TorchLinearOperator):
             yield batches
 
     def _terms(self, output: Any, batch: Batch) -> Terms:
-        try:
-            with torch.enable_grad():  # whether a distribution depends on the parameters shows in its graph
-                return self._likelihood.terms(output, batch.y)
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"batch {batch.number}: {error}") from None
+        # Whether a distribution depends on the parameters shows in its graph.
+        with prefixing(f"batch {batch.number}"), torch.enable_grad():
+            return self._likelihood.terms(output, batch.y)
 
     def _read(self) -> None:
         """Read the data once."""
@@ -541,7 +544,8 @@ class FisherOperator(TorchLinearOperator):
             # The pass that follows must find the same random numbers: a loader may shuffle by them.
             with _torch.fixed_randomness(self.device, 0), self._batches("normalization") as batches:
                 for batch in batches:
-                    with torch.enable_grad():  # models may differentiate inside
+                    # With a graph, because models may differentiate inside.
+                    with noting(f"batch {batch.number}"), torch.enable_grad():
                         output = self._problem.call(point, batch.X)
                     divisors.add(self._terms(output, batch))
         self._divisors, self._c = divisors, divisors.total(self._ranks)
@@ -566,7 +570,8 @@ class FisherOperator(TorchLinearOperator):
         with problem.isolated(), torch.no_grad(), problem.model.refuse_faults():
             with self._batches("check") as batches:
                 for batch in batches:
-                    output, f, same, wrote = problem.evaluate_twice(batch.X)
+                    with noting(f"batch {batch.number}"):
+                        output, f, same, wrote = problem.evaluate_twice(batch.X)
                     writes = writes or wrote
                     divisors.add(self._terms(output, batch))
                     _check_finite(f, batch)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fisherops._checks import prefixing
 from fisherops.likelihoods.base import Draws, Likelihood, Terms
 from fisherops.likelihoods.factors import Combined, OutputFactor
 
@@ -53,10 +54,8 @@ class Heads(Likelihood):
         targets = self._parts(y, "targets y")
         terms = []
         for (key, head), part, target in zip(self._heads.items(), self._parts(output), targets, strict=True):
-            try:
+            with prefixing(f"head {key!r}"):
                 terms.append(head.terms(part, target))
-            except (TypeError, ValueError) as error:
-                raise type(error)(f"head {key!r}: {error}") from None
         return Terms(None, [float(own.divisor) for own in terms], terms)
 
     def scale(self, f: Tensor, terms: Terms, c: Tensor) -> Tensor:

@@ -7,16 +7,20 @@ transposed, so that each is contiguous: V (K, d), W (K, N, q).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Self
 
 import torch
 from torch import Tensor
 
 from fisherops._matmul import times_transposed
+from fisherops._sums import CompensatedSum, SegmentSum
 
 # Numbers of a matrix that is large enough for the kernels, and stays in the processor's cache.
 _FILLING = 2**21
+
+# Products that one kernel sums in the compute precision: more of them would lose digits.
+_TERMS = 2**12
 
 
 class Part(ABC):
@@ -40,11 +44,13 @@ class Part(ABC):
 
     def diagonal(self) -> Tensor:
         """Return the squared norms of the columns, (d,)."""
-        total = self.dense(0, 1).square().sum((0, 1))
-        step = max(1, _FILLING // total.numel())
+        first = self.dense(0, 1).square().sum((0, 1))
+        total = CompensatedSum(first)
+        total.add(first)
+        step = max(1, _FILLING // first.numel())
         for n in range(1, self.count, step):
-            total += self.dense(n, n + step).square().sum((0, 1))
-        return total
+            total.add(self.dense(n, n + step).square().sum((0, 1)))
+        return total.value()
 
     @property
     @abstractmethod
@@ -83,11 +89,11 @@ class RowsPart(Part):
 
     def apply(self, V: Tensor) -> Tensor:
         N, q, d = self._rows.shape
-        return (V @ self._rows.view(N * q, d).T).view(-1, N, q)
+        return times_transposed(V, self._rows.view(N * q, d)).view(-1, N, q)
 
     def apply_transposed(self, W: Tensor, out: Tensor) -> None:
         N, q, d = self._rows.shape
-        out.copy_(W.reshape(-1, N * q) @ self._rows.view(N * q, d))
+        out.copy_(times_transposed(W.reshape(-1, N * q), self._rows.view(N * q, d).T))
 
     def dense(self, start: int = 0, stop: int | None = None) -> Tensor:
         return self._rows[start:stop]
@@ -159,7 +165,9 @@ class LinearPart(Part):
 
     def dense(self, start: int = 0, stop: int | None = None) -> Tensor:
         letters = "qont,nti->nqoi" if self._rows_are_outputs else "qont,nti->nqio"
-        return torch.einsum(letters, self._B[:, :, start:stop], self._A[start:stop]).flatten(2)
+        A, B = self._A[start:stop], self._B[:, :, start:stop]
+        pieces = zip(B.split(_TERMS, 3), A.split(_TERMS, 1), strict=True)
+        return _total(torch.einsum(letters, b, a) for b, a in pieces).flatten(2)
 
     def gram(self, other: LinearPart) -> Tensor:
         def inputs(mine: slice, theirs: slice) -> Tensor:
@@ -212,22 +220,27 @@ class EmbeddingPart(Part):
 
     def __init__(self, index: Tensor, B: Tensor, count: int) -> None:
         self._index, self._B, self._count = index, B.contiguous(), count
+        self._sum = SegmentSum(index.reshape(-1), count)
 
     def apply(self, V: Tensor) -> Tensor:
         d = self._B.shape[3]
-        looked_up = V.reshape(len(V), self._count, d)[:, self._index]
-        return torch.einsum("kntd,nqtd->knq", looked_up, self._B)
+        table = V.reshape(len(V), self._count, d)
+        step = max(1, _TERMS // d)
+        pieces = zip(self._index.split(step, 1), self._B.split(step, 2), strict=True)
+        return _total(torch.einsum("kntd,nqtd->knq", table[:, index], b) for index, b in pieces)
 
     def apply_transposed(self, W: Tensor, out: Tensor) -> None:
         K, d = len(W), self._B.shape[3]
         weighted = torch.einsum("knq,nqtd->kntd", W, self._B)
-        table = out.zero_().view(K, self._count, d)
-        table.index_add_(1, self._index.reshape(-1), weighted.reshape(K, -1, d))
+        self._sum(weighted.reshape(K, -1, d), out.view(K, self._count, d))
 
     def dense(self, start: int = 0, stop: int | None = None) -> Tensor:
         B, index = self._B[start:stop], self._index[start:stop]
-        rows = B.new_zeros(*B.shape[:2], self._count, B.shape[3])
-        return rows.scatter_add_(2, index[:, None, :, None].expand(B.shape), B).flatten(2)
+        N, q, _, d = B.shape
+        rows = B.new_empty(q, N * self._count, d)
+        own = index + self._count * torch.arange(N, device=index.device)[:, None]
+        SegmentSum(own.reshape(-1), N * self._count)(B.transpose(0, 1).reshape(q, -1, d), rows)
+        return rows.view(q, N, -1).transpose(0, 1)
 
     def gram(self, other: EmbeddingPart) -> Tensor:
         def inputs(mine: slice, theirs: slice) -> Tensor:
@@ -242,12 +255,21 @@ class EmbeddingPart(Part):
 
     @property
     def nbytes(self) -> int:
-        return self._B.nbytes + self._index.nbytes
+        return self._B.nbytes + self._index.nbytes + self._sum.nbytes
 
     @property
     def numbers_per_column(self) -> int:
         N, _, T, d = self._B.shape
-        return N * T * d + self._count * d
+        return (N * T + self._sum.rows + self._count) * d
+
+
+def _total(terms: Iterator[Tensor]) -> Tensor:
+    first = next(terms)
+    total = CompensatedSum(first)
+    total.add(first)
+    for term in terms:
+        total.add(term)
+    return total.value()
 
 
 def _gram(inputs: Callable[[slice, slice], Tensor], B: Tensor, B_other: Tensor) -> Tensor:
