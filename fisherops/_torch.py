@@ -5,7 +5,9 @@ A torch that lacks one of these names answers "unknown", never with an error; `t
 
 from __future__ import annotations
 
+import functools
 import threading
+import types
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from typing import Any
@@ -263,3 +265,31 @@ def has_fused_attention(nodes: list[Any]) -> bool:
 def uses_reentrant_checkpoints(nodes: list[Any]) -> bool:
     """Whether a graph goes through `torch.utils.checkpoint` in its reentrant form, which hides parameters."""
     return any("CheckpointFunctionBackward" in node.name() for node in nodes)
+
+
+# ---- Calls ------------------------------------------------------------------------------------
+
+_NO_OVERRIDES = {
+    name: lambda *_: False
+    for name in ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
+}  # fmt: skip
+
+
+@functools.cache
+def body_of(function: types.FunctionType) -> Callable[..., Any]:
+    """Return a Python function of torch without its first lines, which would hand it over to the active mode again."""
+    names = {**function.__globals__, **_NO_OVERRIDES}
+    copy = types.FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy
+
+
+@functools.lru_cache(4096)
+def name_of(function: Any) -> str:
+    """Return the name of an operation of torch, without its namespace and overload; in-place ones keep the last _."""
+    if isinstance(function, torch._ops.OpOverload):
+        return str(function.name()).split("::")[1].split(".")[0].removeprefix("_")
+    name: str = getattr(function, "__name__", "")
+    if name == "__get__":
+        return "get"  # an attribute, such as W.T
+    return name.strip("_") if name.startswith("_") else name

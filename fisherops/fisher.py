@@ -28,9 +28,9 @@ from fisherops.problem import Evaluation, Parameters, Problem
 from fisherops.score_matrix import ScoreMatrix
 from fisherops.scores import (
     CACHES,
-    HeldScores,
     InOrder,
     Keeper,
+    MaterializedBatch,
     Plan,
     RecomputedScores,
     Scores,
@@ -258,11 +258,11 @@ class FisherOperator(TorchLinearOperator):
         return self._sharding.whole(local.to(self.device, self.torch_dtype), self.shape[0])
 
     @contextmanager
-    def _held_pass(self, description: str, V: Tensor | None = None) -> Iterator[list[HeldScores]]:
+    def _held_pass(self, description: str, V: Tensor | None = None) -> Iterator[list[MaterializedBatch]]:
         """Go through G where the parameters are sharded: all batches are held."""
         marks: dict[str, Any] = {} if V is None else {"the number of columns": V.shape[1]}
         with self._pass(description, **marks) as batches:
-            held = [scores for scores in batches if isinstance(scores, HeldScores)]
+            held = [scores for scores in batches if isinstance(scores, MaterializedBatch)]
             yield held
 
     def _sum(self, terms: Iterable[Tensor], *shape: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -456,7 +456,7 @@ class FisherOperator(TorchLinearOperator):
             # What is kept must not change with the user's arrays.
             X = map_arrays(Tensor.clone, batch.X) if choosing else batch.X
             with noting(f"batch {batch.number}"):
-                evaluation = self._problem.evaluate(X, point)
+                evaluation = self._problem.evaluate(X, point, records=self._cache != "linearization")
                 if not choosing:
                     evaluation.choose_mode()
             reached |= evaluation.reached

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fisherops._linop import TorchLinearOperator, Transposed
 from fisherops._sums import CompensatedSum
-from fisherops.scores import HeldScores, Scores, sharded
+from fisherops.scores import MaterializedBatch, Scores, sharded
 
 if TYPE_CHECKING:
     from fisherops.fisher import FisherOperator
@@ -111,19 +111,20 @@ class ScoreMatrix(TorchLinearOperator):
         return result
 
     def _gram_of_held(self, batches: list[Scores] | None) -> Tensor | None:
-        """Multiply every two batches that are held, whatever rank holds them; None where some are not, or not alike."""
+        """Multiply every two batches that are held, whatever rank holds them; None if some are not."""
         ranks = self._ranks
-        own = [scores for scores in batches or [] if isinstance(scores, HeldScores)]
-        layouts = [scores.layout for scores in own] if batches is not None and len(own) == len(batches) else [None]
-        known = ranks.share(layouts)
-        if len({layout for by_rank in known for layout in by_rank} | {None}) > 2 or any(None in k for k in known):
+        own = [scores for scores in batches or [] if isinstance(scores, MaterializedBatch)]
+        known = ranks.share(len(own) if batches is not None and len(own) == len(batches) else None)
+        if None in known:
             return None
+        if ranks.size > 1:
+            own = [scores.without_graphs() for scores in own]
         # A rank fills in the blocks that it finds, and leaves zeros for the others.
         R = self.shape[0]
         result = torch.zeros(R, R, dtype=self.torch_dtype, device=self.device)
         column = 0
-        for source, by_rank in enumerate(known):
-            for k in range(len(by_rank)):
+        for source, count in enumerate(known):
+            for k in range(count):
                 other = ranks.broadcast(own[k] if source == ranks.rank else None, source)
                 row = self._own.start
                 for j, scores in enumerate(own):

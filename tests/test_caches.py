@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fisherops as fo
 from fisherops.problem import Evaluation
-from fisherops.scores.held import HeldScores
+from fisherops.scores.batch import MaterializedBatch
 
 CACHES = ("auto", "scores", "factors", "linearization", "none")
 
@@ -349,13 +349,13 @@ def test_fewer_columns_where_memory_is_short(monkeypatch, cache, message):
     error = torch.OutOfMemoryError if "CUDA" in message else RuntimeError
     widths = []
 
-    def short(self, V, product=HeldScores.product):
+    def short(self, V, product=MaterializedBatch.product):
         widths.append(V.shape[1])
         if V.shape[1] > limit:
             raise error(message)
         return product(self, V)
 
-    monkeypatch.setattr(HeldScores, "product", short)
+    monkeypatch.setattr(MaterializedBatch, "product", short)
     limit = 7
     assert_same(op @ V, expected, case.dtype)
     assert max(widths) == 40
@@ -378,7 +378,7 @@ def test_memory_that_runs_out_while_rows_are_built(monkeypatch):
     def short(self, form):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("fisherops.scores.hold.RowsBuilder.build", short)
+    monkeypatch.setattr("fisherops.scores.build.RowsBuilder.build", short)
     op = fo.FisherMCLinearOperator(case.model, case.loss, data=case.data)
     assert_same(op @ np.eye(case.D), expected, case.dtype)
     assert "linearization" in str(op.plan)

@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 
 import fisherops as fo
 from fisherops.scores import rows as rows_module
-from fisherops.scores.held import HeldScores
+from fisherops.scores.batch import MaterializedBatch
 
 
 def operator(model, data, loss=None, **options):
@@ -396,11 +396,11 @@ def test_rows_do_not_depend_on_the_size_of_blocks(architecture, loss, samples, b
 @pytest.mark.parametrize("gap", [0, 7])
 def test_products_with_dense_rows_by_every_kernel(monkeypatch, dtype, count, length, K, gap):
     """Few long rows, blocks of rows, and all at once; with parameters between that have no rows."""
-    monkeypatch.setattr("fisherops.scores.held._CACHED_BYTES", 2**19)
+    monkeypatch.setattr("fisherops.scores.batch._CACHED_BYTES", 2**19)
     generator = torch.Generator().manual_seed(0)
     G = torch.randn(count, length, dtype=dtype, generator=generator)
     spans = [(0, 1000), (1000 + gap, length + gap)] if gap else [(0, length)]
-    held = HeldScores(G, spans, [], count, length + gap)
+    held = MaterializedBatch(G, spans, [], count, length + gap)
     whole = torch.cat([G[:, :1000], G.new_zeros(count, gap), G[:, 1000:]], 1).double()
     V = torch.randn(length + gap, K, dtype=dtype, generator=generator)
     W = torch.randn(count, K, dtype=dtype, generator=generator)

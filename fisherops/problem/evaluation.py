@@ -16,6 +16,8 @@ from torch.func import jvp, vmap
 from fisherops import _torch
 from fisherops._checks import first_line
 from fisherops._memory import is_memory_error
+from fisherops.problem.calls import Calls, Kernels, Recorder, Use
+from fisherops.problem.rules import RULES
 
 if TYPE_CHECKING:
     from fisherops.problem.problem import Problem
@@ -54,9 +56,8 @@ class GraphFacts:
     """How J v is computed, once that has agreed with reverse mode."""
     linearizes: bool = False
     """Whether the derivative of u ↦ Jᵀu has agreed with reverse mode."""
-    positions: dict[tuple[int, int], dict[str, bool]] = field(default_factory=dict)
-    """By numbers of data and of rows for each, once rows have agreed with reverse mode: for each parameter whether the
-    data lie on the second axis."""
+    rows: dict[tuple[int, int], Any] = field(default_factory=dict)
+    """By numbers of data and of rows for each: what is known of rows that have agreed with reverse mode."""
     vectorizes: dict[str, bool] = field(default_factory=dict)
     """Whether vmap can take the model, by purpose."""
 
@@ -106,6 +107,8 @@ class Evaluation:
         The values of the parameters.
     X : object
         The inputs of the batch.
+    records : bool
+        Whether uses of parameters are recorded, to build rows from them.
 
     Attributes
     ----------
@@ -115,12 +118,17 @@ class Evaluation:
         What the model returned, with a graph.
     reached : frozenset of str
         The parameters that the outputs of this batch depend on.
+    uses : list of (Use, tuple of str)
+        What was done with parameters, and with which.
+    missed : dict
+        Parameters that the outputs depend on in another way, and why they were not seen.
     facts : GraphFacts
         What is known of graphs like this one.
     """
 
-    def __init__(self, problem: Problem, point: Mapping[str, Tensor], X: Any) -> None:
+    def __init__(self, problem: Problem, point: Mapping[str, Tensor], X: Any, records: bool = True) -> None:
         self.problem = problem
+        self.records = records
         self.point = point
         self.X = X
         self._linear: tuple[Tensor, tuple[Tensor | None, ...]] | None = None
@@ -139,8 +147,17 @@ class Evaluation:
         problem = self.problem
         leaves = problem.model.leaves(self.point)
         with torch.enable_grad(), mode.kernels(), _torch.eager():
-            self.output = problem.call(leaves, self.X)
-            f = problem.likelihood.flatten(self.output).to(problem.parameters.dtype)
+            f, recorder = self._recorded(leaves, problem.front)
+            missed = recorder.missed(f) if recorder is not None else []
+            if missed and problem.front is Calls and not problem.hides:
+                # A model that differentiates inside: the kernels of its backward passes are seen, but not as calls.
+                again, other = self._recorded(leaves, Kernels)
+                if other is not None and len(other.missed(again)) < len(missed):
+                    f, recorder, missed = again, other, other.missed(again)
+                    problem.front = Kernels
+                else:
+                    problem.hides = True
+                    f, recorder = self._recorded(leaves, problem.front)
         self.kernels = mode.kernels
         self._graph: tuple[Tensor, list[Tensor]] = f, list(leaves.values())
         self.outputs = f.detach()
@@ -161,7 +178,34 @@ class Evaluation:
             )
         self.reached = frozenset(name for name, leaf in leaves.items() if id(leaf) in reached)
         self.custom_functions = _torch.custom_functions(self.nodes)
+        self._note_uses(recorder, missed)
         self.facts = problem.facts.of(self)
+
+    def _recorded(self, leaves: dict[str, Tensor], front: Any) -> tuple[Tensor, Recorder | None]:
+        """Evaluate the model: f with its graph, and what was recorded of the uses of parameters."""
+        problem = self.problem
+
+        def evaluate() -> Tensor:
+            self.output = problem.call(leaves, self.X)
+            return problem.likelihood.flatten(self.output).to(problem.parameters.dtype)
+
+        if not self.records:
+            return evaluate(), None
+        recorder = Recorder(leaves, self.X, problem.version.tensors(), problem.model, RULES)
+        try:
+            with front(recorder):
+                return evaluate(), recorder
+        except Exception:
+            # Some operations cannot be seen (`torch.cond`); if the model itself is at fault, it fails again.
+            return evaluate(), None
+
+    def _note_uses(self, recorder: Recorder | None, missed: list[str]) -> None:
+        self.uses: list[tuple[Use, tuple[str, ...]]] = []
+        self.missed: dict[str, str] = dict.fromkeys(self.reached, "the model cannot be evaluated while calls are seen")
+        if recorder is not None:
+            recorder.settle()
+            self.uses = [(use, recorder.owners(use)) for use in recorder.uses if use.source is not None]
+            self.missed = dict.fromkeys(missed, "used past the calls of torch that are seen")
 
     @property
     def graph(self) -> tuple[Tensor, dict[str, Tensor]]:

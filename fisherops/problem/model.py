@@ -27,6 +27,8 @@ class ModelFunction:
     def __init__(self) -> None:
         self._called: set[nn.Module] = set()
         """Modules that evaluations were seen to call."""
+        self.substitutes: dict[int, Tensor] = {}
+        """By identity, the tensors that modules find in place of their own during an evaluation."""
 
     def __call__(self, point: Mapping[str, Tensor], X: Any) -> Any:
         """Evaluate the model; what it stores in its modules is put back."""
@@ -64,7 +66,7 @@ class ModelFunction:
             handle.remove()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_called": set()}
+        return {**vars(self), "_called": set(), "substitutes": {}}
 
 
 def as_function(model_func: Any, parameters: Parameters, functional: bool) -> ModelFunction:
@@ -134,7 +136,7 @@ class _ModuleFunction(ModelFunction):
             # copied.
             return self._convert(t.detach() if isinstance(t, nn.Parameter) else _copied(t))
 
-        with _Restoring(self._module.modules(), substitute):
+        with _Restoring(self._module.modules(), substitute) as self.substitutes:
             return self._module(X)
 
     def tensors(self) -> list[Tensor]:
@@ -193,7 +195,7 @@ class _ShardedModule(_ModuleFunction):
             )
 
     def __call__(self, point: Mapping[str, Tensor], X: Any) -> Any:  # noqa: ARG002 (at its own values)
-        with _Restoring(called=self._called):
+        with _Restoring(called=self._called) as self.substitutes:
             output = self._module(X)
         reshard(self._module)
         return output
@@ -211,7 +213,7 @@ class _PureFunction(ModelFunction):
         self.converts = parameters.converts
 
     def __call__(self, point: Mapping[str, Tensor], X: Any) -> Any:
-        with _Restoring(self._called, _copied_unless_parameter, self._called):
+        with _Restoring(self._called, _copied_unless_parameter, self._called) as self.substitutes:
             return self._function(dict(point), X)
 
     def tensors(self) -> list[Tensor]:
@@ -249,7 +251,7 @@ class _ClosureFunction(ModelFunction):
             for t in hidden:
                 stack.callback(t.requires_grad_, False)
                 t.requires_grad_()
-            stack.enter_context(_Restoring(self._called, substitute, self._called))
+            self.substitutes = stack.enter_context(_Restoring(self._called, substitute, self._called))
             stack.enter_context(_Substitution(leaves))
             return self._function(X)
 
@@ -290,15 +292,17 @@ class _Restoring:
         self._before: list[tuple[Any, Any]] = []
         self._known: set[nn.Module] = set()
         self._new: dict[int, Tensor] = {}
+        self._made: dict[int, Tensor] = {}
         # Tensors that parameters and buffers of modules that were first seen when called stand for, by module's dict.
         self._swapped: list[tuple[dict[str, Any], str, Tensor, Tensor]] = []
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> dict[int, Tensor]:
         try:
             self._enter()
         except BaseException:
             self.__exit__()
             raise
+        return self._made
 
     def _enter(self) -> None:
         for module in self._modules:
@@ -336,10 +340,12 @@ class _Restoring:
 
     def _other(self, t: Tensor) -> Tensor:
         if id(t) not in self._new:
-            self._new[id(t)] = self._substitute(t)
+            new = self._new[id(t)] = self._substitute(t)
+            self._made[id(new)] = new
         return self._new[id(t)]
 
     def __exit__(self, *_: object) -> None:
+        self._made.clear()
         if self._hook is not None:
             self._hook.remove()
         for holder, name, ours, before in self._swapped:

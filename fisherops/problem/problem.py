@@ -13,6 +13,7 @@ from fisherops import _torch, likelihoods
 from fisherops._sharding import is_sharded, reshard
 from fisherops._tree import leaves, map_arrays
 from fisherops.likelihoods import Likelihood
+from fisherops.problem.calls import Calls, Kernels
 from fisherops.problem.evaluation import MODES, Evaluation, GraphFacts
 from fisherops.problem.model import as_function
 from fisherops.problem.parameters import Parameters, as_dtype, select
@@ -74,7 +75,7 @@ class Problem:
         self.model = as_function(model_func, self.parameters, functional=isinstance(params, Mapping))
         self.clones_inputs = True
         """Whether inputs are copied for each evaluation, because the model may write into them."""
-        self.facts, self.mode = Facts(), MODES[0]
+        self._forget()
         self.version = Version(self.model.watched, loss_func)
         self._seen = self.version.structure, self.version.loss
 
@@ -91,17 +92,23 @@ class Problem:
         if self.version.loss != loss:
             self.likelihood = likelihoods.of_loss(self._loss_func)
         if self.version.structure != structure:
-            self.facts, self.mode = Facts(), MODES[0]
+            self._forget()
         return number
+
+    def _forget(self) -> None:
+        self.facts, self.mode = Facts(), MODES[0]
+        # How uses of parameters are seen, and whether some cannot be.
+        self.front: type[Calls | Kernels] = Calls
+        self.hides = False
 
     def isolated(self) -> AbstractContextManager[None]:
         """Evaluate inside as if nothing else ran in the process, and leave no trace."""
         return _torch.isolated(self.device)
 
-    def evaluate(self, X: Any, point: Mapping[str, Tensor] | None = None) -> Evaluation:
+    def evaluate(self, X: Any, point: Mapping[str, Tensor] | None = None, records: bool = True) -> Evaluation:
         """Evaluate the model on the inputs of a batch with a graph: at the present parameters, or at a point."""
         with self.isolated():
-            return Evaluation(self, self.parameters.point() if point is None else point, X)
+            return Evaluation(self, self.parameters.point() if point is None else point, X, records)
 
     def call(self, point: Mapping[str, Tensor], X: Any, seed: int = _SEED) -> Any:
         """Return the model's output at a point; every evaluation sees the same random numbers."""

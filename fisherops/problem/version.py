@@ -96,6 +96,10 @@ class Version:
             if model.grew() or model.changed():
                 model.renew()
 
+    def tensors(self) -> list[Tensor]:
+        """Return the tensors that the model is known to hold."""
+        return self._watches[0].tensors
+
     def note_step(self, parameters: set[int]) -> None:
         """Note that an optimizer has changed the parameters with these identities."""
         self._stepped = self._stepped or not parameters.isdisjoint(self._watches[0].tensor_ids)
@@ -116,7 +120,7 @@ class _Watch:
         """Take the present state as the known one."""
         self._readers: list[Callable[[], Iterable[Any]]] = []
         self._empty: list[Any] = []
-        self._tensors: list[Tensor] = []
+        self.tensors: list[Tensor] = []
         structure: list[Any] = []
         seen: set[int] = set()
         waiting = list(self._roots())
@@ -126,7 +130,7 @@ class _Watch:
                 continue
             seen.add(id(x))
             if isinstance(x, Tensor):
-                self._tensors.append(x)
+                self.tensors.append(x)
                 continue
             if isinstance(x, dict | list | set) and not x:
                 self._empty.append(x)  # most mappings of modules, which are looked at fastest so
@@ -142,10 +146,10 @@ class _Watch:
         self._held = waiting
         self._ids = self._read()
         self._marks = self._read_marks()
-        self.tensor_ids = set(map(id, self._tensors))
-        few = sum(t.numel() for t in self._tensors) <= _FEW_ENTRIES
+        self.tensor_ids = set(map(id, self.tensors))
+        few = sum(t.numel() for t in self.tensors) <= _FEW_ENTRIES
         views: dict[Any, list[Tensor]] = {}
-        for t in self._tensors:
+        for t in self.tensors:
             view = _torch.memory_of(t, _FEW_ENTRIES if few else _SAMPLE)
             if view is not None:
                 views.setdefault((view.dtype, view.device), []).append(view)
@@ -173,9 +177,9 @@ class _Watch:
 
     def _read_marks(self) -> Sequence[int | None]:
         try:
-            return [t._version for t in self._tensors] + [t.data_ptr() for t in self._tensors]
+            return [t._version for t in self.tensors] + [t.data_ptr() for t in self.tensors]
         except (AttributeError, RuntimeError, NotImplementedError):  # some tensor has no counter, or no memory
-            tensors = self._tensors
+            tensors = self.tensors
             return [*map(_torch.version_of, tensors), *map(_torch.address_of, tensors)]
 
     def _contents_differ(self) -> bool:
@@ -207,7 +211,7 @@ def _readers(x: Any, root: bool) -> Iterator[Callable[[], Iterable[Any]]]:
             yield x.values if isinstance(x, dict) else x.__iter__
     elif isinstance(x, types.FunctionType):
         if not (x.__module__ or "").startswith("torch."):
-            yield functools.partial(_captured, x)
+            yield functools.partial(_captured, x, root)
     elif isinstance(x, types.MethodType):
         yield lambda: (x.__self__, x.__func__)
         yield from _readers(x.__self__, True)
@@ -217,7 +221,7 @@ def _readers(x: Any, root: bool) -> Iterator[Callable[[], Iterable[Any]]]:
         yield vars(x).values
 
 
-def _captured(function: types.FunctionType) -> list[Any]:
+def _captured(function: types.FunctionType, root: bool) -> list[Any]:
     """List what a function reads beside its arguments: captured variables, defaults, and globals that are data."""
     found: list[Any] = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
     for cell in function.__closure__ or ():
@@ -229,7 +233,7 @@ def _captured(function: types.FunctionType) -> list[Any]:
     for name in function.__code__.co_names:
         x = own.get(name)
         if isinstance(x, Tensor | nn.Module | int | float) or (
-            isinstance(x, types.FunctionType) and x.__module__ == function.__module__
+            isinstance(x, types.FunctionType) and (root or x.__module__ == function.__module__)
         ):
             found.append(x)
     return found

@@ -4,16 +4,17 @@ Every form offers the same for one batch: ``product`` (GᵀG V), ``apply`` (G V)
 with the rows of G ordered by block of the output factor and then by vector.
 """
 
-from fisherops.scores.held import HeldScores
-from fisherops.scores.plan import CACHES, Keeper, Plan, PlanWarning, Scores
+from fisherops.scores.batch import MaterializedBatch
+from fisherops.scores.build import PlanWarning
+from fisherops.scores.plan import CACHES, Keeper, Plan, Scores
 from fisherops.scores.recompute import RecomputedScores
 from fisherops.scores.spill import InOrder
 
 __all__ = [
     "CACHES",
-    "HeldScores",
     "InOrder",
     "Keeper",
+    "MaterializedBatch",
     "Plan",
     "PlanWarning",
     "RecomputedScores",

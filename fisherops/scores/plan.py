@@ -8,14 +8,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fisherops._memory import is_memory_error
-from fisherops.problem.evaluation import ELEMENTARY_ATTENTION, Evaluation
+from fisherops.problem.evaluation import ELEMENTARY_ATTENTION, Evaluation, ModesError
+from fisherops.scores.batch import MaterializedBatch
+from fisherops.scores.build import CannotHoldError, PlanWarning, RowsBuilder
 from fisherops.scores.factor import Factor
-from fisherops.scores.held import HeldScores
-from fisherops.scores.hold import CannotHoldError, RowsBuilder
 from fisherops.scores.recompute import RecomputedScores
 from fisherops.scores.spill import InOrder, Spill, SpilledScores, loaded
 
-Scores = HeldScores | RecomputedScores
+Scores = MaterializedBatch | RecomputedScores
 
 CACHES = ("auto", "scores", "factors", "linearization", "none")
 
@@ -135,7 +135,7 @@ class Keeper:
         left = self.plan.max_memory - self.plan.nbytes
         if cache in ("auto", "scores", "factors") and evaluation.reached:
             try:
-                return self._rows(evaluation, make_factor, size, left)
+                return self._rows(evaluation, make_factor, size, left, patient=cache != "auto")
             except CannotHoldError as error:
                 if evaluation.problem.sharded:
                     raise NotImplementedError(
@@ -144,7 +144,8 @@ class Keeper:
                     ) from None
                 if cache != "auto":
                     raise NotImplementedError(
-                        f"cache={cache!r} cannot be had for this model: {error}. Use cache='auto' or 'linearization'."
+                        f"cache={cache!r} is not supported for this model: {error}. Use cache='auto' or "
+                        "'linearization'."
                     ) from None
                 reason = str(error)
         form, nbytes = "none", 0
@@ -161,7 +162,13 @@ class Keeper:
         if form == "none":
             return self._computed(evaluation, make_factor, size, reason)
         if not evaluation.linearize():
-            evaluation.choose_mode()
+            try:
+                evaluation.choose_mode()
+            except ModesError as error:
+                if cache != "auto" or error.disagrees:
+                    raise
+                # Neither rows by datum nor products with J: what is left is right, and slow.
+                return self._rows(evaluation, make_factor, size, left, patient=True)
         self._redraws.append(redraw)
         return self._note(RecomputedScores(evaluation, make_factor(), size), size, form, nbytes, reason)
 
@@ -170,19 +177,21 @@ class Keeper:
 
         They take one pass backward and 4 flops for each weight and datum, and J v and Jᵀu about 8.
         """
-        evaluation.choose_mode()
+        try:
+            evaluation.choose_mode()
+        except ModesError as error:
+            if error.disagrees:
+                raise
+            return RowsBuilder(evaluation, make_factor(), size).build("factors", patient=True)[0]
         factor = make_factor()
         if evaluation.reached and not evaluation.custom_functions:
             try:
                 builder = RowsBuilder(evaluation, factor, size)
                 cheap = builder.vectors <= _FEW_VECTORS and builder.every_use_is_known
                 if cheap and builder.nbytes("factors") <= 2 * evaluation.saved_bytes():
-                    held = builder.build_again()
-                    if held is not None:
-                        return held
-                    held, differentiated = builder.build("factors")
+                    batch, differentiated = builder.build("factors")
                     if not differentiated:
-                        return held
+                        return batch
             except CannotHoldError:
                 pass
         return RecomputedScores(evaluation, factor, size)
@@ -205,7 +214,9 @@ class Keeper:
         if self._spill is not None:
             self._spill.close()
 
-    def _rows(self, evaluation: Evaluation, make_factor: Callable[[], Factor], size: int, left: int) -> Scores:
+    def _rows(
+        self, evaluation: Evaluation, make_factor: Callable[[], Factor], size: int, left: int, patient: bool
+    ) -> Scores:
         evaluation.check_custom_functions()
         builder = RowsBuilder(evaluation, make_factor(), size)
         if self.plan.cache == "auto" and builder.vectors > _MANY_VECTORS:
@@ -219,7 +230,7 @@ class Keeper:
             for form in ("factors",) if evaluation.problem.sharded else forms:
                 nbytes = builder.nbytes(form)
                 if nbytes <= limit:
-                    held, differentiated = builder.build(form)
+                    held, differentiated = builder.build(form, patient)
                     nbytes = held.nbytes
                 if nbytes <= limit:
                     break
@@ -245,9 +256,8 @@ class Keeper:
             return self._computed(evaluation, make_factor, size, reason)
         reason = "every parameter's rows by the operation that uses it"
         if differentiated:
-            reason = (
-                f"rows of {', '.join(differentiated)} differentiated datum by datum, the others by their operations"
-            )
+            listed = ", ".join(f"{name} ({why})" for name, why in differentiated.items())
+            reason = f"rows of {listed} differentiated datum by datum, the others by their operations"
         if held.nbytes <= left or self._spill is None:
             return self._note(held, size, held.description, held.nbytes, reason)
         file = self._spill.write(held)
@@ -268,7 +278,7 @@ class Keeper:
     def _computed(self, evaluation: Evaluation, make_factor: Callable[[], Factor], size: int, reason: str) -> Scores:
         """Return G of a batch that will not be kept, and note it."""
         scores = self.compute(evaluation, make_factor, size)
-        if isinstance(scores, HeldScores):
+        if isinstance(scores, MaterializedBatch):
             reason = f"{reason}; rows are built anew in every product"
         return self._note(scores, size, "none", 0, reason)
 
@@ -276,10 +286,6 @@ class Keeper:
         self.plan.entries.append(Entry(size, form, nbytes, reason))
         self.kept.append(scores if form != "none" else None)
         return scores
-
-
-class PlanWarning(UserWarning):
-    """The rows of G cannot be kept for this model, so that products take longer."""
 
 
 def _bytes(n: int) -> str:

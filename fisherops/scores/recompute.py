@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from fisherops.problem.evaluation import Evaluation
+from fisherops.scores.build import CannotHoldError, RowsBuilder
 from fisherops.scores.factor import Factor
-from fisherops.scores.hold import CannotHoldError, RowsBuilder
 from fisherops.scores.rows import list_rows
 
 

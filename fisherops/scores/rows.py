@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -83,6 +84,48 @@ def rows_by_datum(evaluation: Evaluation, columns: Tensor, size: int, names: Seq
         return torch.cat(blocks)
 
     return evaluation.facts.try_vmap("rows", at_once, lambda: None)
+
+
+def rows_one_by_one(evaluation: Evaluation, columns: Tensor, size: int, names: Sequence[str]) -> Tensor:
+    """Return the rows of G for some parameters, (B · R, d), by one backward pass for each row.
+
+    A datum is evaluated by itself where that gives the same; else each pass goes through the whole batch.
+    """
+    B, R, _ = columns.shape
+    if B % size == 0 and _can_be_cut(evaluation.X, size):
+        try:
+            rows = _alone(evaluation, columns, size, names)
+            if _matches(rows, evaluation, columns, 0, B * R, names):
+                return rows
+        except (NotImplementedError, RuntimeError, ValueError, IndexError) as error:
+            if is_memory_error(error):
+                raise
+    spans = [slice(*evaluation.problem.parameters.spans[name]) for name in names]
+    every = (_by_backward(evaluation, columns, r, r + 1) for r in range(B * R))
+    return torch.cat([torch.cat([row[:, s] for s in spans], 1) for row in every])
+
+
+def _alone(evaluation: Evaluation, columns: Tensor, size: int, names: Sequence[str]) -> Tensor:
+    """Differentiate one datum after the other, each evaluated by itself."""
+    problem, (B, R, P) = evaluation.problem, columns.shape
+    own = columns.view(size, B // size, R, P)
+    rows = []
+    for n in range(size):
+
+        def only(t: Tensor, n: int = n) -> Tensor:
+            return t[n : n + 1]
+
+        with torch.enable_grad(), evaluation.kernels():
+            point = problem.model.leaves(evaluation.point)
+            f = problem.flat(point, map_arrays(only, evaluation.X))
+        for block, vector in itertools.product(range(B // size), range(R)):
+            U = own.new_zeros(B // size, P)
+            U[block] = own[n, block, vector]
+            gradients = torch.autograd.grad(
+                f, [point[name] for name in names], U.view(f.shape), retain_graph=True, materialize_grads=True
+            )
+            rows.append(torch.cat([g.to_dense().reshape(-1) for g in gradients]))
+    return torch.stack(rows)
 
 
 def _spans(rows: int, per_datum: int, numbers_per_row: int, itemsize: int) -> Iterator[tuple[int, int]]:

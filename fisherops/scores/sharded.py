@@ -7,28 +7,29 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import torch
 from torch import Tensor
 
 from fisherops._sharding import Sharding
-from fisherops.scores.held import HeldScores
+from fisherops.scores.batch import MaterializedBatch
 
 Span = tuple[int, int]
 
 
-def apply(batches: Sequence[HeldScores], sharding: Sharding, spans: Mapping[str, Span], local: Tensor) -> list[Tensor]:
+def apply(
+    batches: Sequence[MaterializedBatch], sharding: Sharding, spans: Mapping[str, Span], local: Tensor
+) -> list[Tensor]:
     """Multiply G of each batch: (d, K) → (K, rows)."""
     products = [local.new_zeros(local.shape[1], scores.count) for scores in batches]
-    for name, span in spans.items():
+    for name in spans:
         v = sharding.gathered(name, local)
         for scores, W in zip(batches, products, strict=True):
-            for part in scores.parts_at(span):
-                W += part.apply(v).flatten(1)
+            for derived, columns in scores.blocks_of(name):
+                W += columns.apply(derived.push({name: v})).flatten(1)
     return products
 
 
 def apply_transposed(
-    batches: Sequence[HeldScores], sharding: Sharding, spans: Mapping[str, Span], products: Sequence[Tensor]
+    batches: Sequence[MaterializedBatch], sharding: Sharding, spans: Mapping[str, Span], products: Sequence[Tensor]
 ) -> Tensor:
     """Multiply Gᵀ and sum over batches and ranks: (K, rows) for each batch → (d, K)."""
     K = len(products[0])
@@ -36,24 +37,18 @@ def apply_transposed(
     for name, span in spans.items():
         total = local.new_zeros(K, span[1] - span[0])
         for scores, W in zip(batches, products, strict=True):
-            for part in scores.parts_at(span):
-                own = torch.empty_like(total)
-                part.apply_transposed(W.view(K, part.count, -1), own)
-                total += own
+            for derived, columns in scores.blocks_of(name):
+                total += derived.pull(columns.apply_t(W.view(K, columns.count, -1)))[name]
         sharding.scattered(name, total, local)
     return local
 
 
-def diagonal(batches: Sequence[HeldScores], sharding: Sharding, spans: Mapping[str, Span]) -> Tensor:
+def diagonal(batches: Sequence[MaterializedBatch], sharding: Sharding, spans: Mapping[str, Span]) -> Tensor:
     """Return the squared norms of the columns of G, summed over batches and ranks, (d,)."""
     local = batches[0].empty(sharding.numel, 1)
     for name, (start, stop) in spans.items():
         total = local.new_zeros(1, stop - start)
         for scores in batches:
-            parts = scores.parts_at((start, stop))
-            if len(parts) == 1:
-                total += parts[0].diagonal()
-            elif parts:  # the uses of a parameter are summed before they are squared
-                total += torch.stack([part.dense() for part in parts]).sum(0).square().sum((0, 1))
+            total += scores.col_norms_of(name)
         sharding.scattered(name, total, local)
     return local[:, 0]

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fisherops._packing import put_together, taken_apart
-from fisherops.scores.held import HeldScores
+from fisherops.scores.batch import MaterializedBatch
 
 # Tensors begin at multiples of this in a file, as the fastest instructions want it.
 _ALIGNMENT = 64
@@ -51,7 +51,7 @@ class Spill:
         self._count = 0
         self.close = weakref.finalize(self, _remove, self.folder, os.getpid())
 
-    def write(self, held: HeldScores) -> SpilledScores:
+    def write(self, held: MaterializedBatch) -> SpilledScores:
         """Write the rows of a batch to a file.
 
         Raises
@@ -61,6 +61,7 @@ class Spill:
         """
         path = self.folder / f"batch-{self._count}.npy"
         self._count += 1
+        held = held.without_graphs()
         tensors = [t.detach().cpu() for t in taken_apart(held)]
         ends = list(accumulate(-(-t.nbytes // _ALIGNMENT) * _ALIGNMENT for t in tensors))
         places = [(start, t.shape, t.dtype) for t, start in zip(tensors, [0, *ends], strict=False)]
@@ -102,12 +103,12 @@ class SpilledScores:
         Where they begin.
     places : list
         Where each tensor lies in them, its shape and dtype.
-    held : HeldScores
+    held : MaterializedBatch
         What was written.
     """
 
     def __init__(
-        self, path: Path, start: int, places: list[tuple[int, torch.Size, torch.dtype]], held: HeldScores
+        self, path: Path, start: int, places: list[tuple[int, torch.Size, torch.dtype]], held: MaterializedBatch
     ) -> None:
         self._path, self._start, self._places, self._device = path, start, places, held.device
         self._stat = self._look()
@@ -115,7 +116,7 @@ class SpilledScores:
         self.size = self._stat.st_size
         """Bytes of the file."""
 
-    def load(self) -> HeldScores:
+    def load(self) -> MaterializedBatch:
         """Return the rows; those on the CPU are read from the file as they are used.
 
         Raises
@@ -133,7 +134,7 @@ class SpilledScores:
         for place, shape, dtype in self._places:
             own = everything[place : place + shape.numel() * dtype.itemsize]
             tensors.append(own.view(dtype).view(shape).to(self._device))
-        held: HeldScores = put_together(tensors)
+        held: MaterializedBatch = put_together(tensors)
         return held
 
     def read_ahead(self) -> None:

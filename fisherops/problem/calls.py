@@ -1,0 +1,299 @@
+"""Where a model uses its parameters: recorded at the calls of torch while the model is evaluated.
+
+A tensor that was computed from parameters alone is a *derived value*. A call that combines derived values with data is
+a *use* of them: `problem/rules.py` says what it means, and a call without a rule is opened, down to the kernels of
+torch. The gradients at the outputs of uses then give the rows of G. Nothing is read from the nodes of the graph.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fisherops import _torch
+
+Letters = tuple[str, ...]
+
+
+def unchanged(t: Tensor) -> Tensor:
+    """Return a tensor as it is."""
+    return t
+
+
+@dataclass(eq=False)
+class Call:
+    """One call of torch that combines derived values with data."""
+
+    func: Any
+    name: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    edge: GradientEdge | None = None
+    """Where the gradient by its output is to be had."""
+    shape: torch.Size | None = None
+    """Of the output."""
+    below: list[Any] = field(default_factory=list)
+    """Nodes of the data that it was given, where a walk through the graph goes on."""
+
+    def get(self, k: int, name: str, default: Any = None) -> Any:
+        """Return an argument by place or name."""
+        return self.args[k] if len(self.args) > k else self.kwargs.get(name, default)
+
+
+@dataclass(eq=False)
+class Use:
+    """What a call does with a derived value D: its output is Σ a · D over letters, plus what does not depend on D.
+
+    With b (q, ...) the gradients of q vectors by the output, the rows of G for D are Σ a · b over the positions.
+    """
+
+    value: Tensor
+    """D."""
+    call: Call
+    letters: tuple[Letters, Letters, Letters] | None = None
+    """Names of the axes of a, D and the output; None for a look-up, or an operation known by its derivative only."""
+    a: Tensor | Callable[[], Tensor] | None = None
+    """The data; None stands for 1."""
+    through: Callable[[Tensor], Tensor] = unchanged
+    """D as the letters see it."""
+    take: Callable[[Tensor], Tensor] = unchanged
+    """b as the letters see it."""
+    index: Callable[[], Tensor] | None = None
+    """Rows of D that are looked up, in place of a."""
+    source: GradientEdge | None = None
+    """Where D is in the graph; None if nothing flows back to it."""
+
+    @property
+    def is_generic(self) -> bool:
+        """Whether only the derivative of the call itself is known."""
+        return self.letters is None and self.index is None
+
+
+Rule = Callable[[Call, "Recorder"], "list[Use] | None"]
+
+
+def tensors_in(x: Any) -> Iterator[Tensor]:
+    """List the tensors in nested tuples, lists and mappings."""
+    if isinstance(x, Tensor):
+        yield x
+    elif isinstance(x, tuple | list):
+        for y in x:
+            yield from tensors_in(y)
+    elif isinstance(x, dict):
+        for y in x.values():
+            yield from tensors_in(y)
+
+
+class Recorder:
+    """The uses of parameters in one evaluation.
+
+    Parameters
+    ----------
+    leaves : mapping of str to torch.Tensor
+        The parameters.
+    X : object
+        The inputs.
+    constants : iterable of torch.Tensor
+        Tensors that the model holds beside parameters. Any other tensor that was not computed from these is data.
+    model : object
+        Its `substitutes` are what it evaluates in place of some of them.
+    rules : mapping of str to callable
+        ``(call, recorder) -> uses`` by the name of the operation, None if the call is to be opened.
+
+    Attributes
+    ----------
+    uses : list of Use
+    unknown : set of str
+        Kernels without a rule, which are known by their derivative only.
+    """
+
+    def __init__(
+        self, leaves: Mapping[str, Tensor], X: Any, constants: Iterable[Tensor], model: Any, rules: Mapping[str, Rule]
+    ) -> None:
+        self._rules, self._model = rules, model
+        self._inputs = {id(t): t for t in tensors_in(X)}
+        self._names = {get_gradient_edge(t).node: name for name, t in leaves.items()}
+        self._edges = {id(t): get_gradient_edge(t) for t in leaves.values()}
+        # Both refer to their tensors, so that no identity is used again.
+        self._derived: dict[int, Tensor] = {id(t): t for t in leaves.values()}
+        self._constants: dict[int, Tensor] = {id(t): t for t in constants}
+        self.uses: list[Use] = []
+        self.unknown: set[str] = set()
+        self._calls: list[Call] = []
+        self._pending: list[tuple[Call, Tensor]] = []
+
+    def is_derived(self, t: Any) -> bool:
+        """Whether a tensor was computed from parameters alone."""
+        return id(t) in self._derived
+
+    def is_data(self, t: Tensor) -> bool:
+        """Whether a tensor may depend on data."""
+        key = id(t)
+        if key in self._derived:
+            return False
+        if key in self._inputs or t.requires_grad:
+            return True
+        return key not in self._constants and key not in self._model.substitutes
+
+    def record(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], kernels: bool) -> Any:
+        """Make a call, and note what it does with derived values. `kernels`: whether it is one of torch's kernels."""
+        name = _torch.name_of(func)
+        given = [*tensors_in(args), *tensors_in(kwargs)]
+        if kernels:
+            self.settle()
+        if name in _SHAPE_ONLY:
+            given = given[:1]
+        values = [t for t in given if id(t) in self._derived]
+        data = [t for t in given if self.is_data(t)]
+        if not values or not data:
+            return self._plain(func, name, args, kwargs, values, data, kernels)
+        call = Call(func, name, args, kwargs)
+        rule = self._rules.get(name)
+        uses = rule(call, self) if rule and torch.is_grad_enabled() and not _is_python(func) else None
+        if uses is None or not {id(v) for v in values} <= {id(use.value) for use in uses}:
+            return self._opened(call, values, kernels)
+        for use in uses:  # before the call, which may change D in place
+            use.source = self._edge(use.value)
+        out = func(*args, **kwargs)
+        if not kernels and _hides(out, values):
+            return self._opened(call, values, kernels)
+        self._note(call, out, data)
+        self.uses += uses
+        return out
+
+    def _plain(
+        self, func: Any, name: str, args: Any, kwargs: Any, values: list[Tensor], data: list[Tensor], kernels: bool
+    ) -> Any:
+        """Make a call that is no use."""
+        out = func(*args, **kwargs)
+        if data:
+            self._mark_data(out)
+            if name == "setitem" or name.endswith("_"):
+                self._mark_data(args[0])
+            return out
+        if values and torch.is_grad_enabled() and not kernels and _hides(out, values):
+            return self._opened(Call(func, name, args, kwargs), values, kernels)
+        for t in tensors_in(out):
+            if values and torch.is_grad_enabled() and t.is_floating_point() and (kernels or t.requires_grad):
+                self._constants.pop(id(t), None)
+                self._derived[id(t)] = t
+            elif id(t) not in self._derived:
+                self._constants[id(t)] = t
+        return out
+
+    def _opened(self, call: Call, values: list[Tensor], kernels: bool) -> Any:
+        """Make a call that has no rule by its parts: those of a Python function, else its kernels."""
+        if kernels:
+            out = call.func(*call.args, **call.kwargs)
+            self.unknown.add(call.name)
+            for v in values:
+                self.uses.append(Use(v, call, source=self._edge(v)))
+            self._note(call, out, [t for t in tensors_in((call.args, call.kwargs)) if self.is_data(t)])
+            return out
+        if _is_python(call.func):
+            with Calls(self):
+                return _torch.body_of(call.func)(*call.args, **call.kwargs)
+        with Kernels(self):
+            out = call.func(*call.args, **call.kwargs)
+        self.settle()
+        return out
+
+    def _note(self, call: Call, out: Any, data: list[Tensor]) -> None:
+        self._mark_data(out)
+        if call.name == "setitem":
+            self._mark_data(call.args[0])
+            out = call.args[0]
+        call.below = [t.grad_fn for t in data if t.grad_fn is not None]
+        self._calls.append(call)
+        first = next(tensors_in(out), None)
+        if first is not None:
+            call.shape = first.shape
+            self._pending.append((call, first))
+
+    def _mark_data(self, x: Any) -> None:
+        for t in tensors_in(x):
+            self._derived.pop(id(t), None)
+            self._constants.pop(id(t), None)
+
+    def _edge(self, t: Tensor) -> GradientEdge | None:
+        own = self._edges.get(id(t))
+        return own if own is not None or t.grad_fn is None else get_gradient_edge(t)
+
+    def settle(self) -> None:
+        """Look up the edges of calls that have returned: below a dispatch mode outputs get their history late."""
+        for call, out in self._pending:
+            if out.requires_grad:
+                call.edge = get_gradient_edge(out)
+        self._pending = []
+
+    def owners(self, use: Use) -> tuple[str, ...]:
+        """Name the parameters that D was computed from."""
+        return tuple(self._reached([] if use.source is None else [use.source.node], {}))
+
+    def missed(self, f: Tensor) -> list[str]:
+        """Name the parameters that f depends on past the recorded calls, by the identity of nodes."""
+        self.settle()
+        return self._reached([f.grad_fn], {c.edge.node: c for c in self._calls if c.edge is not None})
+
+    def _reached(self, waiting: list[Any], stop: Mapping[Any, Call]) -> list[str]:
+        seen: set[Any] = {None}
+        names = []
+        while waiting:
+            node = waiting.pop()
+            if node in seen:
+                continue
+            seen.add(node)
+            if node in self._names:
+                names.append(self._names[node])
+            waiting += stop[node].below if node in stop else [parent for parent, _ in node.next_functions]
+        return names
+
+
+class Calls(TorchFunctionMode):
+    """Shows a recorder every call of torch's functions."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__()
+        self._recorder = recorder
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = self._recorder.record(func, args, kwargs or {}, kernels=False)
+        self._recorder.settle()
+        return out
+
+
+class Kernels(TorchDispatchMode):
+    """Shows a recorder every kernel that torch runs, those of backward passes too."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._recorder = recorder
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return self._recorder.record(func, args, kwargs or {}, kernels=True)
+
+
+# Operations that take only the shape or dtype of their other tensors.
+_SHAPE_ONLY = {"expand_as", "view_as", "reshape_as", "type_as", "zeros_like", "ones_like", "full_like", "empty_like"}
+
+
+def _is_python(func: Any) -> bool:
+    return isinstance(func, types.FunctionType)
+
+
+def _hides(out: Any, values: list[Tensor]) -> bool:
+    """Whether outputs have lost their history, such as inside of a transform of torch.func."""
+    own = [t for t in tensors_in(out) if t.is_floating_point()]
+    return bool(own) and not any(t.requires_grad for t in own) and any(v.requires_grad for v in values)

@@ -1,0 +1,341 @@
+"""G of one batch, held as dense rows for some parameters and as columns by use for the others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from fisherops._matmul import takes_onednn, times_transposed
+from fisherops._sums import CompensatedSum
+from fisherops.scores.columns import Columns
+from fisherops.scores.derived import Composed, Derived, Strided
+
+# Rows are multiplied by G and then by Gᵀ while they are in the processor's cache, some bytes of them; oneDNN needs many
+# rows at once, and where there are few long ones the kernels for vectors are the fastest.
+_CACHED_BYTES = 5 * 2**19
+_MANY_ROWS, _FEW_ROWS = 128, 64
+_LONG = 2**17
+
+# Rows that are summed at once in the compute precision: more of them would lose digits.
+_ROWS_PER_SUM = 2**12
+
+# Bytes that a block of rows, or what a product needs beside its vectors, may take.
+_BLOCK_BYTES = 2**26
+
+Span = tuple[int, int]
+Block = tuple[Derived, Columns]
+
+
+class MaterializedBatch:
+    """G of one batch: dense rows for some parameters, columns by use for others.
+
+    Parameters
+    ----------
+    dense : torch.Tensor
+        (N · q, d), the rows for all parameters that are held that way.
+    spans : list of (int, int)
+        Where the columns of `dense` lie in the flat vector of parameters, one for each parameter, in order.
+    blocks : list of (Derived, Columns)
+        The other uses; the rows of a parameter are the sum of all that are held for it.
+    size : int
+        N.
+    parameters : mapping of str to (int, int)
+        Where each parameter lies in the flat vector.
+    """
+
+    def __init__(
+        self, dense: Tensor, spans: Sequence[Span], blocks: Sequence[Block], size: int, parameters: Mapping[str, Span]
+    ) -> None:
+        self._dense, self._blocks, self._N = dense, list(blocks), size
+        self._parameters = dict(parameters)
+        self._numel = max(stop for _, stop in parameters.values())
+        self._own_spans, self._spans = list(spans), _merged(spans)
+        self._whole = self._spans == [(0, self._numel)]
+        # What the first of the blocks for a parameter may fill instead of adding to it, and what nobody fills.
+        seen = {name for name, span in self._parameters.items() if span in set(spans)}
+        written = set(seen)
+        self._fills: list[frozenset[str]] = []
+        for derived, _ in self._blocks:
+            fresh = frozenset(name for name in derived.names if name not in seen and derived.fills(name))
+            self._fills.append(fresh)
+            written |= fresh
+            seen |= set(derived.names)
+        self._empty = _merged([span for name, span in self._parameters.items() if name not in written])
+        elements = max([1, dense.shape[1], *(columns.elements_per_vector for _, columns in self._blocks)])
+        self.columns = min(256, max(1, _BLOCK_BYTES // (elements * dense.itemsize)))
+        """Vectors that are multiplied together."""
+
+    @property
+    def count(self) -> int:
+        """Number of rows."""
+        return len(self._dense)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory held."""
+        return self._dense.nbytes + sum(columns.nbytes for _, columns in self._blocks)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the rows are."""
+        return self._dense.device
+
+    @property
+    def description(self) -> str:
+        """What is held, in words."""
+        if not self._blocks:
+            return "dense rows"
+        return "factors and dense rows" if self._spans else "factors"
+
+    # ---- Products -----------------------------------------------------------------------------
+
+    def product(self, V: Tensor) -> Tensor:
+        """Multiply GᵀG: (D, K) → (D, K), reading dense rows once."""
+        V = V.T.contiguous()
+        W = self._apply_blocks(V)
+        result = self._zeroed(V)
+        if self._spans:
+            self._scatter(self._dense_product(self._dense_columns(V), W), result)
+        self._transpose_blocks(W, result)
+        return result.T
+
+    def _dense_product(self, V: Tensor, W: Tensor) -> Tensor:
+        """Add the dense rows' product with V to W, and multiply their transpose with it."""
+        count, length = self._dense.shape
+        total = torch.zeros_like(V)
+        if len(V) == 1 and count < _FEW_ROWS and length > _LONG and V.device.type == "cpu":
+            v, w, own = V[0], W[0], total[0]
+            for n, row in enumerate(self._dense):
+                w[n] += torch.dot(row, v)
+                own.addcmul_(row, w[n])
+            return total
+        cached, least = (8 * _CACHED_BYTES, _MANY_ROWS) if takes_onednn(V) else (_CACHED_BYTES, 2)
+        if V.device.type != "cpu":
+            cached = _BLOCK_BYTES
+        step = min(max(least, cached // (length * self._dense.itemsize)), _ROWS_PER_SUM)
+        for rows, w in zip(self._dense.split(step), W.split(step, 1), strict=True):
+            w += times_transposed(V, rows)
+            w = w.contiguous()
+            if step >= count:
+                return times_transposed(w, rows.T)
+            total += times_transposed(w, rows.T)
+        return total
+
+    def apply(self, V: Tensor) -> Tensor:
+        """Multiply G: (D, K) → (N · q, K)."""
+        V = V.T.contiguous()
+        W = self._apply_blocks(V)
+        if self._spans:
+            W += times_transposed(self._dense_columns(V), self._dense)
+        return W.T
+
+    def apply_transposed(self, W: Tensor) -> Tensor:
+        """Multiply Gᵀ: (N · q, K) → (D, K)."""
+        W = W.T.contiguous()
+        result = self._zeroed(W)
+        if self._spans:
+            self._scatter(times_transposed(W, self._dense.T), result)
+        self._transpose_blocks(W, result)
+        return result.T
+
+    def _apply_blocks(self, V: Tensor) -> Tensor:
+        W = V.new_zeros(len(V), len(self._dense))
+        pieces = self._pieces(V)
+        for derived, columns in self._blocks:
+            W += columns.apply(derived.push(pieces)).flatten(1)
+        return W
+
+    def _transpose_blocks(self, W: Tensor, result: Tensor) -> None:
+        pieces = self._pieces(result)
+        own = W.view(len(W), self._N, -1)
+        for (derived, columns), fills in zip(self._blocks, self._fills, strict=True):
+            derived.pull_into(columns.apply_t(own), pieces, fills)
+
+    def _pieces(self, V: Tensor) -> dict[str, Tensor]:
+        """Return views of vectors (K, D), (K, n) for each parameter of a block."""
+        names = {name for derived, _ in self._blocks for name in derived.names}
+        return {name: V[:, slice(*self._parameters[name])] for name in names}
+
+    def _zeroed(self, like: Tensor) -> Tensor:
+        """Return a buffer for a result (K, D), zero where nothing is filled in."""
+        result = like.new_empty(len(like), self._numel)
+        for start, stop in self._empty:
+            result[:, start:stop] = 0
+        return result
+
+    def _dense_columns(self, V: Tensor) -> Tensor:
+        return V if self._whole else torch.cat([V[:, start:stop] for start, stop in self._spans], 1)
+
+    def _scatter(self, dense: Tensor, result: Tensor) -> None:
+        offset = 0
+        for start, stop in self._spans:
+            result[:, start:stop] = dense[:, offset : offset + stop - start]
+            offset += stop - start
+
+    # ---- What rows say of each other ----------------------------------------------------------
+
+    def gram(self, other: MaterializedBatch) -> Tensor:
+        """Multiply with the transpose of another batch: (rows, rows of the other).
+
+        Parameters that both hold dense go by one matrix product, uses of the same elements by their factors, and what
+        is left by its rows, a block at a time.
+        """
+        total = self._dense.new_zeros(self.count, other.count)
+        shared = [span for span in self._own_spans if span in set(other._own_spans)]
+        if self._own_spans == other._own_spans:
+            total += times_transposed(self._dense, other._dense)
+        elif shared:
+            total += times_transposed(self._dense_at(shared), other._dense_at(shared))
+        left, right = self._by_name(), other._by_name()
+        for name, span in self._parameters.items():
+            mine, theirs = left.get(name, []), right.get(name, [])
+            mixed = (span in self._own_spans) != (span in other._own_spans) or (
+                span in self._own_spans and bool(mine or theirs)
+            )
+            blocks = None if mixed else _gram_of_blocks(mine, theirs)
+            if blocks is not None:
+                total += blocks
+            elif mixed or (mine and theirs):
+                already = times_transposed(self._dense_at([span]), other._dense_at([span])) if span in shared else None
+                total += self._gram_of_rows(name, other)
+                if already is not None:
+                    total -= already
+        return total
+
+    def _gram_of_rows(self, name: str, other: MaterializedBatch) -> Tensor:
+        result = self._dense.new_zeros(self.count, other.count)
+        start, stop = self._parameters[name]
+        step = max(1, _BLOCK_BYTES // (max(self._q, other._q) * (stop - start) * self._dense.itemsize))
+        for n in range(0, self._N, step):
+            rows = self._rows_of(name, n, min(n + step, self._N))
+            for m in range(0, other._N, step):
+                own = other._rows_of(name, m, min(m + step, other._N))
+                at = slice(n * self._q, n * self._q + len(rows)), slice(m * other._q, m * other._q + len(own))
+                result[at] = times_transposed(rows, own)
+        return result
+
+    @property
+    def _q(self) -> int:
+        return len(self._dense) // self._N
+
+    def _by_name(self) -> dict[str, list[Block]]:
+        found: dict[str, list[Block]] = {}
+        for block in self._blocks:
+            for name in block[0].names:
+                found.setdefault(name, []).append(block)
+        return found
+
+    def _dense_at(self, spans: Sequence[Span]) -> Tensor:
+        """Return the dense columns of some parameters."""
+        starts: dict[Span, int] = {}
+        offset = 0
+        for span in self._own_spans:
+            starts[span] = offset
+            offset += span[1] - span[0]
+        return torch.cat([self._dense[:, starts[s] : starts[s] + s[1] - s[0]] for s in spans], 1)
+
+    def _rows_of(self, name: str, first: int, last: int) -> Tensor:
+        """Return the rows of some data for one parameter, (n · q, numel)."""
+        span, q = self._parameters[name], self._q
+        rows = self._dense.new_zeros((last - first) * q, span[1] - span[0])
+        if span in self._own_spans:
+            rows += self._dense_at([span])[first * q : last * q]
+        for derived, columns in self._by_name().get(name, []):
+            rows += derived.pull(columns.rows(first, last).flatten(0, 1))[name]
+        return rows
+
+    def diagonal(self) -> Tensor:
+        """Return the squared norms of the columns, (D,)."""
+        total = self._dense.new_zeros(1, self._numel)
+        squares = CompensatedSum(self._dense.new_empty(self._dense.shape[1]))
+        for rows in self._dense.split(_ROWS_PER_SUM):
+            squares.add(rows.square().sum(0))
+        self._scatter(squares.value()[None], total)
+        for name in self._by_name():
+            total[0, slice(*self._parameters[name])] = self.col_norms_of(name)
+        return total[0]
+
+    def col_norms_of(self, name: str) -> Tensor:
+        """Return the squared norms of the columns for a parameter some of whose uses are held as blocks, (n,)."""
+        start, stop = self._parameters[name]
+        blocks = self._by_name().get(name, [])
+        if len(blocks) == 1 and (start, stop) not in self._own_spans:
+            derived, columns = blocks[0]
+            if isinstance(derived, Strided) and derived.is_injective:
+                return derived.pull(columns.col_norms()[None])[name][0]
+        # What is held for a parameter is summed before it is squared.
+        step = max(1, min(_ROWS_PER_SUM, _BLOCK_BYTES // ((stop - start) * self._dense.itemsize)) // self._q)
+        total = CompensatedSum(self._dense.new_empty(stop - start))
+        for n in range(0, self._N, step):
+            total.add(self._rows_of(name, n, min(n + step, self._N)).square().sum(0))
+        return total.value()
+
+    def rows(self) -> Iterator[Tensor]:
+        """List G in blocks of rows (r, D)."""
+        q = self._q
+        step = max(1, _BLOCK_BYTES // (q * self._numel * self._dense.itemsize))
+        for first in range(0, self._N, step):
+            last = min(first + step, self._N)
+            rows = self._dense.new_zeros((last - first) * q, self._numel)
+            self._scatter(self._dense[first * q : last * q], rows)
+            for derived, columns in self._blocks:
+                for name, piece in derived.pull(columns.rows(first, last).flatten(0, 1)).items():
+                    rows[:, slice(*self._parameters[name])] += piece
+            yield rows
+
+    # ---- For files, other processes, and sharded parameters -----------------------------------
+
+    def without_graphs(self) -> MaterializedBatch:
+        """Return the same with dense rows for what is computed from parameters by a graph, which cannot leave."""
+        composed = [block for block in self._blocks if isinstance(block[0], Composed)]
+        if not composed:
+            return self
+        names = {name for derived, _ in composed for name in derived.names}
+        own = {self._parameters[name]: self._dense_at([self._parameters[name]]) for name in self._names_of_dense()}
+        for name in names:
+            own[self._parameters[name]] = self._rows_of(name, 0, self._N)
+        spans = sorted(own)
+        blocks = [block for block in self._blocks if not names & set(block[0].names)]
+        return MaterializedBatch(torch.cat([own[s] for s in spans], 1), spans, blocks, self._N, self._parameters)
+
+    def _names_of_dense(self) -> list[str]:
+        return [name for name, span in self._parameters.items() if span in self._own_spans]
+
+    def blocks_of(self, name: str) -> list[Block]:
+        """Return how a parameter is held, where it is not by dense rows."""
+        return self._by_name().get(name, [])
+
+    def empty(self, *shape: int) -> Tensor:
+        """Return an uninitialized buffer with the dtype and device of the rows."""
+        return self._dense.new_empty(shape)
+
+
+def _gram_of_blocks(mine: Sequence[Block], theirs: Sequence[Block]) -> Tensor | None:
+    """Sum over pairs of uses of one parameter; None if there are none, or some have rows only."""
+    total: Tensor | None = None
+    for derived, columns in mine:
+        for other, their_columns in theirs:
+            if not isinstance(derived, Strided) or not isinstance(other, Strided):
+                return None
+            if derived.apart(other):
+                continue
+            own = columns.gram(their_columns) if derived.same(other) and derived.is_injective else None
+            if own is None:
+                return None
+            total = own if total is None else total.add_(own)
+    if total is None and mine and theirs:
+        return mine[0][1].tensors[-1].new_zeros(())
+    return total
+
+
+def _merged(spans: Sequence[Span]) -> list[Span]:
+    """Join spans that follow each other."""
+    merged: list[Span] = []
+    for start, stop in spans:
+        if merged and merged[-1][1] == start:
+            merged[-1] = (merged[-1][0], stop)
+        else:
+            merged.append((start, stop))
+    return merged

@@ -1,0 +1,633 @@
+"""Building the rows of G for one batch from the uses of parameters: the only place where rows are made and checked."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from functools import partial
+from math import inf
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.func import vjp, vmap
+
+from fisherops.problem.calls import Use, tensors_in
+from fisherops.problem.evaluation import Evaluation, derivative_not_finite
+from fisherops.scores.batch import MaterializedBatch, Span
+from fisherops.scores.columns import Columns, Factors, Rows, Table, rows_are_cheaper
+from fisherops.scores.derived import Composed, Derived, Strided
+from fisherops.scores.factor import Factor
+from fisherops.scores.positions import Arrangement, measure
+from fisherops.scores.rows import rows_by_datum, rows_one_by_one
+
+# Bytes of the rows of one call that are differentiated at once.
+_BLOCK_BYTES = 2**26
+
+# Random sums of rows that are compared with reverse mode.
+_PROBES = 2
+
+# Rounding of a sum without cancellation, in units of the squared tolerance.
+_CANCELLATION = 64.0
+
+
+class CannotHoldError(Exception):
+    """Why rows of G cannot be held for a batch."""
+
+    def __init__(self, reason: str, surprising: bool = False) -> None:
+        super().__init__(reason)
+        self.surprising = surprising
+        """Whether the model does something else with its parameters than its operations say."""
+
+
+class PlanWarning(UserWarning):
+    """The rows of G cannot be kept for this model, or only slowly, so that products take longer."""
+
+
+class UnknownUseError(Exception):
+    """Why the rows for a use cannot be found by what its operation means."""
+
+
+class _Found(NamedTuple):
+    """The rows of one use."""
+
+    derived: Derived
+    columns: Columns
+    magnitude: float
+    """The size of the rows if nothing cancelled in them, by which rounding is measured."""
+    arrangement: Arrangement
+
+
+class RowsBuilder:
+    """The rows of G of one batch, before they are built.
+
+    Parameters
+    ----------
+    evaluation : Evaluation
+    factor : Factor
+    size : int
+        Number of data in the batch.
+
+    Raises
+    ------
+    CannotHoldError
+        If rows do not belong to data.
+    """
+
+    def __init__(self, evaluation: Evaluation, factor: Factor, size: int) -> None:
+        if factor.blocks % size:
+            raise CannotHoldError(f"{factor.blocks} terms do not belong to {size} data in equal numbers")
+        self._evaluation, self._factor, self._N = evaluation, factor, size
+        self._q = factor.blocks // size * factor.rank
+        self._f, self._leaves = evaluation.graph
+        self._uses = evaluation.uses
+        self.unknown = dict(evaluation.missed)
+        """Parameters whose rows must be differentiated datum by datum, with the reason."""
+
+    @property
+    def vectors(self) -> int:
+        """Rows for each datum, which is the number of backward passes to build them."""
+        return self._q
+
+    @property
+    def every_use_is_known(self) -> bool:
+        """Whether no parameter has to be differentiated datum by datum."""
+        return not self.unknown
+
+    def nbytes(self, form: str) -> int:
+        """Predict the memory of the rows in a form, as of `build`."""
+        itemsize = self._f.itemsize
+        total = sum(self._N * self._q * self._leaves[name].numel() for name in self.unknown)
+        dense: set[str] = set()
+        for use, names in self._uses:
+            if self.unknown.keys() & set(names):
+                continue
+            numel = sum(self._leaves[name].numel() for name in names)
+            factors = self._elements_of_factors(use)
+            if form == "scores" or factors is None or (form == "auto" and self._is_dense(use)):
+                total += 0 if set(names) <= dense else self._N * self._q * numel
+                dense |= set(names)
+            else:
+                total += factors
+        return total * itemsize
+
+    def _elements_of_factors(self, use: Use) -> int | None:
+        """Predict the elements that the factors of a use take, or None if its rows are held dense."""
+        if use.index is not None:
+            d = use.value[0].numel()
+            return use.index().numel() * (self._q * d + 2)
+        axes = _axes_of(use)
+        if axes is None:
+            return None
+        g, o, i, positions, has_positions = axes
+        if o * i == 1:
+            return None
+        count = positions if has_positions else self._N
+        return count * g * (i + self._q * o)
+
+    def _is_dense(self, use: Use) -> bool:
+        axes = _axes_of(use)
+        if axes is None or use.index is not None:
+            return False
+        _, o, i, positions, has_positions = axes
+        T = positions // self._N if has_positions else 1
+        return o * i == 1 or rows_are_cheaper(T, self._q)
+
+    def build(self, form: str, patient: bool = False) -> tuple[MaterializedBatch, dict[str, str]]:
+        """Build the rows, with every piece checked.
+
+        Parameters
+        ----------
+        form : {"auto", "scores", "factors"}
+            What to do with weights that are used linearly: the cheaper, dense rows, or factors.
+        patient : bool
+            Whether rows may be differentiated one by one, which is always right, where nothing faster works.
+
+        Returns
+        -------
+        batch : MaterializedBatch
+        differentiated : dict
+            Parameters whose rows were differentiated datum by datum, and why.
+
+        Raises
+        ------
+        CannotHoldError
+            If rows cannot be found by datum, or are not those of plain reverse mode.
+        """
+        e, facts = self._evaluation, self._evaluation.facts
+        vectors = self._factor.columns()
+        gradients = self._backpropagated(vectors)
+        if e.problem.sharded:
+            return self._build_sharded(gradients, vectors), {}
+        known = None if e.custom_functions else facts.rows.get((self._N, self._q))
+        with torch.no_grad():
+            again = known is not None and not self.unknown
+            found, unknown = self._found(gradients, vectors, known.arrangements if known and again else None)
+            if known is None or not again or unknown.keys() - self.unknown.keys():
+                surprising = self._probe(found, unknown, vectors)
+                if not unknown and not e.custom_functions and all(x is None or x.arrangement.reusable for x in found):
+                    facts.rows[self._N, self._q] = KnownRows([None if x is None else x.arrangement for x in found])
+            else:
+                surprising = []
+            dense = self._differentiated(vectors, unknown, surprising, patient) if unknown else {}
+            return self._assembled(found, dense, form), unknown
+
+    def _backpropagated(self, vectors: Tensor) -> dict[Any, Tensor]:
+        """Return b (q, ...) at the outputs of all uses, by one batched backward pass that stops there."""
+        edges = list(dict.fromkeys(edge for use, _ in self._uses if (edge := _edge_of(use)) is not None))
+        if not edges:
+            return {}
+        return self._gradients(edges, self._weighted(vectors))
+
+    def _weighted(self, vectors: Tensor) -> Tensor:
+        """Return the vectors of all data as cotangents of the outputs, (q, T, C)."""
+        own = self._factor.blocks // self._N
+        U = vectors.view(self._N, own, self._factor.rank, -1)
+        U = torch.einsum("norp,ox->ornxp", U, torch.eye(own, dtype=U.dtype, device=U.device))
+        return U.reshape(self._q, *self._f.shape)
+
+    def _gradients(self, edges: Sequence[Any], U: Tensor) -> dict[Any, Tensor]:
+        targets = [torch.autograd.graph.GradientEdge(*edge) for edge in edges]
+
+        def grad(cotangent: Tensor, batched: bool) -> tuple[Tensor | None, ...]:
+            result: tuple[Tensor | None, ...] = torch.autograd.grad(
+                [self._f], targets, [cotangent], retain_graph=True, is_grads_batched=batched, allow_unused=True
+            )
+            return result
+
+        def one_by_one() -> tuple[Tensor | None, ...]:
+            passes = zip(*(grad(u, batched=False) for u in U), strict=True)
+            return tuple(None if b[0] is None else torch.stack([g for g in b if g is not None]) for b in passes)
+
+        facts = self._evaluation.facts
+        found = one_by_one() if len(U) == 1 else facts.try_vmap("factors", lambda: grad(U, batched=True), one_by_one)
+        dtype = self._f.dtype
+        pairs = zip(edges, found, strict=True)
+        return {edge: b.detach().to(dtype) for edge, b in pairs if b is not None and b.layout is torch.strided}
+
+    def _found(
+        self, gradients: Mapping[Any, Tensor], vectors: Tensor, known: Sequence[Arrangement | None] | None
+    ) -> tuple[list[_Found | None], dict[str, str]]:
+        """Return the rows of each use, None where nothing flows back or its parameters are unknown; and these."""
+        unknown = dict(self.unknown)
+        # The same combination of vectors, weighted by datum: the ratio names the datum of a position.
+        mix = torch.linspace(1, 2, self._q, dtype=self._f.dtype, device=self._f.device)
+        second: dict[Any, Tensor] = {}
+        if known is None and self._N > 1 and gradients:
+            weights = 1 + torch.arange(self._N, dtype=self._f.dtype, device=self._f.device) / self._N
+            U = torch.einsum("q...,q->...", self._weighted(vectors), mix)
+            U = (U.view(self._N, -1) * weights[:, None]).view(1, *self._f.shape)
+            second = self._gradients(list(gradients), U)
+        found: list[_Found | None] = []
+        for number, (use, names) in enumerate(self._uses):
+            edge = _edge_of(use)
+            b = gradients.get(edge) if edge is not None else None
+            found.append(None)
+            if b is None or not b.numel() or unknown.keys() & set(names):
+                continue
+            b2 = second.get(edge, torch.einsum("q...,q->...", b, mix)[None])
+            try:
+                found[number] = self._rows_of(use, names, b, mix, b2, None if known is None else known[number])
+            except Exception as error:  # a rule that does not fit this call says less than differentiation
+                text = str(error) if isinstance(error, UnknownUseError) else f"{type(error).__name__}: {error}"
+                reason = f"operation {use.call.name} ({text.splitlines()[0][:80]})" if text else use.call.name
+                unknown |= dict.fromkeys(names, reason)
+        _drop(found, [names for _, names in self._uses], unknown)
+        return found, unknown
+
+    def _rows_of(
+        self, use: Use, names: tuple[str, ...], b: Tensor, mix: Tensor, b2: Tensor, known: Arrangement | None
+    ) -> _Found:
+        """Return the rows of one use from b (q, ...)."""
+        with torch.enable_grad():
+            Z = use.value.detach().requires_grad_()
+            D = use.through(Z)
+        if use.is_generic:
+            return self._generic(use, names, Z, b, mix, b2, known)
+        if use.index is not None:
+            return self._looked_up(use, names, Z, D, b, mix, b2, known)
+        form = _NormalForm(use, D, b, b2, self._N, partial(self._repeats, use, names, Z))
+        arrangement = known or measure(form.sizes, *form.for_measuring(mix), self._N)
+        A, B = form.arranged(arrangement, self._N)
+        derived = self._derived(use, names, Z, form.view, form.split)
+        g, o, i = derived.shape
+        A, B = A.reshape(*A.shape[:2], g, i), B.reshape(*B.shape[:3], g, o)
+        squares = A.square().sum((2, 3), dtype=torch.float64) * B.square().sum((2, 3, 4), dtype=torch.float64)
+        return _Found(derived, Factors(A, B), math.sqrt(float(squares.sum())), arrangement)
+
+    def _looked_up(
+        self, use: Use, names: tuple[str, ...], Z: Tensor, D: Tensor, b: Tensor, mix: Tensor, b2: Tensor, known: Any
+    ) -> _Found:
+        assert use.index is not None
+        b, b2 = use.take(b).flatten(1, -2), use.take(b2)[0].flatten(0, -2)
+        index = use.index()
+        arrangement = known or measure(index.shape, torch.einsum("q...,q->...", b, mix), b2, self._N)
+        places, B = arrangement(index.reshape(-1) % len(D)), arrangement(b.transpose(0, 1))
+        derived = self._derived(use, names, Z, D, (0, 1))
+        return _Found(derived, Table(places, B, len(D)), float(b.norm()), arrangement)
+
+    def _generic(
+        self, use: Use, names: tuple[str, ...], Z: Tensor, b: Tensor, mix: Tensor, b2: Tensor, known: Any
+    ) -> _Found:
+        """Differentiate the single call, for one entry of its leading axis at a time."""
+        M = b.shape[1]
+        arrangement = known or measure((M,), torch.einsum("q...,q->...", b, mix).flatten(1), b2[0].flatten(1), self._N)
+        rows = _rows_of_call(use, b)  # (M, q, d)
+        rows = arrangement(rows).sum(1) if M != self._N or not arrangement.reusable else arrangement(rows)[:, 0]
+        derived = self._derived(use, names, Z, Z, (0, 0))
+        return _Found(derived, Rows(rows[:, :, None, None]), float(rows.norm()), arrangement)
+
+    def _derived(self, use: Use, names: tuple[str, ...], Z: Tensor, view: Tensor, split: tuple[int, int]) -> Derived:
+        if not names:
+            raise UnknownUseError("no parameter is behind its value")
+        leaves = [self._leaves[name] for name in names]
+        if len(names) == 1 and Strided.fits(leaves[0], view):
+            return Strided(names[0], leaves[0].detach(), view.detach(), split)
+        is_leaf = len(names) == 1 and use.value is leaves[0]
+        o, i = split
+        shape = math.prod(view.shape[:o]), math.prod(view.shape[o:i]), math.prod(view.shape[i:])
+        with torch.enable_grad():
+            return Composed(names, leaves, None if is_leaf else use.source, Z, view.reshape(shape))
+
+    def _repeats(self, use: Use, names: tuple[str, ...], Z: Tensor, D: Tensor, axis: int) -> bool:
+        """Whether D is the same function of the parameters all along an axis, which then came by expansion."""
+        if D.shape[axis] == 1 or D.stride(axis) == 0:
+            return True
+        one = torch.randn_like(D.select(axis, 0)).unsqueeze(axis)
+        eye = torch.eye(D.shape[axis], dtype=D.dtype, device=D.device)
+        eye = eye.view(-1, *[1] * axis, D.shape[axis], *[1] * (D.ndim - axis - 1))
+        pulled = self._derived(use, names, Z, D, (0, 0)).pull((eye * one).reshape(D.shape[axis], 1, 1, -1))
+        rows = torch.cat(list(pulled.values()), 1)
+        return bool((rows - rows[:1]).norm() <= torch.finfo(D.dtype).eps ** 0.5 * rows.norm())
+
+    def _probe(self, found: list[_Found | None], unknown: dict[str, str], vectors: Tensor) -> list[str]:
+        """Compare random sums of the rows with plain reverse mode, and note in `unknown` where they differ.
+
+        Returns the parameters whose operations seemed known.
+        """
+        e, f = self._evaluation, self._f
+        w = self._weights(_PROBES)
+        coarse = e.facts.tolerance > torch.finfo(f.dtype).eps ** 0.5
+        if coarse:  # reverse mode is linear but for rounding, which so is measured
+            w = torch.cat([w, w.sum(0, keepdim=True)])
+        cotangents = self._factor.apply(w.view(len(w), self._factor.blocks, self._factor.rank))
+        sums = e.vjp(cotangents.reshape(len(w), *f.shape)).T
+        if not sums.isfinite().all() and f.isfinite().all() and vectors.isfinite().all():
+            raise derivative_not_finite()
+        truth = dict(zip(self._leaves, sums.split([leaf.numel() for leaf in self._leaves.values()], 1), strict=True))
+        totals = {name: torch.zeros_like(t[:_PROBES]) for name, t in truth.items()}
+        magnitudes = dict.fromkeys(truth, 0.0)
+        for x in found:
+            if x is not None:
+                for name, piece in x.derived.pull(x.columns.apply_t(w[:_PROBES])).items():
+                    totals[name] += piece
+                    magnitudes[name] += x.magnitude
+                if isinstance(x.derived, Composed) and not _is_adjoint(x.derived, f):
+                    unknown |= dict.fromkeys(x.derived.names, "the derivative of what was computed from it")
+        surprising = []
+        for name, own in truth.items():
+            if name in unknown or name not in e.reached:
+                continue
+            difference = (totals[name] - own[:_PROBES]).norm(dim=1)
+            tolerance = e.facts.tolerance * own[:_PROBES].norm(dim=1)
+            if coarse:
+                rounding = (own[2] - own[0] - own[1]).norm()
+                own_tolerance = torch.finfo(f.dtype).eps ** 0.5 * own[:_PROBES].norm(dim=1)
+                tolerance = torch.minimum(tolerance, 8 * rounding + own_tolerance)
+            floor = _CANCELLATION * e.facts.tolerance**2 * magnitudes[name]
+            if not bool((difference <= tolerance + floor).all()):
+                surprising.append(name)
+                unknown[name] = "its rows are not those of reverse mode by its operations"
+        _drop(found, [names for _, names in self._uses], unknown)
+        return surprising
+
+    def _weights(self, K: int) -> Tensor:
+        """Return random weights of the rows, (K, N, q)."""
+        generator = torch.Generator(device=self._f.device).manual_seed(0)
+        shape = K, self._N, self._q
+        return torch.randn(shape, dtype=self._f.dtype, device=self._f.device, generator=generator)
+
+    def _differentiated(
+        self, vectors: Tensor, unknown: Mapping[str, str], surprising: Sequence[str], patient: bool
+    ) -> dict[str, Tensor]:
+        """Return the rows (N · q, n) of parameters whose uses are not known, differentiated datum by datum."""
+        names = [name for name in self._leaves if name in unknown and name in self._evaluation.reached]
+        if not names:
+            return {}
+        rows = rows_by_datum(self._evaluation, vectors, self._N, names)
+        if rows is None and not patient:
+            listed = ", ".join(f"{name} ({unknown[name]})" for name in names[:5])
+            raise CannotHoldError(
+                f"the rows for {listed} cannot be differentiated datum by datum", surprising=bool(surprising)
+            )
+        if rows is None:
+            listed = "; ".join(f"{name}: {unknown[name]}" for name in names[:5])
+            warnings.warn(
+                f"rows of the score matrix are differentiated one by one, which is slow, for {listed}. Products are "
+                "right.",
+                PlanWarning,
+                stacklevel=2,
+            )
+            rows = rows_one_by_one(self._evaluation, vectors, self._N, names)
+        pieces = rows.split([self._leaves[name].numel() for name in names], dim=1)
+        return dict(zip(names, pieces, strict=True))
+
+    def _assembled(
+        self, found: Sequence[_Found | None], dense: Mapping[str, Tensor], form: str, merge: bool = True
+    ) -> MaterializedBatch:
+        """Put the rows of all uses together: dense if every use of a parameter is, else as columns of their own."""
+        parameters = self._evaluation.problem.parameters
+        own = _joined([x for x in found if x is not None])
+
+        def is_dense(x: _Found) -> bool:
+            if isinstance(x.columns, Rows) or form == "scores":
+                return True
+            if not isinstance(x.columns, Factors):
+                return False
+            return math.prod(x.columns.shape[1:]) == 1 or (form == "auto" and x.columns.rows_are_cheaper)
+
+        rows: dict[str, Tensor] = dict(dense)
+        blocks: list[tuple[Derived, Columns]] = []
+        for x in own:
+            if not merge or not is_dense(x):
+                blocks.append((x.derived, x.columns))
+                continue
+            pulled = x.derived.pull(x.columns.rows(0, self._N).flatten(0, 1))
+            for name, piece in pulled.items():
+                rows[name] = rows[name].add_(piece) if name in rows else piece
+        spans = [(name, span) for name, span in parameters.spans.items() if name in rows]
+        width = sum(stop - start for _, (start, stop) in spans)
+        matrix = torch.empty(self._N * self._q, width, dtype=self._f.dtype, device=self._f.device)
+        offset = 0
+        for name, (start, stop) in spans:
+            matrix[:, offset : offset + stop - start] = rows.pop(name)
+            offset += stop - start
+        return MaterializedBatch(matrix, [span for _, span in spans], blocks, self._N, parameters.spans)
+
+    # ---- Sharded parameters -------------------------------------------------------------------
+
+    def _build_sharded(self, gradients: Mapping[Any, Tensor], vectors: Tensor) -> MaterializedBatch:
+        """Build the rows where no rank has memory for a gradient of all parameters.
+
+        A plain backward pass gives them one after the other, and each is compared when it is there.
+        """
+        with torch.no_grad():
+            found, unknown = self._found(gradients, vectors, None)
+        if unknown:
+            name, reason = next(iter(unknown.items()))
+            raise CannotHoldError(f"the use of {name} is not known: {reason}")
+        f, w = self._f, self._weights(1)
+        sizes: dict[str, float] = {}
+        differences: dict[str, float] = {}
+
+        def look(name: str, gradient: Tensor) -> None:
+            truth = gradient.reshape(1, -1)
+            total = torch.zeros_like(truth)
+            with torch.no_grad():
+                for x in found:
+                    if x is not None and name in x.derived.names:
+                        total += x.derived.pull(x.columns.apply_t(w))[name]
+            sizes[name], differences[name] = float(truth.norm()), float((total - truth).norm())
+
+        tensors = self._evaluation.problem.parameters.tensors.values()
+        users = [p.grad for p in tensors]
+        hooks = [leaf.register_hook(partial(look, name)) for name, leaf in self._leaves.items()]
+        try:
+            for p in tensors:
+                p.grad = None  # or the user's would be added to
+            U = self._factor.apply(w.view(1, self._factor.blocks, self._factor.rank)).reshape(f.shape)
+            torch.autograd.backward([f], [U], retain_graph=True)
+        finally:
+            for hook in hooks:
+                hook.remove()
+            for p, gradient in zip(tensors, users, strict=True):
+                p.grad = gradient
+        scale = 1e-3 * sum(size**2 for size in sizes.values()) ** 0.5
+        for name, size in sizes.items():
+            if not differences.get(name, inf) <= self._evaluation.facts.tolerance * (size + scale):
+                raise CannotHoldError(f"the rows of {name} are not those of plain reverse mode")
+        with torch.no_grad():
+            return self._assembled(found, {}, "factors", merge=False)
+
+
+def _drop(found: list[_Found | None], owners: Sequence[tuple[str, ...]], unknown: dict[str, str]) -> None:
+    """Drop the rows of unknown parameters, and of those that some value was computed from together with these."""
+    for names in owners:
+        if unknown.keys() & set(names):
+            unknown |= {name: unknown.get(name, "used together with others") for name in names}
+    for number, names in enumerate(owners):
+        if unknown.keys() & set(names):
+            found[number] = None
+
+
+class KnownRows(NamedTuple):
+    """What is known of the rows of graphs of one signature, which have agreed with reverse mode."""
+
+    arrangements: list[Arrangement | None]
+
+
+def _edge_of(use: Use) -> tuple[Any, int] | None:
+    """Return where b is to be had, in a form that can be compared."""
+    return None if use.call.edge is None else (use.call.edge.node, use.call.edge.output_nr)
+
+
+class _NormalForm:
+    """A contraction with the axes of D, a and b sorted: groups g, outputs o, inputs i, and positions."""
+
+    def __init__(self, use: Use, D: Tensor, b: Tensor, b2: Tensor, N: int, repeats: Any) -> None:
+        assert use.letters is not None
+        b, b2 = use.take(b), use.take(b2)[0]
+        of_a, of_D, out = (list(letters) for letters in use.letters)
+        a = use.a() if callable(use.a) else use.a
+        A = b.new_ones(()) if a is None else a.detach().to(b.dtype)
+        of_a = of_a if A.ndim else []
+        with torch.enable_grad():
+            if not use.value.is_leaf and N > 1:
+                for k in reversed(range(D.ndim)):  # an axis of data and something else
+                    letter, size = of_D[k], D.shape[k]
+                    if letter not in out or size % N or size == N:
+                        continue
+                    split = D.unflatten(k, (N, -1))
+                    if not repeats(split, k):
+                        continue
+                    D = split
+                    j = out.index(letter)
+                    b, b2 = b.unflatten(1 + j, (N, -1)), b2.unflatten(j, (N, -1))
+                    if letter in of_a:
+                        A = A.unflatten(of_a.index(letter), (N, -1) if A.shape[of_a.index(letter)] > 1 else (1, 1))
+                    for letters in (of_a, of_D, out):
+                        if letter in letters:
+                            letters.insert(letters.index(letter), "data")
+            for k in reversed(range(D.ndim)):
+                is_data = D.shape[k] == N and of_D[k] in out and not use.value.is_leaf
+                if D.shape[k] == 1 or (is_data and repeats(D, k)):
+                    D = D.select(k, 0)
+                    del of_D[k]
+            for k in reversed(range(A.ndim)):
+                if A.shape[k] == 1:
+                    A = A.select(k, 0)
+                    del of_a[k]
+            self._positions = [c for c in out if c not in of_D]
+            g = [c for c in of_D if c in of_a and c in out]
+            o = [c for c in of_D if c in out and c not in of_a]
+            i = [c for c in of_D if c in of_a and c not in out]
+            if len(g) + len(o) + len(i) < len(of_D):
+                raise UnknownUseError("an axis of the parameter alone")
+            self.view = D.permute([of_D.index(c) for c in g + o + i])
+        self.split = len(g), len(g) + len(o)
+        summed = [c for c in of_a if c not in out and c not in of_D]
+        if summed:
+            A = A.sum([of_a.index(c) for c in summed])
+            of_a = [c for c in of_a if c not in summed]
+        sizes = dict(zip(out, b.shape[1:], strict=True))
+        self.sizes = tuple(sizes[c] for c in self._positions)
+        self._b = b.permute(0, *(1 + out.index(c) for c in self._positions + g + o))
+        self._b = self._b.flatten(1, len(self._positions)) if self._positions else self._b.unsqueeze(1)
+        self._b2 = b2.permute([out.index(c) for c in self._positions + g + o])
+        self._A, self._of_a, self._gi = A, of_a, g + i
+        self._has_positions = any(c in of_a for c in self._positions)
+
+    def for_measuring(self, mix: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what is backpropagated to the positions without and with weights of the data, (P, features)."""
+        P = math.prod(self.sizes)
+        return torch.einsum("q...,q->...", self._b, mix).reshape(P, -1), self._b2.reshape(P, -1)
+
+    def arranged(self, arrangement: Arrangement, N: int) -> tuple[Tensor, Tensor]:
+        """Return a as (N, T, ...) with axes g, i and b as (N, T, q, ...) with axes g, o."""
+        B = arrangement(self._b.transpose(0, 1))
+        if not self._has_positions:
+            A = self._A.permute([self._of_a.index(c) for c in self._gi])
+            return A.expand(N, 1, *A.shape), B.sum(1, keepdim=True)
+        own = [c for c in self._positions if c in self._of_a]
+        A = self._A.permute([self._of_a.index(c) for c in own + self._gi])
+        for k, c in enumerate(self._positions):
+            A = A if c in own else A.unsqueeze(k)
+        rest = A.shape[len(self._positions) :]
+        A = A.expand(*self.sizes, *rest).reshape(math.prod(self.sizes), *rest)
+        return arrangement(A), B
+
+
+def _axes_of(use: Use) -> tuple[int, int, int, int, bool] | None:
+    """Predict (g, o, i), the number of positions, and whether a depends on them; None for other uses."""
+    if use.letters is None or use.call.shape is None:
+        return None
+    of_a, of_D, out = use.letters
+    sizes = dict(zip(of_D, use.through(use.value.detach()).shape, strict=True))
+    if use.a is None or (isinstance(use.a, Tensor) and use.a.ndim == 0):
+        of_a = ()
+    shape = dict(zip(out, use.call.shape, strict=True)) if len(out) == len(use.call.shape) else sizes
+    g = math.prod(n for c, n in sizes.items() if c in of_a and c in out)
+    o = math.prod(n for c, n in sizes.items() if c in out and c not in of_a)
+    i = math.prod(n for c, n in sizes.items() if c not in out)
+    positions = [c for c in out if c not in sizes]
+    return g, o, i, math.prod(shape.get(c, 1) for c in positions), any(c in of_a for c in positions)
+
+
+def _rows_of_call(use: Use, b: Tensor) -> Tensor:
+    """Return the rows (M, q, d) of a use known by its derivative only, for the M entries of the leading axis."""
+    call, D, M = use.call, use.value, b.shape[1]
+    data = [t for t in tensors_in((call.args, call.kwargs)) if t is not D and t.ndim and len(t) == M]
+    if not data:
+        raise UnknownUseError("no argument has its leading axis")
+
+    def put(x: Any, table: Mapping[int, Tensor]) -> Any:
+        if isinstance(x, Tensor):
+            return table.get(id(x), x)
+        if isinstance(x, tuple | list):
+            return [put(y, table) for y in x]
+        return x
+
+    def one(xs: tuple[Tensor, ...], own: Tensor) -> Tensor:
+        def h(d: Tensor) -> Tensor:
+            table = {id(t): x[None] for t, x in zip(data, xs, strict=True)} | {id(D): d}
+            out = call.func(*put(call.args, table), **{k: put(v, table) for k, v in call.kwargs.items()})
+            return out if isinstance(out, Tensor) else out[0]
+
+        pull = vjp(h, D.detach())[1]
+        result: Tensor = vmap(lambda y: pull(y[None].to(D.dtype))[0])(own)
+        return result
+
+    step = max(1, _BLOCK_BYTES // (len(b) * D.numel() * b.itemsize))
+    xs = tuple(t.detach() for t in data)
+    blocks = [
+        vmap(one, in_dims=(0, 1))(tuple(x[m : m + step] for x in xs), b[:, m : m + step]) for m in range(0, M, step)
+    ]
+    return torch.cat(blocks).flatten(2).to(b.dtype)
+
+
+def _is_adjoint(derived: Composed, like: Tensor) -> bool:
+    """Whether the derivative of a derived value and its transpose belong together: ⟨u, J v⟩ = ⟨Jᵀu, v⟩."""
+    generator = torch.Generator(like.device).manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, dtype=like.dtype, device=like.device, generator=generator)
+
+    u = random(1, *derived.shape)
+    pulled = derived.pull(u)
+    v = {name: random(*piece.shape) for name, piece in pulled.items()}
+    forward = float((derived.push(v) * u).sum())
+    reverse = float(sum((piece * v[name]).sum() for name, piece in pulled.items()))
+    scale = sum(float(piece.norm()) for piece in pulled.values())
+    return bool(abs(forward - reverse) <= 10 * torch.finfo(derived.dtype).eps ** 0.5 * scale)
+
+
+def _joined(found: Sequence[_Found]) -> list[_Found]:
+    """Join uses of the same elements as factors, such as those of the steps of a recurrent layer."""
+    result: list[_Found] = []
+    for x in found:
+        for k, known in enumerate(result):
+            if (
+                isinstance(x.columns, Factors)
+                and isinstance(known.columns, Factors)
+                and isinstance(known.derived, Strided)
+                and known.derived.same(x.derived)
+            ):
+                result[k] = known._replace(columns=known.columns.joined(x.columns))
+                break
+        else:
+            result.append(x)
+    return result
+
+
+__all__ = ["CannotHoldError", "KnownRows", "PlanWarning", "RowsBuilder", "Span"]

@@ -1,0 +1,328 @@
+"""Columns of G that belong to one use of parameters, in the coordinates (g, o, i) of what is used.
+
+The row of datum n and vector q is Σ_t b[q, n, t] a[n, t]ᵀ over the positions t of the datum; each group g has its own a
+and b. Vectors come and go as V (K, g, o, i) and W (K, N, q), contiguous in their last axes where that is fastest.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from fisherops._matmul import times_transposed
+from fisherops._sums import CompensatedSum, SegmentSum
+
+# Elements of a matrix that is large enough for the kernels, and stays in the processor's cache.
+_FILLING = 2**21
+
+# Terms that are summed at once in the compute precision, and vectors of a block of rows likewise.
+_TERMS = 2**12
+
+
+class Columns(ABC):
+    """Columns of G for one use, (N · q) × (g · o · i). Tensors and integers only, nothing shared with the user."""
+
+    count: int
+    """N, the number of data."""
+    shape: tuple[int, int, int]
+    """(g, o, i)."""
+
+    @abstractmethod
+    def apply(self, V: Tensor) -> Tensor:
+        """Multiply: (K, g, o, i) → (K, N, q)."""
+
+    @abstractmethod
+    def apply_t(self, W: Tensor) -> Tensor:
+        """Multiply the transpose: (K, N, q) → (K, g, o, i)."""
+
+    @abstractmethod
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Return the rows of some data, (n, q, g, o, i)."""
+
+    @abstractmethod
+    def gram(self, other: Columns) -> Tensor | None:
+        """Multiply with the transpose of columns of the same parameters, (N · q, N' · q'), or None if only rows can."""
+
+    @property
+    @abstractmethod
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What is held."""
+
+    @property
+    def nbytes(self) -> int:
+        """Memory held."""
+        return sum(t.nbytes for t in self.tensors)
+
+    @property
+    def elements_per_vector(self) -> int:
+        """Temporary elements of a product for each vector."""
+        return 0
+
+    def col_norms(self) -> Tensor:
+        """Return the squared norms of the columns, (g, o, i)."""
+        step = min(_TERMS, max(1, _FILLING // math.prod(self.shape)))
+        return _total(self.rows(n, n + step).square().sum((0, 1)) for n in range(0, self.count, step))
+
+
+def rows_are_cheaper(T: int, q: int) -> bool:
+    """Whether q dense rows for each datum are multiplied faster than the factors of T positions.
+
+    A matrix product does several multiplications in the time that one element takes from memory.
+    """
+    return 8 * q < T
+
+
+class Rows(Columns):
+    """The rows themselves, (N, q, g, o, i)."""
+
+    def __init__(self, rows: Tensor) -> None:
+        self._rows = rows.detach().contiguous()
+        self.count = len(rows)
+        self.shape = rows.shape[2], rows.shape[3], rows.shape[4]
+
+    def apply(self, V: Tensor) -> Tensor:
+        return times_transposed(V.reshape(len(V), -1), self._matrix).view(len(V), self.count, -1)
+
+    def apply_t(self, W: Tensor) -> Tensor:
+        return times_transposed(W.reshape(len(W), -1), self._matrix.T).view(len(W), *self.shape)
+
+    @property
+    def _matrix(self) -> Tensor:
+        return self._rows.view(self.count * self._rows.shape[1], -1)
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        return self._rows[start:stop]
+
+    def gram(self, other: Columns) -> Tensor | None:
+        if not isinstance(other, Rows) or other.shape != self.shape:
+            return None
+        return times_transposed(self._matrix, other._matrix)
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self._rows,)
+
+
+class Factors(Columns):
+    """A contraction: dense layers, einsum, grouped products.
+
+    Parameters
+    ----------
+    A : torch.Tensor
+        Inputs, (N, T, g, i).
+    B : torch.Tensor
+        Gradients at the outputs, (N, T, q, g, o).
+    """
+
+    def __init__(self, A: Tensor, B: Tensor) -> None:
+        (self.count, self._T, g, i), (_, _, self._q, _, o) = A.shape, B.shape
+        self.shape = g, o, i
+        N, T, q = self.count, self._T, self._q
+        # In this order both products take and give contiguous matrices.
+        self._A = A.detach().permute(2, 0, 1, 3).reshape(g, N * T, i).contiguous()
+        self._B = B.detach().permute(2, 3, 4, 0, 1).reshape(q, g * o, N, T).contiguous()
+
+    def apply(self, V: Tensor) -> Tensor:
+        g, o, i = self.shape
+        W = V.new_empty(len(V), self.count, self._q)
+        for start in range(0, len(V), self._step):
+            v = V[start : start + self._step]
+            H = torch.matmul(v, self._A.mT) if g > 1 else times_transposed(v.reshape(len(v) * o, i), self._A[0])
+            H = H.view(len(v), g * o, self.count, self._T)
+            for r, b in enumerate(self._B):
+                product = H.mul_(b) if r == self._q - 1 else H * b
+                W[start : start + len(v), :, r] = product.sum((1, 3))
+        return W
+
+    def apply_t(self, W: Tensor) -> Tensor:
+        g, o, i = self.shape
+        NT = self.count * self._T
+        out = W.new_empty(len(W), g, o, i) if len(W) > self._step else None
+        for start in range(0, len(W), self._step):
+            w = W[start : start + self._step, None, :, :, None]
+            H = w[:, :, :, 0] * self._B[0]
+            for r in range(1, self._q):
+                H.addcmul_(w[:, :, :, r], self._B[r])
+            if g == 1:
+                product = times_transposed(H.reshape(len(w) * o, NT), self._A[0].T).view(len(w), g, o, i)
+            else:
+                product = torch.matmul(H.view(len(w), g, o, NT), self._A)
+            if out is None:
+                return product
+            out[start : start + len(w)] = product
+        assert out is not None
+        return out
+
+    @property
+    def _step(self) -> int:
+        """Vectors that fill a matrix product; more of them only need more memory."""
+        return max(1, _FILLING // self._B[0].numel())
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        A, B = (x[start:stop].split(_TERMS, 1) for x in self._by_datum())
+        return _total(torch.einsum("ntqgo,ntgi->nqgoi", b, a) for a, b in zip(A, B, strict=True))
+
+    def _by_datum(self) -> tuple[Tensor, Tensor]:
+        """Return views of A as (N, T, g, i) and B as (N, T, q, g, o)."""
+        g, o, i = self.shape
+        N, T, q = self.count, self._T, self._q
+        return self._A.view(g, N, T, i).permute(1, 2, 0, 3), self._B.view(q, g, o, N, T).permute(3, 4, 0, 1, 2)
+
+    def gram(self, other: Columns) -> Tensor | None:
+        if isinstance(other, Table):
+            own = other.gram(self)
+            return None if own is None else own.T
+        if not isinstance(other, Factors) or other.shape != self.shape:
+            return None
+        total: Tensor | None = None
+        (A, B), (C, E) = self._by_datum(), other._by_datum()
+        for g in range(self.shape[0]):
+
+            def inputs(mine: slice, theirs: slice, g: int = g) -> Tensor:
+                return times_transposed(_flat(A[mine, :, g]), _flat(C[theirs, :, g]))
+
+            own = _gram(inputs, B[:, :, :, g], E[:, :, :, g])
+            total = own if total is None else total.add_(own)
+        return total
+
+    def col_norms(self) -> Tensor:
+        if self._T > 1:
+            return super().col_norms()
+        squares = self._B.square().sum(0).view(*self.shape[:2], -1)
+        if self.shape[0] == 1:
+            return times_transposed(squares[0], self._A[0].square().T)[None]
+        return torch.matmul(squares, self._A.square())
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self._A, self._B
+
+    @property
+    def rows_are_cheaper(self) -> bool:
+        """Whether its rows should be held instead."""
+        return rows_are_cheaper(self._T, self._q) or self.shape[1] * self.shape[2] == 1
+
+    def joined(self, other: Factors) -> Factors:
+        """Return the sum of two uses of the same parameters: the positions of one after those of the other."""
+        (A, B), (C, E) = self._by_datum(), other._by_datum()
+        return Factors(torch.cat([A, C], 1), torch.cat([B, E], 1))
+
+
+class Table(Columns):
+    """Look-ups of rows of a table (o rows of length i): never a dense table for each datum.
+
+    Parameters
+    ----------
+    index : torch.Tensor
+        (N, T).
+    B : torch.Tensor
+        Gradients at what was looked up, (N, T, q, i).
+    length : int
+        o, rows of the table.
+    """
+
+    def __init__(self, index: Tensor, B: Tensor, length: int) -> None:
+        self._index, self._B = index.contiguous(), B.detach().permute(0, 2, 1, 3).contiguous()
+        self.count, self.shape = len(B), (1, length, B.shape[3])
+        self._sum = SegmentSum(index.reshape(-1), length)
+
+    def apply(self, V: Tensor) -> Tensor:
+        step = max(1, _TERMS // self.shape[2])
+        pieces = zip(self._index.split(step, 1), self._B.split(step, 2), strict=True)
+        return _total(torch.einsum("kntd,nqtd->knq", V[:, 0][:, index], b) for index, b in pieces)
+
+    def apply_t(self, W: Tensor) -> Tensor:
+        weighted = torch.einsum("knq,nqtd->kntd", W, self._B)
+        out = W.new_empty(len(W), *self.shape[1:])
+        self._sum(weighted.flatten(1, 2), out)
+        return out[:, None]
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        B, index = self._B[start:stop], self._index[start:stop]
+        (n, q, _, d), length = B.shape, self.shape[1]
+        rows = B.new_empty(q, n * length, d)
+        own = index + length * torch.arange(n, device=index.device)[:, None]
+        SegmentSum(own.reshape(-1), n * length)(B.transpose(0, 1).reshape(q, -1, d), rows)
+        return rows.view(q, n, 1, length, d).transpose(0, 1)
+
+    def gram(self, other: Columns) -> Tensor | None:
+        if other.shape != self.shape:
+            return None
+        if isinstance(other, Factors):
+            return self._gram_with_factors(other)
+        if not isinstance(other, Table):
+            return None
+
+        def inputs(mine: slice, theirs: slice) -> Tensor:
+            same = self._index[mine].reshape(-1, 1) == other._index[theirs].reshape(1, -1)
+            return same.to(self._B.dtype)
+
+        return _gram(inputs, self._B.transpose(1, 2), other._B.transpose(1, 2))
+
+    def _gram_with_factors(self, other: Factors) -> Tensor:
+        """Multiply with a dense use of the same table, as of tied embeddings: Σ ⟨b_t, a_s⟩ b_s[index_t]."""
+        A, B = other._by_datum()  # (M, S, 1, i), (M, S, p, 1, o)
+        (N, q, T, d), (M, S, p) = self._B.shape, B.shape[:3]
+        result = A.new_empty(N, q, M, p)
+        step = max(1, _FILLING // (M * S * T * max(q, p)))
+        inputs, outputs = _flat(A[:, :, 0]), B[:, :, :, 0]
+        for n in range(0, N, step):
+            own = self._B[n : n + step]
+            products = times_transposed(own.reshape(-1, d).contiguous(), inputs).view(len(own), q, T, M, S)
+            picked = outputs[..., self._index[n : n + step]]  # (M, S, p, n, T)
+            result[n : n + step] = torch.einsum("nqtms,mspnt->nqmp", products, picked)
+        return result.view(N * q, M * p)
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self._index, self._B
+
+    @property
+    def nbytes(self) -> int:
+        return super().nbytes + self._sum.nbytes
+
+    @property
+    def elements_per_vector(self) -> int:
+        N, _, T, d = self._B.shape
+        return (N * T + self._sum.rows + self.shape[1]) * d
+
+
+def _total(terms: Iterator[Tensor]) -> Tensor:
+    first = next(terms)
+    total = CompensatedSum(first)
+    total.add(first)
+    for term in terms:
+        total.add(term)
+    return total.value()
+
+
+def _flat(A: Tensor) -> Tensor:
+    """Return (n, T, i) as contiguous rows (n · T, i)."""
+    return A.reshape(-1, A.shape[-1]).contiguous()
+
+
+def _gram(inputs: Callable[[slice, slice], Tensor], B: Tensor, other: Tensor) -> Tensor:
+    """Return Σ_{t,t'} ⟨a_t, a_t'⟩ ⟨b_qt, b_q't'⟩ for all pairs of data, (N · q, N' · q'), a block of them at a time.
+
+    Parameters
+    ----------
+    inputs : callable
+        Takes two slices of data and returns ⟨a_t, a_t'⟩ for them, (n · T, n' · T').
+    B, other : torch.Tensor
+        (N, T, q, o) and (N', T', q', o).
+    """
+    (N, T, q, o), (M, S, p, _) = B.shape, other.shape
+    result = B.new_empty(N, q, M, p)
+    step = max(1, int((_FILLING / (T * q * S * p)) ** 0.5))
+    for n in range(0, N, step):
+        for m in range(0, M, step):
+            mine, theirs = slice(n, min(n + step, N)), slice(m, min(m + step, M))
+            left, right = (x.reshape(-1, o).contiguous() for x in (B[mine], other[theirs]))
+            products = times_transposed(left, right).view(-1, T, q, theirs.stop - m, S, p)
+            products *= inputs(mine, theirs).view(-1, T, 1, theirs.stop - m, S, 1)
+            result[mine, :, theirs] = products.sum((1, 4)) if T * S > 1 else products[:, 0, :, :, 0]
+    return result.view(N * q, M * p)
