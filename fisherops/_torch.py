@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import threading
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from typing import Any
 
@@ -293,3 +293,8 @@ def name_of(function: Any) -> str:
     if name == "__get__":
         return "get"  # an attribute, such as W.T
     return name.strip("_") if name.startswith("_") else name
+
+
+def is_recurrent_kernel(names: Iterable[str]) -> bool:
+    """Whether one of some kernels computes all steps of a recurrent layer at once."""
+    return any(name in ("mkldnn_rnn_layer", "cudnn_rnn", "miopen_rnn", "thnn_fused_lstm_cell") for name in names)

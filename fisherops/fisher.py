@@ -32,8 +32,8 @@ from fisherops.scores import (
     Keeper,
     MaterializedBatch,
     Plan,
-    RecomputedScores,
     Scores,
+    compute,
     sharded,
 )
 
@@ -446,19 +446,17 @@ class FisherOperator(TorchLinearOperator):
         sampler = self._start_sampler()
         divisors, reached = _Divisors(self._likelihood), frozenset[str]()
         choosing = keeper is not None and not keeper.kept
-        # A graph that is kept must not share the memory of the user's parameters.
-        point = self._parameters.point(copied=choosing)
+        # A graph that is kept must not share memory with the user, and products must round the same whether it is kept
+        # or not, which depends on how tensors are aligned.
+        point = self._parameters.point(copied=True)
         for batch in batches:
             known = keeper.batch(batch.number) if keeper is not None and not choosing else None
             if known is not None:
                 yield known
                 continue
-            # What is kept must not change with the user's arrays.
-            X = map_arrays(Tensor.clone, batch.X) if choosing else batch.X
+            X = map_arrays(Tensor.clone, batch.X)
             with noting(f"batch {batch.number}"):
                 evaluation = self._problem.evaluate(X, point, records=self._cache != "linearization")
-                if not choosing:
-                    evaluation.choose_mode()
             reached |= evaluation.reached
             terms = self._terms(evaluation.output, batch)
             _check_finite(evaluation.outputs, batch)
@@ -490,11 +488,9 @@ class FisherOperator(TorchLinearOperator):
                 assert keeper is not None
                 with noting(f"batch {batch.number}"):
                     scores = keeper.choose(evaluation, make_factor, batch.size, redraw)
-            elif keeper is not None:
-                with noting(f"batch {batch.number}"):
-                    scores = keeper.compute(evaluation, make_factor, batch.size)
             else:
-                scores = RecomputedScores(evaluation, make_factor(), batch.size)
+                with noting(f"batch {batch.number}"):
+                    scores = compute(evaluation, make_factor, batch.size)
             yield scores
         if keeper is not None and not choosing and any(scores is not None for scores in keeper.kept):
             return  # not every batch was looked at

@@ -193,8 +193,11 @@ def test_custom_functions_need_first_order_reverse_mode_only():
     expected = fo.FisherLinearOperator(plain, nn.MSELoss(), data=data).todense()
     op = fo.FisherLinearOperator(own, nn.MSELoss(), data=data)
     assert_same(op @ np.eye(len(expected)), expected, torch.float64)
-    with pytest.raises(NotImplementedError, match="uses the custom autograd functions Once"):
-        fo.FisherLinearOperator(own, nn.MSELoss(), data=data, cache="none").trace()
+    assert_same(
+        fo.FisherLinearOperator(own, nn.MSELoss(), data=data, cache="none").diagonal(),
+        expected.diagonal(),
+        torch.float64,
+    )
 
 
 class WrongBackward(torch.autograd.Function):
@@ -375,7 +378,7 @@ def test_memory_that_runs_out_while_rows_are_built(monkeypatch):
     case = make_case("dense", "ce", sizes=(4, 3))
     expected = fo.FisherMCLinearOperator(case.model, case.loss, data=case.data).todense()
 
-    def short(self, form):
+    def short(self, form, patient):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr("fisherops.scores.build.RowsBuilder.build", short)
@@ -514,13 +517,27 @@ def test_caches_that_cannot_be_had():
         ValueError, match="`cache` must be one of 'auto', 'scores', 'factors', 'linearization', 'none', got"
     ):
         fo.FisherMCLinearOperator(case.model, case.loss, data=case.data, cache="rows")
-    model = nn.LSTM(3, 2, batch_first=True)
+    model = nn.Linear(3, 1)
     for cache in ("scores", "factors"):
-        op = fo.FisherMCLinearOperator(
-            lambda X: model(X)[0], nn.MSELoss(), list(model.parameters()), [(torch.randn(2, 3, 3), torch.zeros(2, 3, 2))],
-            cache=cache,
+        op = fo.FisherLinearOperator(
+            lambda X: model(X).repeat(2, 1)[:3], nn.MSELoss(), list(model.parameters()), [(torch.randn(2, 3), torch.zeros(3, 1))],
+            cache=cache, batch_size_fn=len,
         )  # fmt: skip
         with pytest.raises(
-            NotImplementedError, match=f"cache='{cache}' cannot be had for this model: the rows for .*Use cac"
+            NotImplementedError, match=f"cache='{cache}' is not supported for this model: 3 terms do not"
         ):
             op @ np.ones(op.shape[0], np.float32)
+
+
+@pytest.mark.parametrize("cache", ["scores", "factors"])
+def test_fused_recurrent_layers_are_seen_step_by_step(cache):
+    model = nn.LSTM(3, 2, batch_first=True)
+    data = [(torch.randn(2, 3, 3), torch.zeros(2, 3, 2))]
+
+    def build(cache):
+        return fo.FisherMCLinearOperator(
+            lambda X: model(X)[0], nn.MSELoss(), list(model.parameters()), data, cache=cache
+        )
+
+    assert "every parameter's rows by the operation that uses it" in str(build(cache).plan)
+    assert_same(build(cache).todense(), build("linearization").todense(), torch.float32)

@@ -158,6 +158,10 @@ class Evaluation:
                 else:
                     problem.hides = True
                     f, recorder = self._recorded(leaves, problem.front)
+        if recorder is not None and mode.kernels is nullcontext and _torch.is_recurrent_kernel(recorder.unknown):
+            problem.mode = MODES[2]
+            self.build_graph(problem.mode)  # whose steps are seen
+            return
         self.kernels = mode.kernels
         self._graph: tuple[Tensor, list[Tensor]] = f, list(leaves.values())
         self.outputs = f.detach()

@@ -6,7 +6,7 @@ with the rows of G ordered by block of the output factor and then by vector.
 
 from fisherops.scores.batch import MaterializedBatch
 from fisherops.scores.build import PlanWarning
-from fisherops.scores.plan import CACHES, Keeper, Plan, Scores
+from fisherops.scores.plan import CACHES, Keeper, Plan, Scores, compute
 from fisherops.scores.recompute import RecomputedScores
 from fisherops.scores.spill import InOrder
 
@@ -19,4 +19,5 @@ __all__ = [
     "PlanWarning",
     "RecomputedScores",
     "Scores",
+    "compute",
 ]

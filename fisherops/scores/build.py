@@ -16,7 +16,7 @@ from torch.func import vjp, vmap
 from fisherops.problem.calls import Use, tensors_in
 from fisherops.problem.evaluation import Evaluation, derivative_not_finite
 from fisherops.scores.batch import MaterializedBatch, Span
-from fisherops.scores.columns import Columns, Factors, Rows, Table, rows_are_cheaper
+from fisherops.scores.columns import Columns, Factors, Rows, Table, rows_are_cheaper, rows_are_smaller
 from fisherops.scores.derived import Composed, Derived, Strided
 from fisherops.scores.factor import Factor
 from fisherops.scores.positions import Arrangement, measure
@@ -97,42 +97,31 @@ class RowsBuilder:
 
     def nbytes(self, form: str) -> int:
         """Predict the memory of the rows in a form, as of `build`."""
-        itemsize = self._f.itemsize
         total = sum(self._N * self._q * self._leaves[name].numel() for name in self.unknown)
         dense: set[str] = set()
         for use, names in self._uses:
             if self.unknown.keys() & set(names):
                 continue
-            numel = sum(self._leaves[name].numel() for name in names)
-            factors = self._elements_of_factors(use)
-            if form == "scores" or factors is None or (form == "auto" and self._is_dense(use)):
-                total += 0 if set(names) <= dense else self._N * self._q * numel
-                dense |= set(names)
-            else:
+            factors = None if form == "scores" else self._elements_of_factors(use, form)
+            if factors is not None:
                 total += factors
-        return total * itemsize
+            else:
+                total += sum(self._N * self._q * self._leaves[name].numel() for name in set(names) - dense)
+                dense |= set(names)
+        return total * self._f.itemsize
 
-    def _elements_of_factors(self, use: Use) -> int | None:
-        """Predict the elements that the factors of a use take, or None if its rows are held dense."""
+    def _elements_of_factors(self, use: Use, form: str) -> int | None:
+        """Predict the elements that a use takes as factors, or None if its rows are held dense."""
         if use.index is not None:
-            d = use.value[0].numel()
-            return use.index().numel() * (self._q * d + 2)
+            return use.index().numel() * (self._q * use.value[0].numel() + 2)
         axes = _axes_of(use)
         if axes is None:
             return None
-        g, o, i, positions, has_positions = axes
-        if o * i == 1:
+        g, o, i, positions = axes
+        T = max(1, positions // self._N)
+        if rows_are_smaller(T, self._q, o, i) or (form == "auto" and rows_are_cheaper(T, self._q)):
             return None
-        count = positions if has_positions else self._N
-        return count * g * (i + self._q * o)
-
-    def _is_dense(self, use: Use) -> bool:
-        axes = _axes_of(use)
-        if axes is None or use.index is not None:
-            return False
-        _, o, i, positions, has_positions = axes
-        T = positions // self._N if has_positions else 1
-        return o * i == 1 or rows_are_cheaper(T, self._q)
+        return self._N * T * g * (i + self._q * o)
 
     def build(self, form: str, patient: bool = False) -> tuple[MaterializedBatch, dict[str, str]]:
         """Build the rows, with every piece checked.
@@ -357,9 +346,10 @@ class RowsBuilder:
             return {}
         rows = rows_by_datum(self._evaluation, vectors, self._N, names)
         if rows is None and not patient:
-            listed = ", ".join(f"{name} ({unknown[name]})" for name in names[:5])
+            reasons = "; ".join(dict.fromkeys(unknown[name] for name in names))
             raise CannotHoldError(
-                f"the rows for {listed} cannot be differentiated datum by datum", surprising=bool(surprising)
+                f"the rows for {', '.join(names)} cannot be differentiated datum by datum ({reasons})",
+                surprising=bool(surprising),
             )
         if rows is None:
             listed = "; ".join(f"{name}: {unknown[name]}" for name in names[:5])
@@ -383,9 +373,7 @@ class RowsBuilder:
         def is_dense(x: _Found) -> bool:
             if isinstance(x.columns, Rows) or form == "scores":
                 return True
-            if not isinstance(x.columns, Factors):
-                return False
-            return math.prod(x.columns.shape[1:]) == 1 or (form == "auto" and x.columns.rows_are_cheaper)
+            return isinstance(x.columns, Factors) and x.columns.is_better_dense(form)
 
         rows: dict[str, Tensor] = dict(dense)
         blocks: list[tuple[Derived, Columns]] = []
@@ -548,20 +536,21 @@ class _NormalForm:
         return arrangement(A), B
 
 
-def _axes_of(use: Use) -> tuple[int, int, int, int, bool] | None:
-    """Predict (g, o, i), the number of positions, and whether a depends on them; None for other uses."""
+def _axes_of(use: Use) -> tuple[int, int, int, int] | None:
+    """Predict (g, o, i) and the number of positions on which a depends; None for uses that are no contraction."""
     if use.letters is None or use.call.shape is None:
         return None
     of_a, of_D, out = use.letters
-    sizes = dict(zip(of_D, use.through(use.value.detach()).shape, strict=True))
     if use.a is None or (isinstance(use.a, Tensor) and use.a.ndim == 0):
         of_a = ()
-    shape = dict(zip(out, use.call.shape, strict=True)) if len(out) == len(use.call.shape) else sizes
+    sizes = dict(zip(of_D, use.through(use.value.detach()).shape, strict=True))
+    shape = dict(zip(out, use.call.shape, strict=True)) if len(out) == len(use.call.shape) else {}
     g = math.prod(n for c, n in sizes.items() if c in of_a and c in out)
     o = math.prod(n for c, n in sizes.items() if c in out and c not in of_a)
     i = math.prod(n for c, n in sizes.items() if c not in out)
     positions = [c for c in out if c not in sizes]
-    return g, o, i, math.prod(shape.get(c, 1) for c in positions), any(c in of_a for c in positions)
+    has_positions = any(c in of_a for c in positions)
+    return g, o, i, math.prod(shape.get(c, 1) for c in positions) if has_positions else 0
 
 
 def _rows_of_call(use: Use, b: Tensor) -> Tensor:

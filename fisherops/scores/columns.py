@@ -68,6 +68,11 @@ class Columns(ABC):
         return _total(self.rows(n, n + step).square().sum((0, 1)) for n in range(0, self.count, step))
 
 
+def rows_are_smaller(T: int, q: int, o: int, i: int) -> bool:
+    """Whether q dense rows of o × i for each datum are no more elements than the factors of T positions."""
+    return q * o * i <= T * (i + q * o)
+
+
 def rows_are_cheaper(T: int, q: int) -> bool:
     """Whether q dense rows for each datum are multiplied faster than the factors of T positions.
 
@@ -201,10 +206,10 @@ class Factors(Columns):
     def tensors(self) -> tuple[Tensor, ...]:
         return self._A, self._B
 
-    @property
-    def rows_are_cheaper(self) -> bool:
-        """Whether its rows should be held instead."""
-        return rows_are_cheaper(self._T, self._q) or self.shape[1] * self.shape[2] == 1
+    def is_better_dense(self, form: str) -> bool:
+        """Whether its rows should be held instead, to be small ("factors") or fast ("auto")."""
+        smaller = rows_are_smaller(self._T, self._q, *self.shape[1:])
+        return smaller or (form == "auto" and rows_are_cheaper(self._T, self._q))
 
     def joined(self, other: Factors) -> Factors:
         """Return the sum of two uses of the same parameters: the positions of one after those of the other."""

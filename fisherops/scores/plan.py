@@ -23,6 +23,9 @@ CACHES = ("auto", "scores", "factors", "linearization", "none")
 _MANY_VECTORS = 16
 _FEW_VECTORS = 2
 
+# Memory of rows that are used once, in units of what the graph has saved.
+_WORTH = 4
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -172,30 +175,6 @@ class Keeper:
         self._redraws.append(redraw)
         return self._note(RecomputedScores(evaluation, make_factor(), size), size, form, nbytes, reason)
 
-    def compute(self, evaluation: Evaluation, make_factor: Callable[[], Factor], size: int) -> Scores:
-        """Return G of a batch that will not be kept: by its rows, for one vector or two, where all uses are known.
-
-        They take one pass backward and 4 flops for each weight and datum, and J v and Jᵀu about 8.
-        """
-        try:
-            evaluation.choose_mode()
-        except ModesError as error:
-            if error.disagrees:
-                raise
-            return RowsBuilder(evaluation, make_factor(), size).build("factors", patient=True)[0]
-        factor = make_factor()
-        if evaluation.reached and not evaluation.custom_functions:
-            try:
-                builder = RowsBuilder(evaluation, factor, size)
-                cheap = builder.vectors <= _FEW_VECTORS and builder.every_use_is_known
-                if cheap and builder.nbytes("factors") <= 2 * evaluation.saved_bytes():
-                    batch, differentiated = builder.build("factors")
-                    if not differentiated:
-                        return batch
-            except CannotHoldError:
-                pass
-        return RecomputedScores(evaluation, factor, size)
-
     def redrawn(self, op: Any, sampler: Any) -> Keeper | None:
         """Return what is kept for an operator with other draws, or None where rows must be made anew."""
         linearized = [scores for scores in self.kept if isinstance(scores, RecomputedScores)]
@@ -277,7 +256,7 @@ class Keeper:
 
     def _computed(self, evaluation: Evaluation, make_factor: Callable[[], Factor], size: int, reason: str) -> Scores:
         """Return G of a batch that will not be kept, and note it."""
-        scores = self.compute(evaluation, make_factor, size)
+        scores = compute(evaluation, make_factor, size)
         if isinstance(scores, MaterializedBatch):
             reason = f"{reason}; rows are built anew in every product"
         return self._note(scores, size, "none", 0, reason)
@@ -286,6 +265,31 @@ class Keeper:
         self.plan.entries.append(Entry(size, form, nbytes, reason))
         self.kept.append(scores if form != "none" else None)
         return scores
+
+
+def compute(evaluation: Evaluation, make_factor: Callable[[], Factor], size: int) -> Scores:
+    """Return G of a batch that will not be kept: by its rows, for one vector or two, where all uses are known.
+
+    They take one pass backward and 4 flops for each weight and datum, and J v and Jᵀu about 8.
+    """
+    try:
+        evaluation.choose_mode()
+    except ModesError as error:
+        if error.disagrees:
+            raise
+        return RowsBuilder(evaluation, make_factor(), size).build("factors", patient=True)[0]
+    factor = make_factor()
+    if evaluation.reached and not evaluation.custom_functions:
+        try:
+            builder = RowsBuilder(evaluation, factor, size)
+            cheap = builder.vectors <= _FEW_VECTORS and builder.every_use_is_known
+            if cheap and builder.nbytes("factors") <= _WORTH * evaluation.saved_bytes():
+                batch, differentiated = builder.build("factors")
+                if not differentiated:
+                    return batch
+        except CannotHoldError:
+            pass
+    return RecomputedScores(evaluation, factor, size)
 
 
 def _bytes(n: int) -> str:
