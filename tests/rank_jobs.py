@@ -191,6 +191,12 @@ def disagree(group, what):
     op = operator(group)
     if what == "vectors":
         op @ (np.ones(op.shape[0]) * (2 if last else 1))
+    if what == "permuted vectors":
+        v = np.arange(op.shape[0]) + 1.0
+        op @ (v[::-1].copy() if last else v)
+    if what == "permuted columns":  # two columns that are the same numbers in another order
+        V = np.arange(2.0 * op.shape[0]).reshape(-1, 2)
+        op @ (np.roll(V, 1, axis=0) if last else V)
     if what == "columns":
         op @ np.ones((op.shape[0], 2 if last else 3))
     if what == "operators":
