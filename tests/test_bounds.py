@@ -7,7 +7,7 @@ import pytest
 import scipy.sparse.linalg as sla
 import torch
 from torch import nn
-from torch.distributions import Normal
+from torch.distributions import MultivariateNormal, Normal, Poisson
 from torch.utils.data import DataLoader, TensorDataset
 
 import fisherops as fo
@@ -442,3 +442,81 @@ def test_every_form_and_batches_in_any_order(cache):
     bounds = crlb(op)
     assert bounds.method == "dense"
     np.testing.assert_allclose(bounds.covariance, np.linalg.inv(G.T @ G), rtol=1e-8)
+
+
+# ---- Published answers -------------------------------------------------------------------------------
+
+
+def test_misra1a():
+    """Certified standard deviations of https://www.itl.nist.gov/div898/strd/nls/data/misra1a.shtml."""
+    x = np.array(
+        [77.6, 114.9, 141.1, 190.8, 239.9, 289.0, 332.8, 378.4, 434.8, 477.3, 536.8, 593.1, 689.1, 760.0]
+    )  # fmt: skip
+    y = np.array([10.07, 14.73, 17.94, 23.93, 29.61, 35.18, 40.02, 44.82, 50.76, 55.05, 61.01, 66.40, 75.47, 81.78])
+    b1, b2 = 2.3894212918e02, 5.5015643181e-04
+    params = {"b1": torch.tensor(b1, dtype=torch.float64), "b2": torch.tensor(b2, dtype=torch.float64)}
+    residuals = y - b1 * -np.expm1(-b2 * x)
+    assert np.square(residuals).sum() == pytest.approx(1.2455138894e-01, rel=1e-8)
+    noise = np.sqrt(np.square(residuals).sum() / 12)
+    op = fo.FisherLinearOperator(lambda p, x: Normal(-p["b1"] * torch.expm1(-p["b2"] * x), noise), None, params, (x, y))
+    bounds = crlb(op)
+    np.testing.assert_allclose(bounds.standard_deviation, [2.7070075241e00, 7.2668688436e-06], rtol=1e-8)
+    assert bounds.digits.min() > 10
+    # The standard deviation of the noise as a parameter: n observations have the information 2n/σ², and none about b.
+    params["noise"] = torch.tensor(noise)
+    op = fo.FisherLinearOperator(
+        lambda p, x: Normal(-p["b1"] * torch.expm1(-p["b2"] * x), p["noise"]), None, params, (x, y)
+    )
+    expected = [2.7070075241e00, 7.2668688436e-06, noise / 28**0.5]
+    np.testing.assert_allclose(crlb(op).standard_deviation, expected, rtol=1e-8)
+
+
+def test_the_warfarin_design():
+    """Relative standard errors, in percent, that PopED reports for the reduced information matrix of 32 subjects."""
+    values = np.array([0.15, 8.0, 1.0, 0.07, 0.02, 0.6, 0.01])
+    t = torch.tensor([0.5, 1, 2, 6, 24, 36, 72, 120], dtype=torch.float64)
+
+    def curve(p):
+        k = p[0] / p[1]
+        return 70 * p[2] / (p[1] * (p[2] - k)) * (torch.exp(-k * t) - torch.exp(-p[2] * t))
+
+    typical = torch.tensor(values[:3])
+    f, J = curve(typical), torch.func.jacfwd(curve)(typical)
+    Z = J * typical
+
+    def covariance(variances):
+        return (Z * variances[:3]) @ Z.T + variances[3] * torch.diag(f**2)
+
+    def model(p, X):
+        mean, matrix = curve(p["typical"]), covariance(p["variances"])
+        return MultivariateNormal(mean.expand(len(X), 8), matrix.expand(len(X), 8, 8))
+
+    params = {"typical": typical, "variances": torch.tensor(values[3:])}
+    op = fo.FisherLinearOperator(model, None, params, data=(np.zeros((32, 1)), np.zeros((32, 8))), batch_size=10)
+    bounds = crlb(op)
+    poped = [4.738266, 2.756206, 13.925829, 25.627205, 30.344316, 25.777327, 11.170784]
+    np.testing.assert_allclose(100 * bounds.standard_deviation / values, poped, atol=1e-6)
+    # By the textbook: Jᵀ V⁻¹ J for the typical values, and ½ tr(V⁻¹ V_i V⁻¹ V_j) for the variances.
+    inverse = np.linalg.inv(covariance(torch.tensor(values[3:])).numpy())
+    changes = [inverse @ covariance(torch.eye(4, dtype=torch.float64)[i]).numpy() for i in range(4)]
+    F = np.zeros((7, 7))
+    F[:3, :3] = J.numpy().T @ inverse @ J.numpy()
+    F[3:, 3:] = [[np.trace(a @ b) / 2 for b in changes] for a in changes]
+    np.testing.assert_allclose(op.todense(), 32 * F, rtol=1e-9, atol=1e-9 * np.abs(F).max())
+
+
+def test_a_poisson_regression_by_fisher_scoring():
+    """The example of R's help(glm), with its printed estimates and standard errors."""
+    counts = np.array([18.0, 17, 15, 20, 10, 20, 25, 13, 12])
+    outcome, treatment = np.tile(np.arange(3), 3), np.repeat(np.arange(3), 3)
+    X = np.stack([np.ones(9), outcome == 1, outcome == 2, treatment == 1, treatment == 2], 1).astype(float)
+    params = {"beta": torch.tensor([np.log(counts.mean()), 0, 0, 0, 0])}
+    options = {"params": params, "data": (X, counts)}
+    fisher = fo.FisherLinearOperator(lambda p, X: Poisson((X @ p["beta"]).exp()), None, **options)
+    observed = fo.EmpiricalFisherLinearOperator(lambda p, X: Poisson((X @ p["beta"]).exp()), None, **options)
+    for _ in range(6):
+        step = fo.linalg.solve(fisher, observed.scores.T @ np.ones(9), rtol=1e-10).x
+        params["beta"] -= torch.from_numpy(step)
+    np.testing.assert_allclose(params["beta"], [3.045, -0.4543, -0.2930, 0, 0], atol=5e-4)
+    deviation = crlb(fisher).standard_deviation
+    np.testing.assert_allclose(deviation, [0.1709, 0.2022, 0.1927, 0.2000, 0.2000], atol=5e-5)
