@@ -197,6 +197,34 @@ class FisherOperator(TorchLinearOperator):
             result = self._sum((block.T @ block for block in blocks), *self.shape)
         return check_result(result).cpu().numpy()
 
+    def square_root(self, triangular: bool) -> Tensor:
+        """Return B in float64 with BᵀB = F: the rows of G that are not zero, or the triangle R of G = QR.
+
+        Products with B keep the digits that F loses, because the condition number of F is the square of that of B.
+
+        Parameters
+        ----------
+        triangular : bool
+            Whether to return at most D rows. The rows of G are then joined to R a block at a time.
+
+        Returns
+        -------
+        torch.Tensor
+            (n, D).
+        """
+        D, blocks, rows = self.shape[0], [torch.empty(0, self.shape[0], dtype=torch.float64, device=self.device)], 0
+        with self._pass("square root") as batches:
+            for scores in batches:
+                for block in _rows_or_columns(scores, D, self.torch_dtype, self.device):
+                    block = check_result(block)[(block != 0).any(1)]
+                    blocks.append(block.double())
+                    rows += len(block)
+                    if triangular and rows > 2 * D:
+                        blocks = [torch.linalg.qr(torch.cat(blocks), mode="r")[1]]
+                        rows = len(blocks[0])
+            B = torch.cat(self._ranks.gather(torch.cat(blocks)))
+        return torch.linalg.qr(B, mode="r")[1] if triangular and len(B) > D else B
+
     def diagonal(self) -> np.ndarray[Any, Any]:
         """Return the diagonal of F as a NumPy array of shape (D,), exactly: the squared norms of the columns of G.
 
@@ -629,6 +657,16 @@ def _one_ahead(items: Iterable[Item]) -> Iterator[Item]:
         yield from previous
         previous = [item]
     yield from previous
+
+
+def _rows_or_columns(scores: Scores, D: int, dtype: torch.dtype, device: torch.device) -> Iterator[Tensor]:
+    """List G of a batch in blocks of rows (r, D): by its D columns if there are fewer of them than rows."""
+    if scores.count < D:
+        for rows in scores.rows():
+            yield from rows.split(_ROWS_PER_SUM)
+    else:
+        identity = torch.eye(D, dtype=dtype, device=device)
+        yield torch.cat([scores.apply(columns) for columns in identity.split(scores.columns, dim=1)], 1)
 
 
 def _sums_of_products(batches: Iterable[Scores], blocks: Sequence[Tensor]) -> Iterator[Tensor]:

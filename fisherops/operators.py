@@ -245,8 +245,11 @@ class FisherMCLinearOperator(FisherOperator):
             \qquad x_{ntm} = w_{nt} \big(s(\tilde y_{ntm})^\top J_{nt} v\big)^2
 
         It is the error against the exact Fisher of the same data: vᵀFv is a sum over independent terms, so for many of
-        them, and about M ≥ 8 where likelihoods have heavy tails, it lies within 1.96 standard errors of its expectation
+        them, and about M ≥ 8 if likelihoods have heavy tails, it lies within 1.96 standard errors of its expectation
         in about 95 % of cases. With ``rows="datum"`` n, t is a datum.
+
+        If all M samples of every term agree to rounding, they have no spread to estimate an error from: a rare target
+        may have a large score and never have been drawn. The result is then NaN, unless vᵀFv is zero.
 
         Parameters
         ----------
@@ -256,7 +259,7 @@ class FisherMCLinearOperator(FisherOperator):
         Returns
         -------
         float or array
-            A number for (D,); for (D, K) an array (K,) of the library of `v`.
+            A number for (D,); for (D, K) an array (K,) of the library of `v`. NaN if all samples agree.
 
         Raises
         ------
@@ -276,11 +279,14 @@ class FisherMCLinearOperator(FisherOperator):
         if V.shape[1] == 0:
             return leave(V[0].clone())
         with self._pass("standard error", kept=False, **self._marks(V)) as batches:
-            forms = (scores.apply(V).square().view(-1, self._samples, V.shape[1]).double() for scores in batches)
-            terms = (own.var(1).sum(0) * self._samples for own in forms)
-            variance = self._sum(terms, V.shape[1], dtype=torch.float64)
-        error = check_result(variance, V).sqrt().to(self.torch_dtype)
-        return float(error) if x.ndim == 1 else leave(error)
+            forms = (scores.apply(V).double().square().view(-1, self._samples, V.shape[1]) for scores in batches)
+            moments = (torch.stack([own.var(1).sum(0), own.square().mean(1).sum(0)]) for own in forms)
+            sums = self._sum(moments, 2, V.shape[1], dtype=torch.float64)
+        variance, second = check_result(sums, V) * self._samples
+        # Samples that agree differ by rounding only, because kernels round equal rows in different ways.
+        agree = variance.sqrt() <= 16 * torch.finfo(self.torch_dtype).eps * second.sqrt()
+        error = torch.where(agree & (second > 0), torch.nan, variance.sqrt())
+        return float(error) if x.ndim == 1 else leave(error.to(self.torch_dtype))
 
     def _factor(self, q: Likelihood, f: Tensor, terms: Terms, draws: Draws | None) -> OutputFactor:
         assert draws is not None

@@ -126,6 +126,12 @@ def algebra(group, method):
     return pairs.eigenvalues, pairs.residuals, pairs.method, solution.x, inverse, log.logabsdet, dimension.value
 
 
+def bounds(group, method):
+    loss, data = nn.CrossEntropyLoss(reduction="sum"), parts(group, "strided")
+    op = fo.FisherLinearOperator(network(), loss, data=data, process_group=group)
+    return linalg.crlb(op.damped(1e-2) if method == "damped" else op, "0.bias", method="auto")
+
+
 def other_methods(group, cache):
     op = operator(group, cache=cache)
     v = np.ones(op.shape[0])
@@ -191,6 +197,12 @@ def disagree(group, what):
     op = operator(group)
     if what == "vectors":
         op @ (np.ones(op.shape[0]) * (2 if last else 1))
+    if what == "permuted vectors":
+        v = np.arange(op.shape[0]) + 1.0
+        op @ (v[::-1].copy() if last else v)
+    if what == "permuted columns":  # two columns that are the same numbers in another order
+        V = np.arange(2.0 * op.shape[0]).reshape(-1, 2)
+        op @ (np.roll(V, 1, axis=0) if last else V)
     if what == "columns":
         op @ np.ones((op.shape[0], 2 if last else 3))
     if what == "operators":
@@ -421,12 +433,13 @@ def sharded_refusals(group):
     data = fo.distributed.shard((X, y), group, batch_size=4)
     uneven = data[: len(data) - rank]
     make = fo.FisherMCLinearOperator
-    ce = nn.CrossEntropyLoss()
+    ce, ce_sum = nn.CrossEntropyLoss(), nn.CrossEntropyLoss(reduction="sum")
     return [
         attempt(lambda: op @ np.ones(op.shape[0])),
         attempt(lambda: op.sharded(torch.ones(3))),
         attempt(op.todense),
         attempt(lambda: linalg.eigsh(op, 2)),
+        attempt(lambda: linalg.crlb(fo.FisherLinearOperator(model, ce_sum, data=data, process_group=group))),
         attempt(lambda: make(model, ce, data=data, process_group=group, cache="scores")),
         attempt(lambda: make(model, ce, data=data, process_group=group, dtype="float32")),
         attempt(lambda: make(model, ce, data=data)),

@@ -129,6 +129,15 @@ def test_linear_algebra(two, method):
         np.testing.assert_allclose(dimension, (spectrum / (spectrum + 1e-2)).sum(), rtol=1e-9)
 
 
+@pytest.mark.parametrize("method", ["alone", "damped"])
+def test_bounds(two, method):
+    op = fo.FisherLinearOperator(network(), torch.nn.CrossEntropyLoss(reduction="sum"), data=everything())
+    expected = linalg.crlb(op.damped(1e-2) if method == "damped" else op, "0.bias")
+    for bounds in two.results("bounds", method):
+        np.testing.assert_allclose(bounds.covariance, expected.covariance, rtol=1e-8)
+        assert bounds.nullity == expected.nullity
+
+
 @pytest.mark.parametrize("cache", ["factors", "linearization"])
 def test_other_methods(four, cache):
     op = alone()
@@ -194,6 +203,16 @@ def test_a_damaged_checkpoint_is_refused_on_all_ranks(two, tmp_path):
         ("some without indices", "the batches of some ranks are"),
         ("sampler", "DistributedSampler is of rank"),
         ("vectors", "the checksum of the vectors .*v0 or rng"),
+        pytest.param(
+            "permuted vectors",
+            "the checksum of the vectors .*v0 or rng",
+            marks=pytest.mark.xfail(strict=True, reason="landing 5: checksums depend on the order of the entries"),
+        ),
+        pytest.param(
+            "permuted columns",
+            "the checksum of the vectors .*v0 or rng",
+            marks=pytest.mark.xfail(strict=True, reason="landing 5: checksums depend on the order of the entries"),
+        ),
         ("columns", "the number of columns is 3 on rank 0, 2 on rank 1"),
         ("operators", r"product of operator \d+ on rank 0, product of operator \d+ on rank 1"),
         ("calls", r"product of operator (\d+) on rank 0, diagonal of operator \1 on rank 1"),
@@ -311,6 +330,7 @@ def test_what_sharded_parameters_do_not_allow(two):
         r"got shape \(3,\), and this rank has \d+ numbers",
         "F as a dense matrix would be on every rank",
         "eigenvalues alone are found, by method='dual'",
+        "`op` must have whole parameters, got sharded ones",
         "use 'auto' or 'factors'",
         "leave out `dtype`",
         r"sharded over 2 processes: pass process_group=",

@@ -130,3 +130,45 @@ def test_what_the_standard_error_refuses():
         op.standard_error(np.ones(3))
     with pytest.raises(TypeError, match="takes a real vector, got a complex one"):
         op.standard_error(1j * np.ones(case.D))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("rows", ["term", "datum"])
+def test_samples_that_agree_have_no_standard_error(rows, dtype):
+    """The first class has a probability of 0.999 and the others were never drawn: their large scores are missing."""
+    logits = torch.tensor([7.6, 0.0, 0.0], dtype=dtype)
+
+    def model(params, X):
+        return params["gain"] * X @ params["W"] + logits
+
+    params = {
+        "gain": torch.tensor(0.0, dtype=dtype),
+        "W": torch.randn(5, 3, dtype=dtype),
+        "unused": torch.ones((), dtype=dtype),
+    }
+    data = (torch.randn(9, 5, dtype=dtype), torch.zeros(9, dtype=torch.long))
+    loss = nn.CrossEntropyLoss(reduction="sum")
+    op = fo.FisherMCLinearOperator(model, loss, params, data=data, mc_samples=3, rows=rows, seed=0)
+    exact = fo.FisherLinearOperator(model, loss, params, data=data)
+    v = np.eye(op.shape[0])
+    assert 0 < v[0] @ op @ v[0] < 0.1 * (v[0] @ exact @ v[0])  # the estimate is far off
+    assert np.isnan(op.standard_error(v[0]))
+    # For a direction without effect the value is zero, and so is its error.
+    errors = op.standard_error(v[:, [0, -1]])
+    assert np.isnan(errors[0])
+    assert errors[1] == 0
+    many = fo.FisherMCLinearOperator(model, loss, params, data=data, mc_samples=3000, rows=rows)
+    assert abs(v[0] @ many @ v[0] - v[0] @ exact @ v[0]) < 5 * many.standard_error(v[0])
+
+
+def test_the_standard_error_of_small_scores():
+    """Squares of scores of 1e-25 are not representable in float32."""
+    X = 1e-25 * torch.randn(50, 3)
+    data = (X, torch.zeros(50, 1))
+    model = nn.Linear(3, 1, bias=False)
+    op = fo.FisherMCLinearOperator(model, nn.MSELoss(reduction="sum"), data=data, mc_samples=4)
+    large = fo.FisherMCLinearOperator(
+        model, nn.MSELoss(reduction="sum"), data=(1e25 * X, torch.zeros(50, 1)), mc_samples=4
+    )
+    v = np.ones(3, np.float32)
+    assert op.standard_error(v) == pytest.approx(1e-50 * large.standard_error(v), rel=1e-4, abs=0)

@@ -5,6 +5,7 @@ term of the batch, so that the rest of the library sees no other shape. Write yo
 """
 
 from fisherops.likelihoods.base import Draws, Likelihood, Terms
+from fisherops.likelihoods.density import LogDensity
 from fisherops.likelihoods.distributions import DistributionLikelihood
 from fisherops.likelihoods.factors import DenseFactor, DiagonalFactor, OutputFactor
 from fisherops.likelihoods.losses import of_loss
@@ -15,6 +16,7 @@ __all__ = [
     "DistributionLikelihood",
     "Draws",
     "Likelihood",
+    "LogDensity",
     "OutputFactor",
     "Terms",
     "of_loss",

@@ -117,25 +117,33 @@ class Bounds:
     Attributes
     ----------
     covariance : numpy.ndarray
-        (p, p), the least covariance of unbiased estimates of the p functions; rows and columns of functions that the
-        data do not determine are infinite.
+        (p, p), the least covariance of unbiased estimates of the p functions. Rows and columns of functions that the
+        data do not determine are infinite; all entries are NaN if `lost` is not 0.
     standard_deviation : numpy.ndarray
-        (p,), the roots of its diagonal.
+        (p,), the square roots of its diagonal.
+    digits : numpy.ndarray
+        (p,), decimal digits of each standard deviation that the rounding of the scores leaves, a cautious estimate. 0
+        for bounds that are NaN, and infinity for infinite ones.
     names : tuple of str
-        Of the functions.
+        Names of the functions.
     unidentifiable : tuple of str
         Directions in parameter space that the data say nothing about, by their largest entries, at most ten.
     nullity : int
-        How many such directions there are.
+        Number of these directions.
+    lost : int
+        Number of directions whose information is too close to rounding to be told from zero. Every function may depend
+        on them, so there are no bounds. Use ``dtype="float64"``, or parameters that are less correlated.
     method : str
         "dual" or "dense".
     """
 
     covariance: Any
     standard_deviation: Any
+    digits: Any
     names: tuple[str, ...]
     unidentifiable: tuple[str, ...]
     nullity: int
+    lost: int
     method: str
 
 

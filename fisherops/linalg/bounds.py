@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -10,14 +11,24 @@ import torch
 from torch import Tensor
 
 from fisherops import _arrays
+from fisherops._linop import TorchLinearOperator, _Damped, _Scaled, _Sum
 from fisherops.fisher import FisherOperator
 from fisherops.linalg._results import Bounds
-from fisherops.linalg._ways import EIGEN, choose, dense_matrix, outside_of_autocast, zero_threshold
+from fisherops.linalg._ways import METHODS, dense_matrix, outside_of_autocast
+from fisherops.operators import FisherMCLinearOperator
 
 _NAMED_DIRECTIONS, _NAMED_ENTRIES = 10, 4
 
-# Parameters up to which F itself is looked at, which tells scales from ranks.
-_DENSE = 2000
+# Rounding of a score, and of the algebra with it, in units of eps.
+_ROUNDING = 8.0
+
+# In float64, directions whose information is zero to rounding are unidentifiable if a gap of this factor separates them
+# from the others. A spectrum that decays into rounding without a gap tells nothing about its smallest values, and
+# neither does float32, where float64 can tell.
+_GAP = 1000.0
+
+# Numbers of 8 bytes for each entry of B that a singular value decomposition needs.
+_SVD_WORK = 4
 
 
 @outside_of_autocast
@@ -30,25 +41,36 @@ def crlb(op: Any, of: Any = None, *, method: str = "auto") -> Bounds:
 
     Parameters
     ----------
-    op : FisherOperator
-        An exact Fisher for the bound itself; with ``dtype="float64"`` where it is to have more than a few digits.
+    op : FisherOperator or sum of operators
+        An exact Fisher; with ``dtype="float64"`` if the bounds are to have more than a few digits. Sums of operators
+        with positive factors are the information of several experiments, ``op + other``. ``op.damped(1 / τ**2)`` adds a
+        Gaussian prior of standard deviation τ on every parameter, and ``op + aslinearoperator(P)`` one of precision
+        matrix P: the result is then the Bayesian bound.
     of : None, str, list of str, mapping or array
         None: every element of every parameter. Names of parameters: all their elements. An array (D,) or (D, p): linear
         functions, as columns A. A mapping from the name of a function to a mapping from names of parameters to
         coefficients: likewise, by name. For a function that is not linear pass its gradient.
     method : {"auto", "dual", "dense"}
-        "dense" decides the rank of F in units in which each parameter has unit information; "dual" in the user's.
+        Matrix whose singular values are found, in units in which each parameter has unit information: the score matrix
+        (rows × D) or its triangular factor (D × D). The default is the smaller of them.
 
     Returns
     -------
     Bounds
-        Where F is singular, functions that depend on directions without information have infinite bounds, and
-        `unidentifiable` names these directions.
+        If F is singular, functions that depend on directions without information have infinite bounds, and
+        `unidentifiable` names these directions. `digits` estimates how many digits of each bound are right.
 
     Raises
     ------
+    TypeError
+        If there is no Fisher operator in `op`.
     ValueError
-        If the operator is of a mean; if names or shapes do not fit.
+        If an operator is of a mean, or subtracted; if names or shapes do not fit; if `max_memory` is too small.
+
+    Warns
+    -----
+    UserWarning
+        If `op` is a Monte-Carlo Fisher, whose inverse is not a bound; if digits are lost, see `Bounds.lost`.
 
     References
     ----------
@@ -65,52 +87,173 @@ def crlb(op: Any, of: Any = None, *, method: str = "auto") -> Bounds:
     >>> op = fo.FisherLinearOperator(mean, torch.nn.MSELoss(reduction="sum"), data=(X, y))
     >>> fo.linalg.crlb(op).covariance.round(3)
     array([[0.05]])
+
+    A prior of variance 0.05 on the weight counts as much as the data:
+
+    >>> fo.linalg.crlb(op.damped(1 / 0.05)).covariance.round(3)
+    array([[0.025]])
     """
-    if not isinstance(op, FisherOperator):
-        raise TypeError(f"the Cramér-Rao bound is of a Fisher operator, got {type(op).__name__}.")
-    if "mean" in op.reductions:
+    parts = list(_parts(op, 1.0))
+    fishers = [part for part, _ in parts if isinstance(part, FisherOperator)]
+    if not fishers:
+        raise TypeError(
+            f"`op` must be a Fisher operator or a sum of operators with one, got {type(op).__name__}. Pass the "
+            "information itself, not its inverse, a product or a power, and start a sum with the Fisher operator."
+        )
+    if any("mean" in fisher.reductions for fisher in fishers):
         raise ValueError(
             "the Cramér-Rao bound needs the information of all data, and this operator is of a mean: use a loss with "
             "reduction='sum'."
         )
+    if any(fisher.sharding is not None for fisher in fishers):
+        raise NotImplementedError("`op` must have whole parameters, got sharded ones. Gather the parameters first.")
+    if any(factor < 0 for _, factor in parts):
+        raise ValueError(
+            "`op` must be a sum of information with positive factors, got a negative factor or damping. Leave out "
+            "what is subtracted."
+        )
     if method == "primal":
         raise ValueError("a singular F is told from a regular one by its eigenvalues: use method='dual' or 'dense'.")
-    A, names = _functions(op, of)
+    if method not in METHODS:
+        raise ValueError(f"`method` must be 'auto', 'dual' or 'dense', got {method!r}.")
+    if any(isinstance(fisher, FisherMCLinearOperator) for fisher in fishers):
+        warnings.warn(
+            "the inverse of a Monte-Carlo Fisher is not a Cramér-Rao bound, and its error is that of the draws. Use "
+            "FisherLinearOperator, the exact Fisher.",
+            stacklevel=3,
+        )
+    A, names = _functions(fishers[0], of)
     if not names:
         raise ValueError("`of` names no function.")
     if not bool(A.isfinite().all()):
         raise ValueError("`of` contains NaN or infinity.")
-    way = choose(op, method, products=float("inf"), dense_flops=EIGEN, dual=op.shape[0] > _DENSE or method == "dual")
-    if way == "primal":
-        raise ValueError("neither the Gram matrix nor F fits max_memory: raise it.")
-    matrix = dense_matrix(op, way)
-    scale = None
-    if way == "dense":
-        # In units in which each parameter has unit information, so that rank does not depend on the user's.
-        diagonal = matrix.diagonal()
-        scale = torch.where(diagonal > 0, diagonal, torch.ones_like(diagonal)).rsqrt()
-        matrix = matrix * scale * scale[:, None]
-    values, U = torch.linalg.eigh(matrix)
-    positive = values > zero_threshold(op, float(values[-1]), len(values))
-    values, U = values[positive], U[:, positive]
-    if scale is not None:
-        A = A * scale[:, None]
-        inner = U.T @ A
-        inside = U @ inner
-        scaled = inner / values.sqrt()[:, None]
-    else:  # eigenvectors of F are Gᵀu / √λ
-        scores = op.scores
-        inner = U.T @ scores._times(A.to(op.torch_dtype)).double()
-        inside = scores.T._times((U @ (inner / values[:, None])).to(op.torch_dtype)).double()
-        scaled = inner / values[:, None]
+    B, noise, method = _square_root(parts, fishers, method)
+    single = any(fisher.torch_dtype != torch.float64 for fisher in fishers)
+    covariance, digits, basis, nullity, lost = _bounds(B, A, noise, float("inf") if single else _GAP)
+    if lost:
+        advice = "Pass dtype='float64' to the operator" if single else "Use parameters that are less correlated"
+        warnings.warn(
+            f"the information about {lost} of {len(A)} directions is lost to rounding, so no bound is known. {advice}.",
+            stacklevel=3,
+        )
+    directions = _name_directions(fishers[0], basis, nullity)
+    deviation = np.sqrt(np.diag(covariance))
+    return Bounds(covariance, deviation, digits, tuple(names), directions, nullity, lost, method)
+
+
+def _parts(op: Any, factor: float) -> Iterator[tuple[TorchLinearOperator | None, float]]:
+    """List the operators that a composite is the sum of, with their factors; None is the identity."""
+    if isinstance(op, _Sum):
+        yield from _parts(op._A, factor)
+        yield from _parts(op._B, factor)
+    elif isinstance(op, _Scaled) and not isinstance(op._alpha, complex):
+        yield from _parts(op._A, factor * op._alpha)
+    elif isinstance(op, _Damped):
+        yield from _parts(op._A, factor)
+        yield None, factor * op.damping
+    else:
+        yield op, factor
+
+
+def _square_root(
+    parts: list[tuple[TorchLinearOperator | None, float]], fishers: list[FisherOperator], method: str
+) -> tuple[Tensor, float, str]:
+    """Return B (n, D) with BᵀB = F, its relative rounding, and which method it is for."""
+    D, device = fishers[0].shape[0], fishers[0].device
+    counts = [fisher.num_rows for fisher in fishers]
+    alone = len(parts) == 1
+    if method == "auto":
+        method = "dual" if alone and counts[0] < D else "dense"
+    n = sum(counts) if method == "dual" else sum(min(count, D) for count in counts)
+    n += D * (len(parts) - len(fishers))
+    needed, left = 8 * _SVD_WORK * n * D, min(fisher.kept.memory_left for fisher in fishers)
+    if needed > left:
+        raise ValueError(
+            f"the square root of F takes a matrix of shape {(n, D)}, {needed} bytes with its factors, and "
+            f"{max(left, 0)} are left of max_memory. Raise max_memory, or pass an operator of fewer parameters."
+        )
+    eps = max(float(torch.finfo(part.torch_dtype).eps) for part, _ in parts if part is not None)
+    noise, blocks = _ROUNDING * eps * D**0.5, []
+    for part, factor in parts:
+        if factor == 0:
+            continue
+        if part is None:
+            block = torch.eye(D, dtype=torch.float64, device=device)
+        elif isinstance(part, FisherOperator):
+            block = part.square_root(triangular=method == "dense")
+        else:
+            block, amplification = _root_of_matrix(dense_matrix(part, "dense"), noise)
+            noise *= amplification
+        blocks.append(factor**0.5 * block.to(device))
+    # Large rows first: QR keeps the digits of small rows below large ones only in this order.
+    blocks.sort(key=lambda block: -float(block.abs().max()) if block.numel() else 0.0)
+    return torch.cat(blocks), noise, method
+
+
+def _root_of_matrix(H: Tensor, noise: float) -> tuple[Tensor, float]:
+    """Return B (n, D) with BᵀB = H, and by how much the rounding of B is larger than that of H."""
+    diagonal = H.diagonal()
+    scale = torch.where(diagonal > 0, diagonal, torch.ones_like(diagonal)).sqrt()
+    values, V = torch.linalg.eigh(H / scale / scale[:, None])
+    if float(values[0]) < -noise * float(values[-1].clamp_min(1)):
+        raise ValueError(
+            "`op` must be a sum of positive semi-definite operators, got one with the eigenvalue "
+            f"{float(torch.linalg.eigvalsh(H)[0]):.3g}. Pass a precision matrix."
+        )
+    positive = values > noise
+    values, V = values[positive], V[:, positive]
+    amplification = max(1.0, float(values.min()) ** -0.5) if len(values) else 1.0
+    return values.sqrt()[:, None] * V.T * scale, amplification
+
+
+def _bounds(B: Tensor, A: Tensor, noise: float, gap: float) -> tuple[Any, Any, Tensor, int, int]:
+    """Return the covariance, the digits of its diagonal, a basis of what is identifiable, the nullity and what is lost.
+
+    Parameters
+    ----------
+    B : torch.Tensor
+        (n, D).
+    A : torch.Tensor
+        (D, p).
+    noise : float
+        Norm of the rounding of B if its columns have norm 1.
+    gap : float
+        Ratio of singular values above which those that are zero to rounding are zero.
+    """
+    D = len(A)
+    # In units in which each parameter has unit information, neither rank nor digits depend on the user's units.
+    norms = torch.linalg.vector_norm(B, dim=0)
+    known = norms > 0
+    scale = torch.where(known, norms, torch.ones_like(norms))
+    B, A = B / scale, A / scale[:, None]
+    if len(B) > D:
+        B = torch.linalg.qr(B, mode="r")[1]
+    _, values, Vt = torch.linalg.svd(B, full_matrices=False)
+    # Zero columns, and fewer rows than parameters, leave directions without information whatever the rounding.
+    certain = min(len(B), int(known.sum()))
+    values, Vt = values[:certain], Vt[:certain]
+    rank = int((values > noise).sum())
+    least = float(values[rank - 1]) if rank else float("inf")
+    separated = rank == certain or least > gap * noise
+    lost = 0 if separated and least > 10 * noise else int((values <= 10 * noise).sum())
+    nullity = D - (rank if separated else certain)
+    # The complement of the null space in the user's units.
+    basis = torch.linalg.qr(Vt[: D - nullity].T * scale[:, None])[0]
+    values, Vt = values[:rank], Vt[:rank]
+    inner = Vt @ A
+    scaled = inner / values[:, None]
     covariance = (scaled.T @ scaled).cpu().numpy()
-    # The part of a function outside of the range of F is rounding, or it is not.
-    lost = (A - inside).norm(dim=0) > float(torch.finfo(op.torch_dtype).eps) ** 0.5 * A.norm(dim=0)
-    infinite = lost.cpu().numpy()
+    deviations = scaled.norm(dim=0)
+    # A perturbation E of B changes B⁺ᵀa by about B⁺ᵀEᵀB⁺ᵀa, and turns each singular vector by at most ‖E‖/σ.
+    error = noise * (scaled / values[:, None]).norm(dim=0) / deviations.clamp_min(1e-300) + (noise / least) ** 2
+    digits = (-error.log10()).clamp(0, 15).cpu().numpy()
+    outside = (A - Vt.T @ inner).norm(dim=0) > 10 * noise * deviations.maximum(A.norm(dim=0))
+    infinite = outside.cpu().numpy()
     covariance[infinite] = covariance[:, infinite] = np.inf
-    nullity = op.shape[0] - len(values)
-    directions = _name_directions(op, scale, values, U, nullity)
-    return Bounds(covariance, np.sqrt(np.diag(covariance)), tuple(names), directions, nullity, way)
+    digits[infinite] = np.inf
+    if lost:
+        covariance[:], digits[:] = np.nan, 0
+    return covariance, digits, basis, nullity, lost
 
 
 def _functions(op: FisherOperator, of: Any) -> tuple[Tensor, list[str]]:
@@ -168,17 +311,11 @@ def _entry_names(op: FisherOperator) -> list[str]:
     return names
 
 
-def _name_directions(
-    op: FisherOperator, scale: Tensor | None, values: Tensor, U: Tensor, nullity: int
-) -> tuple[str, ...]:
-    """Describe some directions of the null space by their largest entries."""
+def _name_directions(op: FisherOperator, V: Tensor, nullity: int) -> tuple[str, ...]:
+    """Describe some directions of the null space, the complement of the columns of V, by their largest entries."""
     if nullity == 0:
         return ()
     D = op.shape[0]
-    if scale is None:
-        V = op.scores.T._times(U.to(op.torch_dtype)).double() / values.sqrt()
-    else:  # the null space in the user's units is that of U scaled, and orthogonal to U over the scale
-        V = torch.linalg.qr(U / scale[:, None])[0]
     # The projector onto the null space; its pivoted columns are the directions nearest to single parameters.
     entries = _entry_names(op)
     remaining = 1 - V.square().sum(1)
