@@ -131,7 +131,8 @@ class _ModuleFunction(ModelFunction):
         chosen = {id(p) for p in self._chosen.values()}
         values = {name: self._convert(p.detach()) for name, p in self._module.named_parameters() if id(p) not in chosen}
         values |= {name: self._convert(buffer.clone()) for name, buffer in self._module.named_buffers()}
-        return torch.func.functional_call(self._module, values | dict(point), (X,))
+        with substituted(self._module, values | dict(point)):
+            return self._module(X)
 
     def state(self) -> tuple[Any, ...]:
         return tuple(map(_state_of, self._module.modules()))
@@ -161,6 +162,39 @@ class _ModuleFunction(ModelFunction):
 
     def _convert(self, t: Tensor) -> Tensor:
         return t.to(self._dtype) if self.converts and t.is_floating_point() else t
+
+
+@contextmanager
+def substituted(module: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
+    """Let a module use other values for parameters and buffers, under every name that it has for each of them.
+
+    Afterwards the module has its own tensors again. `torch.func.functional_call` does not ensure that: it exchanges the
+    tensors once for each name, so a module that is registered under two names keeps the substitutes.
+
+    Parameters
+    ----------
+    module : torch.nn.Module
+    values : mapping of str to torch.Tensor
+        Values by names of parameters and buffers; one name is enough for a tensor that has several.
+    """
+    named = dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
+    replacements = {id(named[name]): value for name, value in values.items()}
+    # `modules` lists each module once. The entries of its dictionaries are exchanged because nn.Module refuses to set
+    # an attribute that is a Parameter to a plain tensor, and because subclasses define other ways to set attributes.
+    entries: list[tuple[Any, str, Any]] = [
+        (owner, name, own)
+        for part in module.modules()
+        for owner in (part._parameters, part._buffers)
+        for name, own in owner.items()
+        if id(own) in replacements
+    ]
+    try:
+        for owner, name, own in entries:
+            owner[name] = replacements[id(own)]
+        yield
+    finally:
+        for owner, name, own in entries:
+            owner[name] = own
 
 
 class _ShardedModule(_ModuleFunction):
