@@ -391,12 +391,12 @@ def sharded_products(group, kind, rows):
     before = [p.grad for p in model.parameters()]
     products = (op @ x).to_local(), (op @ op.sharded(V[places, 0])).to_local(), op.diagonal().to_local()
     solved = [
-        linalg.solve(op, op.sharded(V[places, 0]), 1e-2, method=method, rtol=1e-10).x.to_local()
+        linalg.solve(op, op.sharded(V[places, 0]), 0.1, method=method, rtol=1e-10).x.to_local()
         for method in ("primal", "dual")
     ]
     G = op.scores
     there = (G.T @ (G @ x)).to_local()
-    numbers = op.trace(), linalg.slogdet(op, 1e-2).logabsdet
+    numbers = op.trace(), linalg.slogdet(op, 0.1).logabsdet
     spectrum = linalg.eigsh(op, 3, method="dual", return_eigenvectors=False).eigenvalues
     with torch.no_grad():
         for p in model.parameters():

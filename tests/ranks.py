@@ -11,7 +11,9 @@ import tempfile
 import time
 from pathlib import Path
 
-CONTEXT = multiprocessing.get_context("spawn")
+# Forks of a server that has imported what takes seconds, and has neither threads nor anything of the tests.
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["scipy.sparse.linalg", "torch.distributed.fsdp", "fisherops"])
 
 
 class JobError(Exception):

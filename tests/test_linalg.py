@@ -253,6 +253,31 @@ def test_a_singular_matrix_is_not_solved_in_silence():
         linalg.solve(op, np.ones(5) * 1j, 1.0)
 
 
+@pytest.mark.parametrize("scale", np.linspace(0.3, 1.0, 8))
+def test_what_rounding_leaves_of_an_eigenvalue_is_zero(scale):
+    """The entries of this Gram matrix are sums of 400,000 numbers, whose rounding is more than that of its own size."""
+    row = np.random.default_rng(0).random(400_000) + 0.5
+    op = operator(np.stack([row, scale * row]), torch.float32)
+    result = linalg.eigsh(op, 2, method="dual", return_eigenvectors=False)
+    assert result.eigenvalues[0] == 0
+    assert result.eigenvalues[1] == pytest.approx((1 + scale**2) * (row @ row), rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_eigenvectors_of_small_eigenvalues_are_orthogonal(dtype):
+    """The images Gᵀu of small ones have a part along large ones, which rounding put there."""
+    rng = np.random.default_rng(0)
+    R, D = 12, 30
+    U, V = (np.linalg.qr(rng.standard_normal((m, R)))[0] for m in (R, D))
+    op = operator(U * np.geomspace(10 * np.finfo(str(dtype)[6:]).eps ** 0.5, 1.0, R) @ V.T, dtype)
+    for k in (3, R, D):
+        values, vectors = result = linalg.eigsh(op, k, method="dual")
+        assert np.count_nonzero(values) == min(k, R)
+        vectors = vectors.astype(np.float64)
+        assert abs(vectors.T @ vectors - np.eye(k)).max() <= 100 * eps(op)
+        assert (result.residuals <= 100 * eps(op) * values[-1]).all()
+
+
 def test_conjugate_gradients():
     rng = np.random.default_rng(0)
     G = rng.standard_normal((30, 40)) * np.geomspace(1e-2, 10, 40)  # parameters of other scales
@@ -283,6 +308,29 @@ def test_conjugate_gradients():
     zero = linalg.solve(op, 0 * b, 0.01, method="primal")
     assert zero.converged
     np.testing.assert_array_equal(zero.x, 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_conjugate_gradients_report_the_true_residual(dtype):
+    """From a distant start the residual of the recursion falls below the tolerance 100 times before the true one."""
+    rng = np.random.default_rng(0)
+    G = rng.standard_normal((20, 30))
+    op = operator(G / np.linalg.norm(G, 2), dtype)
+    A, b = dense(op) + np.eye(30), rng.standard_normal((30, 2)).astype(op.dtype)
+    rtol = 100 * eps(op)
+    x0 = np.stack([np.zeros(30), 0.1 / eps(op) * rng.standard_normal(30)], 1).astype(op.dtype)
+    options = {"x0": x0, "method": "primal", "M": None, "rtol": rtol}
+    solved = linalg.solve(op, b, 1.0, **options)
+    assert solved.converged
+    for maxiter in (*range(solved.iterations), None):
+        result = linalg.solve(op, b, 1.0, maxiter=maxiter, **options)
+        x = result.x.astype(np.float64)
+        residual = np.linalg.norm(b - A @ x, axis=0)
+        rounding = 10 * eps(op) * (np.linalg.norm(b, axis=0) + 2 * np.linalg.norm(x, axis=0))
+        assert (abs(result.residual - residual) <= rounding).all()
+        excess = residual - rtol * np.linalg.norm(b, axis=0)
+        assert (excess <= rounding).all() if result.converged else (excess >= -rounding).any()
+    assert solved.iterations > 10
 
 
 def test_natural_gradient():
