@@ -18,19 +18,24 @@ project = "fisherops"
 author = "The fisherops developers"
 copyright = author
 release = version = fisherops.__version__
+REPOSITORY = "https://github.com/fisherops/fisherops"
 
 extensions = [
     "sphinx.ext.autodoc",
     "sphinx.ext.autosummary",
     "sphinx.ext.intersphinx",
     "sphinx.ext.mathjax",
+    "sphinx_copybutton",
     "numpydoc",
     "myst_parser",
     "sphinx_gallery.gen_gallery",
 ]
-# The scripts of the tutorials become pages in gallery/; tutorials/ itself holds no pages.
-exclude_patterns = ["_build", "tutorials"]
+# The scripts of the tutorials become pages in gallery/, so tutorials/ itself has no pages.
+exclude_patterns = ["_build", "_static", "tutorials"]
+templates_path = ["_templates"]
 default_role = "autolink"
+# A copy of MathJax 3.2.2, so that formulas need no network.
+mathjax_path = "mathjax/tex-svg.js"
 
 # ---- Pages in Markdown ---------------------------------------------------------------------------
 
@@ -41,7 +46,7 @@ myst_heading_anchors = 3
 
 autodoc_typehints = "none"
 autodoc_member_order = "bysource"
-autosummary_generate = False
+autosummary_generate = True
 numpydoc_show_class_members = False
 numpydoc_xref_param_type = True
 numpydoc_xref_ignore = "all"
@@ -79,7 +84,7 @@ def process_signature(app, what, name, obj, options, signature, return_annotatio
 
 
 def process_docstring(app, what, name, obj, options, lines):
-    """Keep initials of authors from being taken for the numbers of a list."""
+    """Escape the initials of authors, which docutils would read as the numbers of a list."""
     lines[:] = [re.sub(r"^(\s*)(?=[A-Z]\. )", r"\1\\", line) for line in lines]
 
 
@@ -102,7 +107,7 @@ INVENTORIES = {
 
 
 def reachable(inventories: dict[str, str], seconds: float) -> dict[str, tuple[str, None]]:
-    """Return the projects whose list of names can be had within some seconds."""
+    """Return the projects whose list of names answers within some seconds."""
     found: dict[str, tuple[str, None]] = {}
 
     def look(name: str, url: str) -> None:
@@ -145,7 +150,7 @@ sphinx_gallery_conf = {
     "doc_module": ("fisherops",),
     "reference_url": {"fisherops": None},
 }
-# Small problems: threads would only wait for each other.
+# The problems are small, so threads would only wait for each other.
 torch.set_num_threads(1)
 # Tutorials must not warn, apart from what matplotlib says when a picture is not shown in a window.
 warnings.filterwarnings("ignore", message=".*non-interactive.*", category=UserWarning)
@@ -155,15 +160,18 @@ warnings.filterwarnings("ignore", message=".*non-interactive.*", category=UserWa
 html_theme = "pydata_sphinx_theme"
 html_title = f"fisherops {release}"
 html_static_path = ["_static"]
-html_css_files = ["pictures.css"]
+html_css_files = ["site.css"]
 html_show_sphinx = False
+html_context = {"repository": REPOSITORY}
+copybutton_exclude = ".linenos, .gp, .go"
 html_theme_options = {
     "logo": {"text": "fisherops"},
+    "icon_links": [{"name": "Repository", "url": REPOSITORY, "icon": "fa-brands fa-github"}],
     "navigation_with_keys": False,
     "show_prev_next": True,
     "secondary_sidebar_items": ["page-toc"],
     "footer_start": ["copyright"],
-    "footer_end": [],
+    "footer_end": ["project-links"],
     "pygments_light_style": "a11y-high-contrast-light",
     "pygments_dark_style": "a11y-high-contrast-dark",
 }
