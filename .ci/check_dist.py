@@ -1,6 +1,6 @@
 """Compare a wheel and an sdist with the files of this repository: ``python .ci/check_dist.py FOLDER``.
 
-The wheel contains the package and its metadata, the sdist every tracked file except the settings of CI, each nothing else.
+The wheel contains the package and its metadata, and the sdist every tracked file except the settings of CI.
 """
 
 import subprocess

@@ -59,14 +59,23 @@ numpydoc_xref_aliases = {
     "ScoreMatrix": "fisherops.score_matrix.ScoreMatrix",
 } | {
     name: f"fisherops.linalg.{name}"
-    for name in ("Bounds", "DampedInverse", "Density", "Eigenpairs", "Estimate", "Solution")
+    for name in (
+        "Bounds",
+        "DampedInverse",
+        "Density",
+        "Eigenpairs",
+        "Estimate",
+        "Solution",
+    )
 }
 
 # Types such as "int" are left as words.
 numpydoc.xref.DEFAULT_LINKS.clear()
 
 
-def process_signature(app, what, name, obj, options, signature, return_annotation):
+def process_signature(
+    app, what, name, obj, options, signature, return_annotation
+):
     """Give classes the signature of their __init__ (SciPy's operators have a __new__), without private arguments."""
     if what != "class" or obj.__init__ is object.__init__:
         return signature, return_annotation
@@ -78,20 +87,29 @@ def process_signature(app, what, name, obj, options, signature, return_annotatio
         for p in own.parameters.values()
         if p.name != "self" and not p.name.startswith("_")
     ]
-    if any("dataclass" in str(p.default) or "factory" in str(p.default) for p in shown):
+    if any(
+        "dataclass" in str(p.default) or "factory" in str(p.default)
+        for p in shown
+    ):
         return signature, return_annotation
-    return str(own.replace(parameters=shown, return_annotation=own.empty)), return_annotation
+    return str(
+        own.replace(parameters=shown, return_annotation=own.empty)
+    ), return_annotation
 
 
 def process_docstring(app, what, name, obj, options, lines):
     """Escape the initials of authors, which docutils would read as the numbers of a list."""
-    lines[:] = [re.sub(r"^(\s*)(?=[A-Z]\. )", r"\1\\", line) for line in lines]
+    lines[:] = [
+        re.sub(r"^(\s*)(?=[A-Z]\. )", r"\1\\", line) for line in lines
+    ]
 
 
 def setup(app):
     """Connect the two functions above."""
     app.connect("autodoc-process-signature", process_signature)
-    app.connect("autodoc-process-docstring", process_docstring, priority=900)
+    app.connect(
+        "autodoc-process-docstring", process_docstring, priority=900
+    )
 
 
 # ---- Other projects ------------------------------------------------------------------------------
@@ -106,15 +124,26 @@ INVENTORIES = {
 }
 
 
-def reachable(inventories: dict[str, str], seconds: float) -> dict[str, tuple[str, None]]:
+def reachable(
+    inventories: dict[str, str], seconds: float
+) -> dict[str, tuple[str, None]]:
     """Return the projects whose list of names answers within some seconds."""
     found: dict[str, tuple[str, None]] = {}
 
     def look(name: str, url: str) -> None:
-        with suppress(OSError), urlopen(Request(url + "objects.inv", method="HEAD"), timeout=seconds):
+        with (
+            suppress(OSError),
+            urlopen(
+                Request(url + "objects.inv", method="HEAD"),
+                timeout=seconds,
+            ),
+        ):
             found[name] = (url, None)
 
-    threads = [Thread(target=look, args=item, daemon=True) for item in inventories.items()]
+    threads = [
+        Thread(target=look, args=item, daemon=True)
+        for item in inventories.items()
+    ]
     for thread in threads:
         thread.start()
     deadline = time.monotonic() + seconds
@@ -124,7 +153,11 @@ def reachable(inventories: dict[str, str], seconds: float) -> dict[str, tuple[st
 
 
 # Without a network, or with FISHEROPS_DOCS_OFFLINE set, names of other projects are printed without links.
-intersphinx_mapping = {} if os.environ.get("FISHEROPS_DOCS_OFFLINE") else reachable(INVENTORIES, seconds=5)
+intersphinx_mapping = (
+    {}
+    if os.environ.get("FISHEROPS_DOCS_OFFLINE")
+    else reachable(INVENTORIES, seconds=5)
+)
 intersphinx_timeout = 10
 nitpick_ignore = [("py:obj", "logabsdet")]  # a field of a named tuple
 nitpick_ignore_regex = [
@@ -153,7 +186,9 @@ sphinx_gallery_conf = {
 # The problems are small, so threads would only wait for each other.
 torch.set_num_threads(1)
 # Tutorials must not warn, apart from what matplotlib says when a picture is not shown in a window.
-warnings.filterwarnings("ignore", message=".*non-interactive.*", category=UserWarning)
+warnings.filterwarnings(
+    "ignore", message=".*non-interactive.*", category=UserWarning
+)
 
 # ---- HTML ----------------------------------------------------------------------------------------
 
@@ -166,7 +201,13 @@ html_context = {"repository": REPOSITORY}
 copybutton_exclude = ".linenos, .gp, .go"
 html_theme_options = {
     "logo": {"text": "fisherops"},
-    "icon_links": [{"name": "Repository", "url": REPOSITORY, "icon": "fa-brands fa-github"}],
+    "icon_links": [
+        {
+            "name": "Repository",
+            "url": REPOSITORY,
+            "icon": "fa-brands fa-github",
+        }
+    ],
     "navigation_with_keys": False,
     "show_prev_next": True,
     "secondary_sidebar_items": ["page-toc"],
