@@ -47,6 +47,44 @@ myst_heading_anchors = 3
 autodoc_typehints = "none"
 autodoc_member_order = "bysource"
 autosummary_generate = True
+
+
+def members(cls: type) -> dict[str, list[str]]:
+    """Return the public methods and properties of a class, which its page lists first.
+
+    Fields of results are in the docstrings' own tables, so they are left out.
+    """
+    values = {
+        name: inspect.getattr_static(cls, name)
+        for name in dir(cls)
+        if not name.startswith("_")
+    }
+    return {
+        "methods": [
+            n
+            for n, v in values.items()
+            if inspect.isroutine(v) and n not in ("count", "index")
+        ],
+        "properties": [
+            n for n, v in values.items() if isinstance(v, property)
+        ],
+    }
+
+
+autosummary_context = {
+    "class_members": {
+        f"{module.__name__}.{name}": members(getattr(module, name))
+        for module in (
+            fisherops,
+            fisherops.linalg,
+            fisherops.likelihoods,
+            fisherops.score_matrix,
+            fisherops.scores,
+        )
+        for name in dir(module)
+        if isinstance(getattr(module, name), type)
+    }
+}
 numpydoc_show_class_members = False
 numpydoc_xref_param_type = True
 numpydoc_xref_ignore = "all"
