@@ -47,6 +47,7 @@ myst_heading_anchors = 3
 autodoc_typehints = "none"
 autodoc_member_order = "bysource"
 autosummary_generate = True
+toc_object_entries_show_parents = "hide"
 
 
 def members(cls: type) -> dict[str, list[str]]:
@@ -197,7 +198,10 @@ intersphinx_mapping = (
     else reachable(INVENTORIES, seconds=5)
 )
 intersphinx_timeout = 10
-nitpick_ignore = [("py:obj", "logabsdet")]  # a field of a named tuple
+nitpick_ignore = [
+    ("py:obj", "logabsdet"),  # a field of a named tuple
+    ("py:obj", "scores"),  # named in summaries, outside of its class
+]
 nitpick_ignore_regex = [
     (r"py:.*", r"(numpy|scipy|torch|cupy|cupyx|matplotlib)\..*"),
 ]
@@ -246,6 +250,7 @@ html_theme_options = {
             "icon": "fa-brands fa-github",
         }
     ],
+    "header_links_before_dropdown": 5,
     "navigation_with_keys": False,
     "show_prev_next": True,
     "secondary_sidebar_items": ["page-toc"],
