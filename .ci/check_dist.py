@@ -1,6 +1,6 @@
 """Compare a wheel and an sdist with the files of this repository: ``python .ci/check_dist.py FOLDER``.
 
-The wheel holds the package and its metadata, the sdist every tracked file except ``.ci``, each nothing else.
+The wheel contains the package and its metadata, and the sdist every tracked file except the settings of CI.
 """
 
 import subprocess
@@ -9,11 +9,12 @@ import tarfile
 import zipfile
 from pathlib import Path
 
+OF_CI = (".ci/", ".github/", ".pre-commit-config.yaml")
 METADATA = {"METADATA", "WHEEL", "RECORD", "entry_points.txt", "licenses/LICENSE"}
 
 
 def compare(what: str, found: set[str], expected: set[str]) -> bool:
-    """Print the differences, and say whether there are none."""
+    """Print the differences and return whether there are none."""
     for name in sorted(found - expected):
         print(f"{what}: {name} should not be there")
     for name in sorted(expected - found):
@@ -34,7 +35,8 @@ def main(folder: Path) -> int:
 
     with tarfile.open(sdist) as archive:
         in_sdist = {member.name.removeprefix(f"{name}/") for member in archive if member.isfile()}
-    return not (same & compare(sdist.name, in_sdist, {f for f in tracked if not f.startswith(".ci/")} | {"PKG-INFO"}))
+    expected = {file for file in tracked if not file.startswith(OF_CI)} | {"PKG-INFO"}
+    return not (same & compare(sdist.name, in_sdist, expected))
 
 
 if __name__ == "__main__":

@@ -18,19 +18,24 @@ project = "fisherops"
 author = "The fisherops developers"
 copyright = author
 release = version = fisherops.__version__
+REPOSITORY = "https://github.com/fisherops/fisherops"
 
 extensions = [
     "sphinx.ext.autodoc",
     "sphinx.ext.autosummary",
     "sphinx.ext.intersphinx",
     "sphinx.ext.mathjax",
+    "sphinx_copybutton",
     "numpydoc",
     "myst_parser",
     "sphinx_gallery.gen_gallery",
 ]
-# The scripts of the tutorials become pages in gallery/; tutorials/ itself holds no pages.
-exclude_patterns = ["_build", "tutorials"]
+# The scripts of the tutorials become pages in gallery/, so tutorials/ itself has no pages.
+exclude_patterns = ["_build", "_static", "tutorials"]
+templates_path = ["_templates"]
 default_role = "autolink"
+# A copy of MathJax 3.2.2, so that formulas need no network.
+mathjax_path = "mathjax/tex-svg.js"
 
 # ---- Pages in Markdown ---------------------------------------------------------------------------
 
@@ -41,7 +46,46 @@ myst_heading_anchors = 3
 
 autodoc_typehints = "none"
 autodoc_member_order = "bysource"
-autosummary_generate = False
+autosummary_generate = True
+toc_object_entries_show_parents = "hide"
+
+
+def members(cls: type) -> dict[str, list[str]]:
+    """Return the public methods and properties of a class, which its page lists first.
+
+    Fields of results are in the docstrings' own tables, so they are left out.
+    """
+    values = {
+        name: inspect.getattr_static(cls, name)
+        for name in dir(cls)
+        if not name.startswith("_")
+    }
+    return {
+        "methods": [
+            n
+            for n, v in values.items()
+            if inspect.isroutine(v) and n not in ("count", "index")
+        ],
+        "properties": [
+            n for n, v in values.items() if isinstance(v, property)
+        ],
+    }
+
+
+autosummary_context = {
+    "class_members": {
+        f"{module.__name__}.{name}": members(getattr(module, name))
+        for module in (
+            fisherops,
+            fisherops.linalg,
+            fisherops.likelihoods,
+            fisherops.score_matrix,
+            fisherops.scores,
+        )
+        for name in dir(module)
+        if isinstance(getattr(module, name), type)
+    }
+}
 numpydoc_show_class_members = False
 numpydoc_xref_param_type = True
 numpydoc_xref_ignore = "all"
@@ -54,14 +98,23 @@ numpydoc_xref_aliases = {
     "ScoreMatrix": "fisherops.score_matrix.ScoreMatrix",
 } | {
     name: f"fisherops.linalg.{name}"
-    for name in ("Bounds", "DampedInverse", "Density", "Eigenpairs", "Estimate", "Solution")
+    for name in (
+        "Bounds",
+        "DampedInverse",
+        "Density",
+        "Eigenpairs",
+        "Estimate",
+        "Solution",
+    )
 }
 
 # Types such as "int" are left as words.
 numpydoc.xref.DEFAULT_LINKS.clear()
 
 
-def process_signature(app, what, name, obj, options, signature, return_annotation):
+def process_signature(
+    app, what, name, obj, options, signature, return_annotation
+):
     """Give classes the signature of their __init__ (SciPy's operators have a __new__), without private arguments."""
     if what != "class" or obj.__init__ is object.__init__:
         return signature, return_annotation
@@ -73,20 +126,29 @@ def process_signature(app, what, name, obj, options, signature, return_annotatio
         for p in own.parameters.values()
         if p.name != "self" and not p.name.startswith("_")
     ]
-    if any("dataclass" in str(p.default) or "factory" in str(p.default) for p in shown):
+    if any(
+        "dataclass" in str(p.default) or "factory" in str(p.default)
+        for p in shown
+    ):
         return signature, return_annotation
-    return str(own.replace(parameters=shown, return_annotation=own.empty)), return_annotation
+    return str(
+        own.replace(parameters=shown, return_annotation=own.empty)
+    ), return_annotation
 
 
 def process_docstring(app, what, name, obj, options, lines):
-    """Keep initials of authors from being taken for the numbers of a list."""
-    lines[:] = [re.sub(r"^(\s*)(?=[A-Z]\. )", r"\1\\", line) for line in lines]
+    """Escape the initials of authors, which docutils would read as the numbers of a list."""
+    lines[:] = [
+        re.sub(r"^(\s*)(?=[A-Z]\. )", r"\1\\", line) for line in lines
+    ]
 
 
 def setup(app):
     """Connect the two functions above."""
     app.connect("autodoc-process-signature", process_signature)
-    app.connect("autodoc-process-docstring", process_docstring, priority=900)
+    app.connect(
+        "autodoc-process-docstring", process_docstring, priority=900
+    )
 
 
 # ---- Other projects ------------------------------------------------------------------------------
@@ -101,15 +163,26 @@ INVENTORIES = {
 }
 
 
-def reachable(inventories: dict[str, str], seconds: float) -> dict[str, tuple[str, None]]:
-    """Return the projects whose list of names can be had within some seconds."""
+def reachable(
+    inventories: dict[str, str], seconds: float
+) -> dict[str, tuple[str, None]]:
+    """Return the projects whose list of names answers within some seconds."""
     found: dict[str, tuple[str, None]] = {}
 
     def look(name: str, url: str) -> None:
-        with suppress(OSError), urlopen(Request(url + "objects.inv", method="HEAD"), timeout=seconds):
+        with (
+            suppress(OSError),
+            urlopen(
+                Request(url + "objects.inv", method="HEAD"),
+                timeout=seconds,
+            ),
+        ):
             found[name] = (url, None)
 
-    threads = [Thread(target=look, args=item, daemon=True) for item in inventories.items()]
+    threads = [
+        Thread(target=look, args=item, daemon=True)
+        for item in inventories.items()
+    ]
     for thread in threads:
         thread.start()
     deadline = time.monotonic() + seconds
@@ -119,9 +192,16 @@ def reachable(inventories: dict[str, str], seconds: float) -> dict[str, tuple[st
 
 
 # Without a network, or with FISHEROPS_DOCS_OFFLINE set, names of other projects are printed without links.
-intersphinx_mapping = {} if os.environ.get("FISHEROPS_DOCS_OFFLINE") else reachable(INVENTORIES, seconds=5)
+intersphinx_mapping = (
+    {}
+    if os.environ.get("FISHEROPS_DOCS_OFFLINE")
+    else reachable(INVENTORIES, seconds=5)
+)
 intersphinx_timeout = 10
-nitpick_ignore = [("py:obj", "logabsdet")]  # a field of a named tuple
+nitpick_ignore = [
+    ("py:obj", "logabsdet"),  # a field of a named tuple
+    ("py:obj", "scores"),  # named in summaries, outside of its class
+]
 nitpick_ignore_regex = [
     (r"py:.*", r"(numpy|scipy|torch|cupy|cupyx|matplotlib)\..*"),
 ]
@@ -145,25 +225,37 @@ sphinx_gallery_conf = {
     "doc_module": ("fisherops",),
     "reference_url": {"fisherops": None},
 }
-# Small problems: threads would only wait for each other.
+# The problems are small, so threads would only wait for each other.
 torch.set_num_threads(1)
 # Tutorials must not warn, apart from what matplotlib says when a picture is not shown in a window.
-warnings.filterwarnings("ignore", message=".*non-interactive.*", category=UserWarning)
+warnings.filterwarnings(
+    "ignore", message=".*non-interactive.*", category=UserWarning
+)
 
 # ---- HTML ----------------------------------------------------------------------------------------
 
 html_theme = "pydata_sphinx_theme"
 html_title = f"fisherops {release}"
 html_static_path = ["_static"]
-html_css_files = ["pictures.css"]
+html_css_files = ["site.css"]
 html_show_sphinx = False
+html_context = {"repository": REPOSITORY}
+copybutton_exclude = ".linenos, .gp, .go"
 html_theme_options = {
     "logo": {"text": "fisherops"},
+    "icon_links": [
+        {
+            "name": "Repository",
+            "url": REPOSITORY,
+            "icon": "fa-brands fa-github",
+        }
+    ],
+    "header_links_before_dropdown": 5,
     "navigation_with_keys": False,
     "show_prev_next": True,
     "secondary_sidebar_items": ["page-toc"],
     "footer_start": ["copyright"],
-    "footer_end": [],
+    "footer_end": ["project-links"],
     "pygments_light_style": "a11y-high-contrast-light",
     "pygments_dark_style": "a11y-high-contrast-dark",
 }

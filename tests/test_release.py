@@ -91,3 +91,18 @@ def test_the_python_versions_agree():
     listed = re.findall(r"Python :: (3\.\d+)", "\n".join(PROJECT["classifiers"]))
     assert listed[0] == lowest
     assert f"Python ≥ {lowest}" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_workflow_calls_the_scripts_that_run_calls():
+    """What GitHub checks and what ``.ci/run`` checks are the same scripts, on every Python that is declared."""
+    if not (ROOT / ".ci").exists():
+        pytest.skip("an sdist has no .ci")
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8"))
+    steps = [step for job in workflow["jobs"].values() for step in job["steps"]]
+    called = {step["run"].split()[1] for step in steps if "run" in step}
+    run = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    (order,) = re.findall(r"^for step in (.*); do$", run, re.MULTILINE)
+    assert called == {f".ci/{name}" for name in re.findall(r"[a-z]+", re.sub(r"install [a-z,]+", "install", order))}
+    assert all((ROOT / name).is_file() for name in called)
+    listed = re.findall(r"Python :: (3\.\d+)", "\n".join(PROJECT["classifiers"]))
+    assert workflow["jobs"]["tests"]["strategy"]["matrix"]["python-version"] == listed
