@@ -198,7 +198,8 @@ class TorchLinearOperator(LinearOperator):
             return torch.complex(parts[:, :K].contiguous(), parts[:, K:].contiguous())
         if K == 0:
             return torch.zeros(M, 0, dtype=self.torch_dtype, device=self.device)
-        return self._apply(V.to(self.torch_dtype)).to(self.torch_dtype)
+        V = V.to(self.torch_dtype)
+        return check_result(self._apply(V).to(self.torch_dtype), V)
 
     def todense(self) -> np.ndarray[Any, Any]:
         """Return the matrix as a NumPy array of shape (M, N); costs N products."""
@@ -296,6 +297,17 @@ class TorchLinearOperator(LinearOperator):
         if not abs(value) <= torch.finfo(self.torch_dtype).max:
             raise ValueError(f"`damping` must be finite in {self.dtype}, got {value}.")
         return _Damped(self, float(value))
+
+
+def check_result(result: Tensor, *inputs: Tensor) -> Tensor:
+    """Return a result if it is finite, or the inputs are not either."""
+    # The sum is finite if all entries are, but for overflow, which the second look settles.
+    if not result.sum().isfinite() and not result.isfinite().all() and all(x.isfinite().all() for x in inputs):
+        raise FloatingPointError(
+            "the result contains NaN or infinity although the model's outputs are finite: a derivative of the model "
+            "is not finite, or the numbers exceed the precision. Check its operations, or pass dtype='float64'."
+        )
+    return result
 
 
 class Transposed(TorchLinearOperator):

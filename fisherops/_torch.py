@@ -6,12 +6,14 @@ A torch that lacks one of these names answers "unknown", never with an error; `t
 from __future__ import annotations
 
 import functools
+import random
 import threading
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.distributions import Distribution
@@ -91,17 +93,22 @@ def on_optimizer_step(note: Callable[[Any], None]) -> None:
 
 @contextmanager
 def fixed_randomness(device: torch.device, seed: int) -> Iterator[list[torch.Generator]]:
-    """Fix torch's global random numbers inside, and leave their state untouched outside; yields their generators."""
+    """Fix global random numbers inside, and leave their state untouched outside; yields torch's generators."""
     # Only the generators used here: torch.manual_seed would also seed those of other devices, and not restore them.
     generators = [torch.default_generator]
     if device.type == "cuda":
         generators.append(torch.cuda.default_generators[device.index])
     states = [generator.get_state() for generator in generators]
+    others = random.getstate(), np.random.get_state()  # noqa: NPY002 (the global state is meant)
     try:
         for generator in generators:
             generator.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed)  # noqa: NPY002
         yield generators
     finally:
+        random.setstate(others[0])
+        np.random.set_state(others[1])  # noqa: NPY002
         for generator, state in zip(generators, states, strict=True):
             generator.set_state(state)
 

@@ -34,6 +34,13 @@ def map_arrays(function: Callable[[Any], Any], x: Any) -> Any:
     return x
 
 
+def copied(x: Any) -> Any:
+    """Return a copy that shares no memory, also of objects that hold tensors, such as graphs."""
+    if isinstance(x, Mapping | tuple | list) or _arrays.is_array(x):
+        return map_arrays(lambda a: a.clone() if isinstance(a, Tensor) else a, x)
+    return x if x is None or isinstance(x, str | int | float) else copy.deepcopy(x)
+
+
 def leaves(x: Any) -> list[Tensor]:
     """List the arrays in `x`, in the order in which :func:`map_arrays` meets them."""
     found: list[Tensor] = []

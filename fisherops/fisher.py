@@ -16,12 +16,12 @@ from fisherops import _torch
 from fisherops._checks import noting, prefixing
 from fisherops._data import Batch, Data
 from fisherops._draws import CounterDraws, CounterSampler, StreamSampler
-from fisherops._linop import TorchLinearOperator
+from fisherops._linop import TorchLinearOperator, check_result
 from fisherops._memory import as_bytes, as_folder, is_memory_error
 from fisherops._ranks import Alone, fingerprint, ranks_of
 from fisherops._sharding import Sharding
 from fisherops._sums import CompensatedSum
-from fisherops._tree import map_arrays
+from fisherops._tree import copied
 from fisherops.distributed import with_indices
 from fisherops.likelihoods import Draws, Likelihood, OutputFactor, Terms
 from fisherops.problem import Evaluation, Parameters, Problem
@@ -186,7 +186,7 @@ class FisherOperator(TorchLinearOperator):
                 result = torch.empty_like(V, memory_format=torch.contiguous_format)
                 for columns, total in zip(torch.split(result, step, dim=1), sums, strict=True):
                     columns.copy_(total.value())
-        return check_result(result, V)
+        return result
 
     def todense(self) -> np.ndarray[Any, Any]:
         """Return F as a NumPy array of shape (D, D), from the rows of G."""
@@ -482,7 +482,7 @@ class FisherOperator(TorchLinearOperator):
             if known is not None:
                 yield known
                 continue
-            X = map_arrays(Tensor.clone, batch.X)
+            X = copied(batch.X)
             with noting(f"batch {batch.number}"):
                 evaluation = self._problem.evaluate(X, point, records=self._cache != "linearization")
             reached |= evaluation.reached
@@ -579,11 +579,12 @@ class FisherOperator(TorchLinearOperator):
     def _follow_changes(self) -> bool:
         """Repeat the checks if modules, modes or hooks have changed; say whether the loss has."""
         version = self._problem.version
-        loss, self._loss_version = self._loss_version, version.loss
+        loss = self._loss_version
         if self._structure != version.structure:
-            self._structure = version.structure
             if self._checked:
                 self._check_deterministic()
+            self._structure = version.structure
+        self._loss_version = version.loss
         return loss != version.loss
 
     def _check_deterministic(self) -> None:
@@ -712,14 +713,3 @@ def _check_finite(f: Tensor, batch: Batch) -> None:
             f"the model's output for batch {batch.number} contains {kind}: check the inputs and the parameters. (For "
             "classes that are not allowed, use logits of -1e9 and not -inf.)"
         )
-
-
-def check_result(result: Tensor, *inputs: Tensor) -> Tensor:
-    """Return a result if it is finite, or the inputs are not either."""
-    # The sum is finite if all entries are, but for overflow, which the second look settles.
-    if not result.sum().isfinite() and not result.isfinite().all() and all(x.isfinite().all() for x in inputs):
-        raise FloatingPointError(
-            "the result contains NaN or infinity although the model's outputs are finite: a derivative of the model "
-            "is not finite, or the numbers exceed the precision. Check its operations, or pass dtype='float64'."
-        )
-    return result

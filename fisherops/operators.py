@@ -12,7 +12,8 @@ from torch import Tensor
 from fisherops import _arrays
 from fisherops._checks import integer
 from fisherops._draws import CounterSampler, StreamSampler
-from fisherops.fisher import FisherOperator, check_result
+from fisherops._linop import check_result
+from fisherops.fisher import FisherOperator
 from fisherops.likelihoods import Draws, Likelihood, OutputFactor, Terms
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fisherops._linop import TorchLinearOperator, Transposed
+from fisherops._linop import TorchLinearOperator, Transposed, check_result
 from fisherops._sums import CompensatedSum
 from fisherops.scores import MaterializedBatch, Scores, sharded
 
@@ -108,7 +108,7 @@ class ScoreMatrix(TorchLinearOperator):
                 identity.diagonal(-start)[:width] = 1
                 result[:, start : start + width] = self._apply(self._apply_transposed(identity))
             result = (result + result.T).div_(2)
-        return result
+        return check_result(result)
 
     def _gram_of_held(self, batches: list[Scores] | None) -> Tensor | None:
         """Multiply every two batches that are held, whatever rank holds them; None if some are not."""

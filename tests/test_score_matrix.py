@@ -77,7 +77,7 @@ def test_the_gram_matrix_of_long_sequences_goes_by_blocks(monkeypatch):
     expected = op.scores.todense() @ op.scores.todense().T
     assert "factors" in str(op.plan)
     for filling in (1, 100, 2**21):
-        monkeypatch.setattr("fisherops.scores.parts._FILLING", filling)
+        monkeypatch.setattr("fisherops.scores.columns._FILLING", filling)
         assert_same(op.scores.gram(), expected, torch.float64)
         assert_same(op.diagonal(), np.diag(op.todense()), torch.float64)
 

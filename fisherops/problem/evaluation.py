@@ -384,14 +384,16 @@ class Evaluation:
         """Return Σ over outputs of cotangentᵀ ∂output/∂input, for cotangents stacked along a leading axis K."""
 
         def grad(cotangent: list[Tensor], batched: bool) -> tuple[Tensor, ...]:
-            gradients: tuple[Tensor, ...] = torch.autograd.grad(
-                outputs, inputs, cotangent, retain_graph=True, is_grads_batched=batched, allow_unused=True,
-                materialize_grads=not batched,
-            )  # fmt: skip
+            with self.kernels():  # for what is evaluated again in a backward pass
+                gradients: tuple[Tensor, ...] = torch.autograd.grad(
+                    outputs, inputs, cotangent, retain_graph=True, is_grads_batched=batched, allow_unused=True,
+                    materialize_grads=not batched,
+                )  # fmt: skip
             return gradients
 
         def one_by_one() -> list[Tensor]:
-            columns = [grad([c[k] for c in cotangents], batched=False) for k in range(K)]
+            # Copies, because complex views need an even offset.
+            columns = [grad([c[k].clone() for c in cotangents], batched=False) for k in range(K)]
             # Embeddings may give sparse gradients.
             return [torch.stack([g.to_dense() for g in parts]) for parts in zip(*columns, strict=True)]
 

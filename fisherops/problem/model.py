@@ -119,14 +119,11 @@ class _ModuleFunction(ModelFunction):
         self._module, self._parameters = module, parameters
         own = dict(module.named_parameters(remove_duplicate=False))
         self._chosen = {name: own[name] for name in parameters.tensors}
-        floating = [*module.parameters(), *module.buffers()] if parameters.asks_dtype else self._chosen.values()
         self._dtype = parameters.dtype
-        self.converts = parameters.converts or any(
-            t.dtype != self._dtype for t in floating if t.is_floating_point() and not is_sharded(t)
-        )
 
     def __call__(self, point: Mapping[str, Tensor], X: Any) -> Any:
         chosen = {id(p): point[name] for name, p in self._chosen.items()}
+        converts = self.converts
 
         def substitute(t: Tensor) -> Tensor:
             own = chosen.get(id(t))
@@ -134,10 +131,19 @@ class _ModuleFunction(ModelFunction):
                 return own
             # Frozen parameters are detached so that no graph is built for them; what layers may update in place is
             # copied.
-            return self._convert(t.detach() if isinstance(t, nn.Parameter) else _copied(t))
+            t = t.detach() if isinstance(t, nn.Parameter) else _copied(t)
+            return t.to(self._dtype) if converts and t.is_floating_point() else t
 
         with _Restoring(self._module.modules(), substitute) as self.substitutes:
             return self._module(X)
+
+    @property
+    def converts(self) -> bool:  # type: ignore[override]
+        """Asked anew, because the user may convert the model."""
+        floating = self.tensors() if self._parameters.asks_dtype else self._chosen.values()
+        return self._parameters.converts or any(
+            t.dtype != self._dtype for t in floating if t.is_floating_point() and not is_sharded(t)
+        )
 
     def tensors(self) -> list[Tensor]:
         return [*self._module.parameters(), *self._module.buffers()]
@@ -164,9 +170,6 @@ class _ModuleFunction(ModelFunction):
         if faults:
             raise ValueError(_describe_faults(faults))
         yield
-
-    def _convert(self, t: Tensor) -> Tensor:
-        return t.to(self._dtype) if self.converts and t.is_floating_point() else t
 
 
 class _ShardedModule(_ModuleFunction):
@@ -309,6 +312,8 @@ class _Restoring:
             self._known.add(module)
             for holder in _holders(vars(module)):
                 self._before.append((holder, dict(holder) if isinstance(holder, dict) else list(holder)))
+            if isinstance(module, torch.jit.ScriptModule):  # whose tensors are held elsewhere
+                self._before += [(own, dict(own.items())) for own in (module._parameters, module._buffers)]
         for holder, before in self._before:
             for key, value in before.items() if isinstance(before, dict) else enumerate(before):
                 if isinstance(value, Tensor):
@@ -352,7 +357,10 @@ class _Restoring:
             if holder.get(name) is ours:
                 holder[name] = before
         for holder, before in self._before:
-            if isinstance(before, dict):
+            if isinstance(before, dict) and not isinstance(holder, dict):  # of a scripted module
+                for name, value in before.items():
+                    holder[name] = value
+            elif isinstance(before, dict):
                 present = [*holder.keys(), *map(id, holder.values())]
                 if present != [*before.keys(), *map(id, before.values())]:
                     holder.clear()

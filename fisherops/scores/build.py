@@ -146,6 +146,11 @@ class RowsBuilder:
         """
         e, facts = self._evaluation, self._evaluation.facts
         vectors = self._factor.columns()
+        if not vectors.isfinite().all():
+            raise FloatingPointError(
+                "the scores of the likelihood contain NaN or infinity although the outputs are finite: check its "
+                "`log_prob` or `exact`, or pass dtype='float64'."
+            )
         gradients = self._backpropagated(vectors)
         if e.problem.sharded:
             return self._build_sharded(gradients, vectors), {}
@@ -180,13 +185,14 @@ class RowsBuilder:
         targets = [torch.autograd.graph.GradientEdge(*edge) for edge in edges]
 
         def grad(cotangent: Tensor, batched: bool) -> tuple[Tensor | None, ...]:
-            result: tuple[Tensor | None, ...] = torch.autograd.grad(
-                [self._f], targets, [cotangent], retain_graph=True, is_grads_batched=batched, allow_unused=True
-            )
+            with self._evaluation.kernels():  # for what is evaluated again in a backward pass
+                result: tuple[Tensor | None, ...] = torch.autograd.grad(
+                    [self._f], targets, [cotangent], retain_graph=True, is_grads_batched=batched, allow_unused=True
+                )
             return result
 
         def one_by_one() -> tuple[Tensor | None, ...]:
-            passes = zip(*(grad(u, batched=False) for u in U), strict=True)
+            passes = zip(*(grad(u.clone(), batched=False) for u in U), strict=True)
             return tuple(None if b[0] is None else torch.stack([g for g in b if g is not None]) for b in passes)
 
         facts = self._evaluation.facts

@@ -22,6 +22,9 @@ _FILLING = 2**21
 # Terms that are summed at once in the compute precision, and vectors of a block of rows likewise.
 _TERMS = 2**12
 
+# Sizes up to 2 to this power, and down to its reciprocal, may be squared and summed in float32.
+_SAFE = 24
+
 
 class Columns(ABC):
     """Columns of G for one use, (N · q) × (g · o · i). Tensors and integers only, nothing shared with the user."""
@@ -184,7 +187,9 @@ class Factors(Columns):
         if not isinstance(other, Factors) or other.shape != self.shape:
             return None
         total: Tensor | None = None
-        (A, B), (C, E) = self._by_datum(), other._by_datum()
+        ((A, a), (B, b)), ((C, c), (E, e)) = (
+            (_in_range(x), _in_range(y)) for x, y in (self._by_datum(), other._by_datum())
+        )
         for g in range(self.shape[0]):
 
             def inputs(mine: slice, theirs: slice, g: int = g) -> Tensor:
@@ -192,15 +197,18 @@ class Factors(Columns):
 
             own = _gram(inputs, B[:, :, :, g], E[:, :, :, g])
             total = own if total is None else total.add_(own)
-        return total
+        return None if total is None else _times_power(total, a + b + c + e)
 
     def col_norms(self) -> Tensor:
         if self._T > 1:
             return super().col_norms()
-        squares = self._B.square().sum(0).view(*self.shape[:2], -1)
+        (A, a), (B, b) = _in_range(self._A), _in_range(self._B)
+        squares = B.square().sum(0).view(*self.shape[:2], -1)
         if self.shape[0] == 1:
-            return times_transposed(squares[0], self._A[0].square().T)[None]
-        return torch.matmul(squares, self._A.square())
+            norms = times_transposed(squares[0], A[0].square().T)[None]
+        else:
+            norms = torch.matmul(squares, A.square())
+        return _times_power(norms, 2 * (a + b))
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -303,6 +311,20 @@ def _total(terms: Iterator[Tensor]) -> Tensor:
     for term in terms:
         total.add(term)
     return total.value()
+
+
+def _in_range(x: Tensor) -> tuple[Tensor, int]:
+    """Return x / 2ᵉ and e, which is 0 unless squares of x could leave the range of its precision."""
+    largest = float(x.abs().max()) if x.numel() else 0.0
+    if largest == 0 or not math.isfinite(largest) or 2.0**-_SAFE <= largest <= 2.0**_SAFE:
+        return x, 0
+    exponent = math.frexp(largest)[1]
+    return torch.ldexp(x, torch.tensor(-exponent, device=x.device)), exponent
+
+
+def _times_power(x: Tensor, exponent: int) -> Tensor:
+    """Multiply by 2 to a power."""
+    return torch.ldexp(x, torch.tensor(exponent, device=x.device)) if exponent else x
 
 
 def _flat(A: Tensor) -> Tensor:
