@@ -90,14 +90,11 @@ class Classes(nn.Module):
         return self.body(X).movedim(-1, 1)
 
 
-CARRIED = pytest.mark.xfail(strict=True, reason="landing 3: the axis of the data is carried to batches by their number")
-
-
 @pytest.mark.parametrize(
     ("rows", "sizes"),
     [
-        pytest.param("datum", (1, 4), marks=CARRIED),
-        pytest.param("datum", (4, 1), marks=CARRIED),
+        ("datum", (1, 4)),
+        ("datum", (4, 1)),
         ("datum", (4, 1, 2)),  # the middle batch has the same number in both orders
         ("datum", (2, 4)),
         ("term", (1, 4)),
@@ -157,11 +154,7 @@ def branching_data(dtype=torch.float64, positive=(False, True)):
 @pytest.mark.parametrize(
     ("cache", "positive"),
     [
-        pytest.param(
-            "none",
-            (False, True),
-            marks=pytest.mark.xfail(strict=True, reason="landing 3: the mode agreed on is carried to other batches"),
-        ),
+        ("none", (False, True)),
         ("none", (True, False)),
         ("scores", (False, True)),
         ("linearization", (False, True)),
@@ -180,15 +173,7 @@ def test_a_mode_of_differentiation_is_agreed_on_for_a_branch(cache, positive):
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize(
     ("cache", "positive"),
-    [
-        pytest.param(
-            cache,
-            (False, True),
-            marks=pytest.mark.xfail(strict=True, reason="landing 3: the tolerance is that of the first batch"),
-        )
-        for cache in ("scores", "auto")
-    ]
-    + [("scores", (True, False)), ("auto", (True, False))],
+    [(cache, (False, True)) for cache in ("scores", "auto")] + [("scores", (True, False)), ("auto", (True, False))],
 )
 def test_the_tolerance_is_that_of_the_precision_in_the_batch(cache, positive):
     """A branch in half precision is no wrong derivative, whether it comes first or second."""
@@ -237,10 +222,7 @@ class HalfOrWrong(nn.Module):
 @pytest.mark.parametrize(
     "positive",
     [
-        pytest.param(
-            (True, False),
-            marks=pytest.mark.xfail(strict=True, reason="landing 3: the tolerance of a batch is carried to others"),
-        ),
+        (True, False),
         (False, True),
     ],
 )

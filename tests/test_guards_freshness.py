@@ -198,10 +198,6 @@ def test_training_goes_on_after_an_operator_of_tensors_with_several_names():
 # ---- Changes of the model -------------------------------------------------------------------------
 
 
-LANDING_2 = pytest.mark.xfail(strict=True, reason="landing 2: changes that leave no version counter are not noticed")
-BY_CONTENTS = pytest.mark.xfail(strict=True, reason="landing 2: numbers of modules are not part of the version")
-
-
 class Net(nn.Module):
     """Has parameters, buffers, modules without either, and numbers of its own, all of which its output depends on."""
 
@@ -400,19 +396,6 @@ CHANGES = {
     "one entry": lambda net: net.head.weight.data[2, 1].add_(3),
     "p.detach() in inference mode": _inference_detached,
 }
-UNSEEN = {
-    *(name for name in OPTIMIZERS if "fused" in name),
-    "vector_to_parameters",
-    "p.data = new",
-    "p.data.copy_",
-    "p.data.mul_",
-    "storage",
-    "NumPy",
-    "DLPack",
-    "swap_tensors",
-    "foreach",
-    "one entry",
-}
 
 
 def _closure_loss(net):
@@ -423,10 +406,10 @@ def _closure_loss(net):
     return loss
 
 
-def _marked(changes, unseen, mark, everywhere=()):
+def _in_forms(changes, everywhere=()):
     """List every change with what "auto" keeps, and some of them with each form."""
     return [
-        pytest.param(change, form, id=f"{name}-{form}", marks=[mark] if name in unseen and form != "none" else [])
+        pytest.param(change, form, id=f"{name}-{form}")
         for name, change in changes.items()
         for form in (FORMS if name in everywhere else ["auto"])
     ]
@@ -435,7 +418,7 @@ def _marked(changes, unseen, mark, everywhere=()):
 EVERYWHERE = {"in place", "AdamW(fused)", "p.data = new", "NumPy", "swap_tensors", "vector_to_parameters"}
 
 
-@pytest.mark.parametrize(("change", "form"), _marked(CHANGES, UNSEEN, LANDING_2, EVERYWHERE))
+@pytest.mark.parametrize(("change", "form"), _in_forms(CHANGES, EVERYWHERE))
 def test_changed_parameters(change, form):
     net = make_net()
     check_change(net, make_operator(net, form), change)
@@ -444,10 +427,8 @@ def test_changed_parameters(change, form):
 @pytest.mark.parametrize("way", ["closure", "mapping"])
 @pytest.mark.parametrize(
     ("change", "form"),
-    _marked(
+    _in_forms(
         {name: CHANGES[name] for name in ("in place", "AdamW(fused)", "p.data = new", "NumPy")},
-        UNSEEN,
-        LANDING_2,
         {"AdamW(fused)"},
     ),
 )
@@ -498,10 +479,8 @@ FROZEN = {
 
 @pytest.mark.parametrize(
     ("change", "form"),
-    _marked(
+    _in_forms(
         FROZEN,
-        {"p.data.mul_", "p.data = new", "NumPy", "buffer, .data", "buffer, NumPy", "buffer, DLPack", "buffer, storage"},
-        LANDING_2,
         {"NumPy", "buffer, NumPy"},
     ),
 )
@@ -510,9 +489,7 @@ def test_changed_frozen_parameters_and_buffers(change, form):
     check_change(net, make_operator(net, form, params=_frozen(net)), change, _frozen(net))
 
 
-@pytest.mark.parametrize(
-    "form", [pytest.param("auto", marks=LANDING_2), pytest.param("linearization", marks=LANDING_2), "none"]
-)
+@pytest.mark.parametrize("form", ["auto", "linearization", "none"])
 def test_changed_tensors_of_inference_mode(form):
     """They have no version counter."""
 
@@ -536,7 +513,6 @@ def test_changed_tensors_of_inference_mode(form):
     assert_followed_or_refused(lambda: op @ np.eye(op.shape[0]), fisher_of(same))
 
 
-@pytest.mark.xfail(strict=True, reason="landing 2: buffers are evaluated in the precision that they had at first")
 @pytest.mark.parametrize("form", ["auto", "linearization", "none"])
 def test_a_model_converted_to_another_precision(form):
     torch.manual_seed(0)
@@ -570,9 +546,7 @@ ATTRIBUTES = {
 }
 
 
-@pytest.mark.parametrize(
-    ("change", "form"), _marked(ATTRIBUTES, ATTRIBUTES, BY_CONTENTS, {"float", "LayerNorm.eps", "tensor in place"})
-)
+@pytest.mark.parametrize(("change", "form"), _in_forms(ATTRIBUTES, {"float", "LayerNorm.eps", "tensor in place"}))
 def test_changed_numbers_of_modules(change, form):
     net = make_net()
     check_change(net, make_operator(net, form), change, check=assert_followed)
@@ -625,10 +599,8 @@ STRUCTURE = {
 
 @pytest.mark.parametrize(
     ("change", "form"),
-    _marked(
+    _in_forms(
         STRUCTURE,
-        {"forward hook", "forward pre-hook", "forward hook of the model"},
-        pytest.mark.xfail(strict=True, reason="landing 2: hooks are not part of the version"),
         {"forward hook"},
     ),
 )
@@ -646,7 +618,6 @@ def test_changed_structure(change, form):
     assert_followed_or_refused(lambda: op @ eye, truth)
 
 
-@pytest.mark.xfail(strict=True, reason="landing 2: hooks are not part of the version")
 def test_a_hook_that_is_removed_is_followed():
     net = make_net()
     handle = net.norm.register_forward_hook(lambda module, inputs, output: output.square())
@@ -682,7 +653,6 @@ REUSED = {
 }
 
 
-@pytest.mark.xfail(strict=True, reason="landing 2: modules and tensors are identified by their address")
 @pytest.mark.parametrize("form", ["auto", "linearization"])
 @pytest.mark.parametrize("what", REUSED)
 def test_what_has_the_address_of_the_one_that_it_replaces(what, form):
@@ -722,7 +692,6 @@ def exact_of(net, loss):
     return exact_fisher(net, loss, list(net.parameters()), make_data())
 
 
-LOSS_LANDING = pytest.mark.xfail(strict=True, reason="landing 2: the loss is not part of the version")
 LOSS_FORMS = ["auto", "linearization", "partly", "none"]
 
 
@@ -730,12 +699,7 @@ def _loss_cases():
     for name, change in LOSS_CHANGES.items():
         for reduction in ("sum", "mean"):
             for form in LOSS_FORMS if name == "weights in place" else ["auto", "none"]:
-                # A sum reads the weights anew in each evaluation; for a mean the divisor is compared.
-                passes = name.startswith("weights") and name != "weights replaced" and form == "none"
-                passes = passes or name == "label_smoothing"  # does not change the exact Fisher
-                yield pytest.param(
-                    change, reduction, form, id=f"{name}-{reduction}-{form}", marks=[] if passes else [LOSS_LANDING]
-                )
+                yield pytest.param(change, reduction, form, id=f"{name}-{reduction}-{form}")
 
 
 @pytest.mark.parametrize(("change", "reduction", "form"), list(_loss_cases()))
@@ -752,7 +716,6 @@ def test_changed_losses(change, reduction, form):
     assert_followed_or_refused(lambda: op @ eye, exact_of(net, loss))
 
 
-@LOSS_LANDING
 def test_changed_label_smoothing_of_the_empirical_fisher():
     net, loss = make_net(), nn.CrossEntropyLoss(reduction="sum")
     op = make_operator(net, loss=loss)
@@ -762,13 +725,12 @@ def test_changed_label_smoothing_of_the_empirical_fisher():
     assert_followed_or_refused(lambda: op @ eye, fisher_of(net, loss=loss))
 
 
-def test_changed_weights_are_noticed_when_the_data_are_read():
+def test_changed_weights_change_what_a_mean_divides_by():
     net, loss = make_net(), _weighted("mean")
     op = fo.FisherLinearOperator(net, loss, data=make_data(), cache="none")
     op @ np.ones(op.shape[0])
     loss.weight.copy_(NEW_WEIGHTS)
-    with pytest.raises(RuntimeError, match="the weights of the loss were changed. Make a new operator"):
-        op @ np.ones(op.shape[0])
+    assert_same(op @ np.eye(op.shape[0]), exact_of(net, loss), torch.float64)
 
 
 # ---- What is made of an operator ------------------------------------------------------------------
@@ -818,10 +780,6 @@ def _grow_unseen(net):
     net[0].weight.data.add_(1)
 
 
-KEEPS_NO_STATE = pytest.mark.xfail(strict=True, reason="landing 2: factorizations of composites have no version")
-STALE = {name for name in DERIVED if name.startswith(("inv(2 * op)", "inv(op + op)", "inv(damped)"))}
-
-
 @pytest.mark.parametrize(
     ("name", "change"),
     [
@@ -829,7 +787,6 @@ STALE = {name for name in DERIVED if name.startswith(("inv(2 * op)", "inv(op + o
             name,
             change,
             id=f"{name}-{what}",
-            marks=[LANDING_2] if what == "unseen" else [KEEPS_NO_STATE] if name in STALE else [],
         )
         for name in DERIVED
         for what, change in {"seen": _grow, "unseen": _grow_unseen}.items()
@@ -862,13 +819,7 @@ class Hiding(nn.Module):
         return HIDDEN["factor"] * self.net(X)
 
 
-NOT_REACHED = pytest.mark.xfail(strict=True, reason="landing 2: `refresh` does not reach factorizations")
-NOT_REFRESHED = STALE | {"inv(op), dual", "inv(op), dense", "3 * inv(op)"}
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[NOT_REACHED] if name in NOT_REFRESHED else []) for name in DERIVED]
-)
+@pytest.mark.parametrize("name", DERIVED)
 def test_refresh_reaches_what_is_made_of_an_operator(name, monkeypatch):
     make, of_truth = DERIVED[name]
     net = Hiding(mild_net())
@@ -906,7 +857,7 @@ RESULTS = {
 @pytest.mark.parametrize(
     ("name", "change"),
     [
-        pytest.param(name, change, id=f"{name}-{what}", marks=[LANDING_2] if what == "unseen" else [])
+        pytest.param(name, change, id=f"{name}-{what}")
         for name in RESULTS
         for what, change in {"seen": _grow, "unseen": _grow_unseen}.items()
     ],
@@ -929,9 +880,7 @@ def test_every_method_follows(name, change):
 
 
 @pytest.mark.parametrize("form", ["auto", "linearization"])
-@pytest.mark.parametrize(
-    "change", [pytest.param(_grow, id="seen"), pytest.param(_grow_unseen, id="unseen", marks=LANDING_2)]
-)
+@pytest.mark.parametrize("change", [pytest.param(_grow, id="seen"), pytest.param(_grow_unseen, id="unseen")])
 def test_resampled_operators_follow(form, change):
     net = mild_net()
     options = {"data": make_data(), **FORMS[form]}
@@ -983,17 +932,7 @@ COPIES = {"deepcopy": copy.deepcopy, "pickle": lambda op: pickle.loads(pickle.du
 
 @pytest.mark.parametrize(
     ("way", "again"),
-    [
-        pytest.param(
-            way,
-            again,
-            marks=[]
-            if way in ("mapping", "module")
-            else pytest.mark.xfail(strict=True, reason="landing 2: parameters of a callable are known by address"),
-        )
-        for way in CALLABLES
-        for again in COPIES
-    ],
+    [(way, again) for way in CALLABLES for again in COPIES],
 )
 def test_copies_of_operators(way, again):
     net = mild_net()
@@ -1076,15 +1015,11 @@ def _without_store(model, make):
     return make()
 
 
-KEEPS = pytest.mark.xfail(strict=True, reason="landing 2: what a model stores in an evaluation stays in it")
-
-
 def _biased_data(dtype=torch.float64):
     g = torch.Generator().manual_seed(2)
     return [(torch.randn(n, 3, 4, generator=g, dtype=dtype), torch.randint(3, (n,), generator=g)) for n in (4, 2)]
 
 
-@KEEPS
 @pytest.mark.parametrize(
     ("name", "form"), [*((name, "auto") for name in STORES), ("dict", "linearization"), ("attribute", "none")]
 )
@@ -1100,7 +1035,6 @@ def test_models_that_keep_tensors_have_all_rows(name, form):
 
 
 @pytest.mark.filterwarnings("ignore::fisherops.PlanWarning")
-@KEEPS
 @pytest.mark.parametrize("name", STORES)
 def test_what_a_model_keeps_is_the_users(name):
     model = _make_biased(name)
@@ -1128,7 +1062,6 @@ class Remembering(nn.Module):
         return self.head(self.last)
 
 
-@KEEPS
 @pytest.mark.parametrize("way", ["module", "closure"])
 @pytest.mark.parametrize("form", ["auto", "linearization", "none"])
 def test_what_a_model_stored_is_what_the_users_evaluation_stored(way, form):
@@ -1143,7 +1076,6 @@ def test_what_a_model_stored_is_what_the_users_evaluation_stored(way, form):
     assert model.calls == calls
 
 
-@KEEPS
 @pytest.mark.parametrize(("layer", "form"), [(nn.LSTM, "auto"), (nn.GRU, "linearization"), (nn.RNN, "none")])
 def test_recurrent_layers_stay_the_users(layer, form):
     class Recurrent(nn.Module):
@@ -1191,12 +1123,11 @@ class OnGraphs(nn.Module):
 @pytest.mark.parametrize(
     "form",
     [
-        pytest.param(
-            form, marks=pytest.mark.xfail(strict=True, reason="landing 2: what is kept shares the user's memory")
-        )
-        for form in ("auto", "factors", "linearization")
-    ]
-    + ["scores"],
+        "auto",
+        "factors",
+        "linearization",
+        "scores",
+    ],
 )
 def test_what_is_kept_shares_no_memory_with_inputs_that_move_themselves(form):
     torch.manual_seed(0)

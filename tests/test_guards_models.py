@@ -211,42 +211,13 @@ def draw(shape):
 # Torch has neither a forward-mode rule nor a double-backward one for them, so no linearization either.
 FIRST_ORDER = {"once differentiable", *(name for name in MODELS if name.startswith("EmbeddingBag"))}
 
-ALL, ASKED = set(CACHES), {"scores"}
-LOOP = "operations without other rules need a loop over examples"
-GRAPH = "reading the graph raises where it should not know a use"
-# Name: the caches that fail today, how, and why.
-FAILS = {
-    **dict.fromkeys(FIRST_ORDER, (ALL, NotImplementedError, LOOP)),
-    **dict.fromkeys(
-        ("packed LSTM", "packed GRU", "packed RNN", "PReLU", "PReLU alone", "Bilinear", "weight_norm", "polar"),
-        (ASKED, NotImplementedError, LOOP),
-    ),
-    **dict.fromkeys(
-        ("1 + gain, 3 examples", "1 + gain, 1 example", "tanh(a(X)) * (1 + scale), 2 examples"),
-        (ALL, IndexError, GRAPH),
-    ),
-    "column times a constant": (ALL, RuntimeError, GRAPH),
-    **dict.fromkeys(("sparse COO", "sparse CSR", "sparse X"), (ALL, NotImplementedError, "sparse tensors in a graph")),
-    **dict.fromkeys(
-        ("torch.func.jvp", "torch.func.jvp, 40 outputs"),
-        ({"linearization", "none"}, RuntimeError, "memory of a graph with tensors of torch.func"),
-    ),
-    "view_as_complex": (ALL - {"none"}, (RuntimeError, NotImplementedError), LOOP),
-    "checkpointed attention": (
-        {"linearization", "none"}, (RuntimeError, NotImplementedError), "kernels differ in the recomputation"
-    ),
-    **dict.fromkeys(("autograd.grad", "second derivative"), (ALL, RuntimeError, "models are evaluated under no_grad")),
-}  # fmt: skip
-
 
 def cases():
     for name in MODELS:
-        failing, kind, why = FAILS.get(name, ((), (), ""))
         for cache in CACHES:
             if name in FIRST_ORDER and cache == "linearization":
                 continue
-            mark = pytest.mark.xfail(strict=True, raises=kind, reason=f"landing 3: {why}")
-            yield pytest.param(name, cache, marks=[mark] if cache in failing else [], id=f"{name}-{cache}")
+            yield pytest.param(name, cache, id=f"{name}-{cache}")
 
 
 @pytest.mark.filterwarnings(
@@ -292,7 +263,6 @@ def test_checkpointing_that_is_not_reentrant(cache):
     np.testing.assert_allclose(op @ np.eye(len(G.T)), G.T @ G, atol=1e-12)
 
 
-@pytest.mark.xfail(strict=True, reason="landing 3: reentrant checkpoints give zero rows in silence")
 @pytest.mark.parametrize("cache", CACHES)
 @pytest.mark.parametrize(
     "operator", [fo.FisherMCLinearOperator, fo.FisherLinearOperator, fo.EmpiricalFisherLinearOperator]
@@ -304,17 +274,32 @@ def test_reentrant_checkpointing_is_refused(operator, cache):
         operator(model, nn.CrossEntropyLoss(), data=(X, y), cache=cache) @ np.ones(31)
 
 
-@pytest.mark.filterwarnings("ignore:There is a performance drop")
-@pytest.mark.xfail(strict=True, reason=f"landing 3: {LOOP}")
-@pytest.mark.parametrize(
-    ("name", "operation"), [("EmbeddingBag mean", "(?i)embedding_?bag"), ("once differentiable", "Once")]
-)
-def test_the_loop_over_examples_names_the_operation(name, operation):
-    make, shape = MODELS[name]
-    model, X = make().double(), draw(shape)
-    op = fo.EmpiricalFisherLinearOperator(model, nn.CrossEntropyLoss(), data=(X, torch.arange(3)))
-    with pytest.warns(fo.PlanWarning, match=operation):
-        op @ np.ones(op.shape[0])
+class OnTheHost(torch.autograd.Function):
+    """A square by NumPy: neither its calls nor its kernels are seen, and vmap cannot take it."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return torch.from_numpy(np.square(x.detach().numpy()))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, b):
+        (x,) = ctx.saved_tensors
+        return torch.from_numpy(2 * x.detach().numpy() * b.numpy())
+
+
+@pytest.mark.parametrize("cache", ["auto", "scores"])
+def test_rows_that_are_differentiated_one_by_one_are_said(cache):
+    torch.manual_seed(0)
+    model = Body(lambda net, X: net.head(X * OnTheHost.apply(net.w)), w=vector(5), head=nn.Linear(5, 3)).double()
+    X, y, loss = draw(VECTOR), torch.arange(3), nn.CrossEntropyLoss(reduction="sum")
+    G = rows_by_backward(model, loss, X, y)
+    op = fo.EmpiricalFisherLinearOperator(model, loss, data=(X, y), cache=cache)
+    with pytest.warns(fo.PlanWarning, match="one by one.* w: used past the calls of torch"):
+        F = op @ np.eye(op.shape[0])
+    np.testing.assert_allclose(F, G.T @ G, atol=1e-12)
+    assert "w (used past the calls of torch that are seen)" in str(op.plan)
 
 
 class Adapter(nn.Module):
@@ -330,10 +315,7 @@ class Adapter(nn.Module):
         return (self.base(h) + self.B(self.A(x)).to(h.dtype)).to(x.dtype)
 
 
-IGNORED = pytest.mark.xfail(strict=True, reason="landing 3: dtype is ignored if the trained parameters have it")
-
-
-@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=IGNORED), "float64"])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("low", [torch.bfloat16, torch.float16])
 def test_dtype_is_the_precision_of_frozen_parameters_too(low, dtype):
     def make(precision):

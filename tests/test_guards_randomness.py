@@ -13,7 +13,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fisherops as fo
 
 FORMS = ["auto", "scores", "linearization", "none"]
-REPEAT_CHECKS = pytest.mark.xfail(strict=True, reason="landing 2: checks are not repeated when the mode changed")
 
 
 def _attention(h, on):
@@ -66,7 +65,6 @@ def test_noise_of_functions_is_found(name):
         make_operator(make_noisy(name).train())
 
 
-@REPEAT_CHECKS
 @pytest.mark.parametrize("form", ["auto", "none"])
 @pytest.mark.parametrize("name", NOISES)
 def test_noise_that_is_switched_on_later_is_found(name, form):
@@ -81,7 +79,6 @@ def test_noise_that_is_switched_on_later_is_found(name, form):
     assert_same(op @ np.eye(op.shape[0]), make_operator(model).todense(), torch.float64)
 
 
-@REPEAT_CHECKS
 @pytest.mark.parametrize("form", ["scores", "linearization"])
 def test_noise_of_a_part_that_is_switched_on_later_is_found(form):
     model = nn.Sequential(nn.Linear(3, 3), make_noisy("dropout")).double().eval()
@@ -94,15 +91,7 @@ def test_noise_of_a_part_that_is_switched_on_later_is_found(form):
 
 @pytest.mark.parametrize(
     "name",
-    [
-        pytest.param(
-            name,
-            marks=pytest.mark.xfail(strict=True, reason="landing 2: NumPy's random numbers are not fixed")
-            if name == "NumPy"
-            else [],
-        )
-        for name in NOISES
-    ],
+    list(NOISES),
 )
 @pytest.mark.parametrize("later", [False, True])
 @pytest.mark.filterwarnings("ignore::fisherops.PlanWarning")
@@ -145,7 +134,6 @@ _CACHED = {
 }
 
 
-@pytest.mark.xfail(strict=True, reason="landing 2: cached products seed the process's random numbers")
 @pytest.mark.parametrize(
     ("use", "form"),
     [(use, form) for form in ("auto", "linearization") for use in _CACHED if form == "auto" or "v" in use],
