@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fisherops._linop import TorchLinearOperator, Transposed
+from fisherops._linop import TorchLinearOperator, Transposed, check_result, opaque
 from fisherops._sums import CompensatedSum
 from fisherops.scores import HeldScores, Scores, sharded
 
@@ -78,6 +78,7 @@ class ScoreMatrix(TorchLinearOperator):
     def _transpose(self) -> Transposed:
         return Transposed(self)
 
+    @opaque
     def gram(self) -> np.ndarray[Any, Any]:
         """Return the Gram matrix G Gᵀ as a NumPy array of shape (rows, rows).
 
@@ -99,7 +100,7 @@ class ScoreMatrix(TorchLinearOperator):
                 identity.diagonal(-start)[:width] = 1
                 result[:, start : start + width] = self._apply(self._apply_transposed(identity))
             result = (result + result.T).div_(2)
-        return result
+        return check_result(result)
 
     def _gram_of_held(self, batches: list[Scores] | None) -> Tensor | None:
         """Multiply every two batches that are held, whatever rank holds them; None where some are not, or not alike."""
