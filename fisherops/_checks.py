@@ -11,7 +11,7 @@ def integer(name: str, value: Any, low: int, high: int | None = None) -> int:
     Raises
     ------
     TypeError
-        If `value` is no integer.
+        If `value` is not an integer.
     ValueError
         If it is out of bounds.
     """
@@ -28,3 +28,19 @@ def first_line(error: BaseException) -> str:
     """Return the first line of an error's message without its full stop, or the error's name if it has none."""
     lines = str(error).strip().splitlines()
     return lines[0].rstrip(".") if lines else type(error).__name__
+
+
+def add_location(error: Exception, where: str) -> None:
+    """Add to an error where it happened; its type and traceback stay as they are.
+
+    The text of this package's own errors begins with it. Other errors, of the user's model or likelihood, keep their
+    text and get a note.
+    """
+    traceback = error.__traceback__
+    while traceback is not None and traceback.tb_next is not None:
+        traceback = traceback.tb_next
+    module = "" if traceback is None else str(traceback.tb_frame.f_globals.get("__name__", ""))
+    if module.startswith("fisherops.") and type(error) in (TypeError, ValueError):
+        error.args = (f"{where}: {error}",)
+    else:
+        error.add_note(f"This error was raised for {where}.")

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from fisherops import likelihoods
+from fisherops._checks import add_location
 from fisherops._data import Batch, Data
 from fisherops._draws import CounterDraws, CounterSampler, StreamSampler
-from fisherops._linop import TorchLinearOperator
+from fisherops._linop import TorchLinearOperator, check_result, opaque
 from fisherops._memory import as_bytes, as_folder, is_memory_error
 from fisherops._model import ModelFunction, as_function, isolated
 from fisherops._params import Parameters, as_dtype, select
@@ -69,10 +70,40 @@ class _Evaluation:
     def __call__(self, point: Mapping[str, Tensor], X: Any) -> Any:
         if self.clones_inputs:
             X = map_arrays(Tensor.clone, X)
-        if self._deterministic:
-            return self._model(point, X)
-        with fixed_randomness(self._device, 1):
-            return self._model(point, X)
+        try:
+            if self._deterministic:
+                return self._model(point, X)
+            with fixed_randomness(self._device, 1):
+                return self._model(point, X)
+        except Exception as error:
+            _advise(error, X)
+            raise
+
+
+def _advise(error: Exception, X: Any) -> None:
+    """Add to an error of the user's model how it was called, and what usually helps for such inputs."""
+    if any(note.startswith("`model_func`") for note in getattr(error, "__notes__", ())):
+        return
+    note = f"`model_func` was called as model_func(X) with X of type {type(X).__name__}."
+    if isinstance(X, Mapping):
+        note += (
+            " To pass its items as keyword arguments, use model_func=lambda X: model(**X) (for models of Hugging Face "
+            "model(**X).logits) with params=list(model.parameters())."
+        )
+    elif type(X) in (tuple, list):
+        note += (
+            " To pass its items as arguments, use model_func=lambda X: model(*X) with params=list(model.parameters())."
+        )
+    elif isinstance(error, TypeError) and "argument" in str(error):
+        note += (
+            " If the model takes several arguments, pass batches ((X1, X2), y) and model_func=lambda X: model(*X) with "
+            "params=list(model.parameters())."
+        )
+    small = {str(t.dtype).removeprefix("torch.") for t in leaves(X)} & {"uint8", "int8", "int16"}
+    if small:
+        listed = ", ".join(sorted(small))
+        note += f" X has dtype {listed}: convert images by `X.float() / 255`, and tokens by `X.long()`."
+    error.add_note(note)
 
 
 class Kept(NamedTuple):
@@ -86,11 +117,13 @@ class Kept(NamedTuple):
 class FisherOperator(TorchLinearOperator):
     """F = (1/c) Σ_b G_bᵀ G_b over the batches b of a data set; subclasses choose the output factor."""
 
-    _ordered = False
-    """Whether F depends on the order of the data."""
+    _order = "any"
+    """Which order of the examples F depends on, see `Data`."""
+    _needs_targets = False
     _samples = 1
     """M, what sums over draws are divided by."""
 
+    @opaque
     def __init__(
         self,
         model_func: Any,
@@ -145,7 +178,7 @@ class FisherOperator(TorchLinearOperator):
             batch_size_fn=batch_size_fn,
             num_data=num_data,
             verify=check_deterministic,
-            ordered=self._ordered,
+            order=self._order,
             progressbar=progressbar,
             ranks=self._ranks,
         )
@@ -209,8 +242,9 @@ class FisherOperator(TorchLinearOperator):
                 result = torch.empty_like(V, memory_format=torch.contiguous_format)
                 for columns, total in zip(torch.split(result, step, dim=1), sums, strict=True):
                     columns.copy_(total.value())
-        return check_result(result, V)
+        return result
 
+    @opaque
     def todense(self) -> np.ndarray[Any, Any]:
         """Return F as a NumPy array of shape (D, D), from the rows of G."""
         if self._sharding is not None:
@@ -220,6 +254,7 @@ class FisherOperator(TorchLinearOperator):
             result = self._sum((block.T @ block for block in blocks), *self.shape)
         return check_result(result).cpu().numpy()
 
+    @opaque
     def diagonal(self) -> np.ndarray[Any, Any]:
         """Return the diagonal of F as a NumPy array of shape (D,), exactly: the squared norms of the columns of G.
 
@@ -228,6 +263,7 @@ class FisherOperator(TorchLinearOperator):
         diagonal: Any = self._diagonal()
         return diagonal if self._sharding is not None else diagonal.cpu().numpy()  # type: ignore[no-any-return]
 
+    @opaque
     def trace(self) -> float:
         """Return the trace of F, exactly: the squared Frobenius norm of G."""
         diagonal = self._diagonal()
@@ -368,6 +404,7 @@ class FisherOperator(TorchLinearOperator):
         return tuple(self._likelihood.reductions)
 
     @property
+    @opaque
     def scores(self) -> ScoreMatrix:
         """The score matrix G, F = GᵀG, as an operator (rows, D): :class:`fisherops.score_matrix.ScoreMatrix`."""
         return ScoreMatrix(self)
@@ -386,6 +423,7 @@ class FisherOperator(TorchLinearOperator):
     # ---- What is kept -------------------------------------------------------------------------
 
     @property
+    @opaque
     def plan(self) -> Plan:
         """What is kept between products, its memory and why; made by a pass over the data if there was none."""
         if self._keeper is None or self._state != self._model.state():
@@ -449,10 +487,9 @@ class FisherOperator(TorchLinearOperator):
                     self._ranks.agree("parameters", **{"the checksum of the parameters and buffers": checksum})
                 keeper = Keeper(self._cache, self._max_memory, self._spill)
                 yield self._scores(batches, self._c, keeper)
-                if not keeper.complete and (self._data.order_is_free or self._ordered):
-                    why = (
-                        "a stream of draws reads them all" if self._ordered else "they come in another order each time"
-                    )
+                is_stream = self._order == "fixed"
+                if not keeper.complete and (self._data.order_is_free or is_stream):
+                    why = "a stream of draws reads them all" if is_stream else "they come in another order each time"
                     keeper.forget(f"not all batches can be kept, and {why}")
                 self._keeper, self._state = keeper, self._model.state()
 
@@ -533,10 +570,16 @@ class FisherOperator(TorchLinearOperator):
 
     def _terms(self, output: Any, batch: Batch) -> Terms:
         try:
+            if batch.y is None and self._needs_targets:
+                raise ValueError(
+                    f"the targets y must be given for {type(self).__name__}, got None. Pass (X, y), or use "
+                    "FisherMCLinearOperator or FisherLinearOperator, which most losses need no targets for."
+                )
             with torch.enable_grad():  # whether a distribution depends on the parameters shows in its graph
                 return self._likelihood.terms(output, batch.y)
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"batch {batch.number}: {error}") from None
+        except Exception as error:
+            add_location(error, f"batch {batch.number}")
+            raise
 
     def _read(self) -> None:
         """Read the data once."""
@@ -683,14 +726,3 @@ def _check_finite(f: Tensor, batch: Batch) -> None:
             f"the model's output for batch {batch.number} contains {kind}: check the inputs and the parameters. (For "
             "classes that are not allowed, use logits of -1e9 and not -inf.)"
         )
-
-
-def check_result(result: Tensor, *inputs: Tensor) -> Tensor:
-    """Return a result if it is finite, or the inputs are not either."""
-    # The sum is finite if all entries are, but for overflow, which the second look settles.
-    if not result.sum().isfinite() and not result.isfinite().all() and all(x.isfinite().all() for x in inputs):
-        raise FloatingPointError(
-            "the result contains NaN or infinity although the model's outputs are finite: a derivative of the model "
-            "is not finite, or the numbers exceed the precision. Check its operations, or pass dtype='float64'."
-        )
-    return result

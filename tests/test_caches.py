@@ -520,6 +520,6 @@ def test_caches_that_cannot_be_had():
             cache=cache,
         )  # fmt: skip
         with pytest.raises(
-            NotImplementedError, match=f"cache='{cache}' cannot be had for this model: the rows for .*Use cac"
+            NotImplementedError, match=f"cache='{cache}' is not supported for this model: the rows for .*Use cac"
         ):
             op @ np.ones(op.shape[0], np.float32)

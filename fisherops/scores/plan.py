@@ -146,8 +146,9 @@ class Keeper:
                         "other form for them."
                     ) from None
                 if cache != "auto":
+                    jacobian.settle()  # raises the error for a model that no other form supports either
                     raise NotImplementedError(
-                        f"cache={cache!r} cannot be had for this model: {error}. Use cache='auto' or 'linearization'."
+                        f"cache={cache!r} is not supported for this model: {error}. Use cache='auto'."
                     ) from None
                 reason = str(error)
         form, nbytes = "none", 0
@@ -220,7 +221,7 @@ class Keeper:
             if error.surprising:
                 warnings.warn(
                     f"{error}: the data of a batch depend on each other, or lie on no axis that was found. Products "
-                    "are right, but slower than they might be (cache='linearization' accepts that).",
+                    "are right, but slower than they might be.",
                     PlanWarning,
                     stacklevel=2,
                 )
