@@ -54,9 +54,12 @@ class FisherMCLinearOperator(FisherOperator):
         What to differentiate by; D is the number of their elements, in their order. None takes every parameter of the
         module that requires grad. Those that the model does not use have zero rows and columns in F.
     data : iterable of (X, y) or (X, y, index), or a pair of arrays (X, y)
-        Mini-batches, read anew for every product, always in the same order (but see `sampler`): a list, a
-        ``DataLoader`` without shuffling, any re-iterable. Or two arrays with one row per datum. Batches are moved to
-        the parameters' device; NumPy floats are converted to the compute precision.
+        Mini-batches, read again for every product: a list, a ``DataLoader``, any re-iterable. Or two arrays with one
+        row per example. The order must be the same in every pass, unless batches have an `index` (see `sampler`); the
+        exact and the empirical Fisher accept every order, in batches of the same shapes. Batches are moved to the
+        parameters' device. NumPy floats are converted to the compute precision, and unsigned integers of 16 bits or
+        more to int64. y may be None, except for the empirical Fisher and for losses that weight an observation by its
+        target.
     progressbar : bool
         Whether each pass over the data shows a tqdm bar on stderr.
     check_deterministic : bool

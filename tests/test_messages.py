@@ -144,6 +144,19 @@ def test_a_composite_or_solution_that_overflows_is_refused(model, X, y):
         linalg.solve(op, 1e30 * v, 1e-20)
 
 
+def test_eigenvalues_beyond_the_compute_precision_are_refused():
+    # Entries within the range of float32, whose largest eigenvalue is not.
+    X = torch.ones(1, 39) * 2.0**62
+    op = fo.FisherLinearOperator(nn.Linear(39, 1), nn.MSELoss(), data=(X, torch.zeros(1, 1)))
+    assert np.isfinite(op.todense()).all()
+    for call in (
+        lambda: linalg.eigsh(op, 1, method="dense", return_eigenvectors=False),
+        lambda: linalg.eigvalsh(op, method="dense"),
+    ):
+        with pytest.raises(FloatingPointError, match="must be finite, got NaN or infinity"):
+            call()
+
+
 # ---- Composites ---------------------------------------------------------------------------------------
 
 

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from fisherops import _arrays
 from fisherops._checks import integer
-from fisherops._linop import TorchLinearOperator
+from fisherops._linop import TorchLinearOperator, check_result
 from fisherops.fisher import FisherOperator
 from fisherops.linalg import _lanczos
 from fisherops.linalg._checkpoint import Checkpoint
@@ -192,7 +192,8 @@ def eigvalsh(op: Any, *, method: str = "auto", like: Any = None) -> Any:
             "`max_memory` must hold the Gram matrix or F, and neither fits. Raise it, or use eigsh for some "
             "eigenvalues and spectral_density for their distribution."
         )
-    return leave_for(like)(spectrum_of(A, way).to(A.torch_dtype))
+    values = spectrum_of(A, way)
+    return leave_for(like)(check_result(values.to(A.torch_dtype), values))
 
 
 def spectrum_of(A: TorchLinearOperator, way: str) -> Tensor:
@@ -372,7 +373,8 @@ def _finish(
     A: TorchLinearOperator, found: Any, vectors: bool, way: str, leave: Callable[[Tensor], Any], product: bool = True
 ) -> Eigenpairs:
     values, V, residuals, products, converged = found
-    values = values.to(A.device, A.torch_dtype)
+    values = values.to(A.device)
+    values = check_result(values.to(A.torch_dtype), values)
     if vectors and product:
         residuals = A._times(V).addcmul_(V, values, value=-1).norm(dim=0, dtype=torch.float64)
         products += V.shape[1]
