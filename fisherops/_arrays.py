@@ -1,8 +1,8 @@
-"""The only door for arrays: an array of any library in, torch inside, the same library out.
+"""Conversion between PyTorch tensors and arrays of other libraries.
 
-Every product goes through :func:`enter` once. It gives the tensor to compute with and a function
-that takes the result back to where the input came from. What enters may share memory with the
-caller's array, so it must only be read; what leaves is contiguous, writable and the caller's own.
+Every product calls :func:`enter` once. It returns the tensor to compute with and a function that converts the result
+to the library of the input. The tensor may share memory with the caller's array, so it must only be read; a result is
+contiguous, writable and owned by the caller. :func:`narrowed` checks every conversion to a narrower precision.
 """
 
 from __future__ import annotations
@@ -21,16 +21,19 @@ from fisherops._sharding import is_sharded
 
 Leave = Callable[[Tensor], Any]
 
-_TAKEN = "arrays of NumPy, CuPy, JAX and other array-API libraries, strided torch tensors and sequences of numbers"
+_ACCEPTED = "an array of NumPy, CuPy, JAX or another array-API library, a strided torch tensor or a sequence of numbers"
 
-# What torch takes from NumPy by DLPack without a copy; other numbers are converted first.
+# NumPy has unsigned integers for which torch has almost no operations.
+_WIDE_UNSIGNED = frozenset({torch.uint16, torch.uint32, torch.uint64})
+
+# Dtypes that torch imports from NumPy by DLPack without a copy; others are converted first.
 _DLPACK_DTYPES = frozenset(
     np.dtype(name) for name in ("?", "i1", "i2", "i4", "i8", "u1", "f2", "f4", "f8", "c8", "c16")
 )
 
 
 def enter(x: Any) -> tuple[Tensor, Leave]:
-    """Take an array to torch, without a copy where its layout allows.
+    """Convert an array to a torch tensor, without a copy if its layout allows that.
 
     Parameters
     ----------
@@ -40,15 +43,15 @@ def enter(x: Any) -> tuple[Tensor, Leave]:
     Returns
     -------
     tensor : torch.Tensor
-        The numbers of `x` on the device of `x`; read it, never change or keep it.
+        The elements of `x` on the device of `x`. It must only be read, and not be stored.
     leave : callable
-        Takes the result, a tensor nobody else refers to, to the library and device of `x`; to its dtype too,
-        if that is inexact and can hold the result.
+        Converts the result, a tensor with no other references, to the library and device of `x`, and to the dtype of
+        `x` if that is inexact. Raises FloatingPointError if that dtype cannot represent the result, see `narrowed`.
 
     Raises
     ------
     TypeError
-        If the library, layout or dtype of `x` is not taken.
+        If the library, layout or dtype of `x` is not supported.
     ValueError
         If `x` is a sequence of sequences of unequal lengths.
     """
@@ -60,15 +63,20 @@ def enter(x: Any) -> tuple[Tensor, Leave]:
         return _enter_numpy(x)
     if array_api_compat.is_dask_array(x):
         raise TypeError(
-            "got a dask array, which is not computed yet: pass `x.compute()`, or map the product over blocks."
+            "the array must be in memory, got a dask array, which is not computed yet. Pass `x.compute()`, or map the "
+            "product over blocks."
         )
     if array_api_compat.is_array_api_obj(x):
         return _enter_array_api(x)
-    raise TypeError(f"got {_describe(x)}: {_TAKEN} are taken. Convert it first, for example by `numpy.asarray(x)`.")
+    raise TypeError(
+        f"the array must be {_ACCEPTED}, got {_describe(x)}. Convert it first, for example by `numpy.asarray(x)`."
+    )
 
 
 def leave_like(x: Any) -> Leave:
-    """Return how tensors, in their own dtype, go to the library and device of an array."""
+    """Return a function that converts tensors, in their own dtype, to the library and device of an array."""
+    if is_sharded(x):
+        return lambda y: y
     if isinstance(x, Tensor):
         return lambda y: y.to(x.device).contiguous()
     if isinstance(x, np.ndarray | np.generic | list | tuple):
@@ -101,11 +109,55 @@ def scalar(x: Any) -> Any | None:
 
 
 def to_tensor(x: Any, name: str) -> Tensor:
-    """Take a data array (inputs or targets) to torch; `name` says in errors which one it is."""
+    """Convert a data array (inputs or targets) to torch; errors describe it by `name`."""
     try:
-        return enter(x)[0]
+        tensor = enter(x)[0]
     except TypeError as error:
         raise TypeError(f"`{name}`: {error}") from None
+    return signed(tensor)
+
+
+def signed(x: Tensor) -> Tensor:
+    """Return 16- to 64-bit unsigned integers as int64, because models cannot compute with them; others as they are."""
+    return x.to(torch.int64) if x.dtype in _WIDE_UNSIGNED else x
+
+
+def narrowed(x: Tensor, dtype: torch.dtype, cure: str) -> Tensor:
+    """Convert a tensor, and check that a narrower dtype can represent its columns.
+
+    Parameters
+    ----------
+    x : torch.Tensor
+        (n,) or (n, K), whose columns are vectors.
+    dtype : torch.dtype
+    cure : str
+        An imperative sentence that ends the error.
+
+    Raises
+    ------
+    FloatingPointError
+        If a finite entry becomes infinite, or a nonzero column has no normal number left.
+    """
+    y = x.to(dtype)
+    if not x.is_floating_point() and not x.is_complex():
+        return y
+    known, range_ = torch.finfo(x.dtype), torch.finfo(dtype)
+    if (known.max <= range_.max and known.tiny >= range_.tiny) or x.numel() == 0:
+        return y
+    largest = x.abs().amax(0)
+    name = str(dtype).removeprefix("torch.")
+    # Finite values above the largest of the dtype may round to it, hence the look at what they became.
+    if bool((largest > range_.max).any()) and not bool((y.isfinite() | ~x.isfinite()).all()):
+        raise FloatingPointError(
+            f"vectors must be within the range of {name}, got an entry of size {float(largest.max()):.3g}. {cure}"
+        )
+    if bool(((largest > 0) & (largest < range_.tiny)).any()):
+        smallest = float(largest[largest > 0].min() if largest.ndim else largest)
+        raise FloatingPointError(
+            f"vectors must be within the range of {name}, whose smallest normal number is {range_.tiny:.3g}, got a "
+            f"vector whose largest entry has size {smallest:.3g}. {cure}"
+        )
+    return y
 
 
 def is_array(x: Any) -> bool:
@@ -148,14 +200,23 @@ def _enter_torch(x: Tensor) -> tuple[Tensor, Leave]:
     }
     for kind, holds in kinds.items():
         if holds:
-            raise TypeError(f"got a {kind} tensor: {_TAKEN} are taken. Pass a dense tensor with values.")
+            raise TypeError(f"the array must be {_ACCEPTED}, got a {kind} tensor. Pass a dense tensor with values.")
     x = x.detach()
     device = x.device
 
     def leave(y: Tensor) -> Tensor:
-        return y.to(device=device, dtype=_result_dtype(x.dtype, y)).contiguous()
+        return _to_dtype_of(x.dtype, y).to(device=device).contiguous()
 
     return x, leave
+
+
+def _to_dtype_of(dtype: torch.dtype, y: Tensor) -> Tensor:
+    """Convert a result to the dtype for an input of `dtype`."""
+    target = _result_dtype(dtype, y)
+    return y if y.dtype == target else narrowed(y, target, _PASS_WIDER.format(str(y.dtype).removeprefix("torch.")))
+
+
+_PASS_WIDER = "The result has the dtype of the input: pass the input as {} instead."
 
 
 def _result_dtype(dtype: torch.dtype, y: Tensor) -> torch.dtype:
@@ -171,25 +232,33 @@ def _result_dtype(dtype: torch.dtype, y: Tensor) -> torch.dtype:
 
 def _enter_numpy(x: Any) -> tuple[Tensor, Leave]:
     if isinstance(x, np.ma.MaskedArray):
-        raise TypeError(
-            "got a NumPy masked array, and a product has no meaning for masked entries: pass `x.filled(0.0)`."
-        )
+        raise TypeError("the array must have no masked entries, got a NumPy masked array. Pass `x.filled(0.0)`.")
     try:
         array = np.asarray(x)
     except ValueError as error:
-        raise ValueError(f"got {_describe(x)} that is no array ({error}): pass sequences of equal lengths.") from None
+        raise ValueError(
+            f"the sequence must be rectangular, got {_describe(x)} with parts of different shapes ({error}). Pass "
+            "sequences of equal lengths."
+        ) from None
     dtype = array.dtype
     if dtype.kind not in "biufc":
-        raise TypeError(f"got {_describe(x)} of dtype {dtype}: numbers (bool to complex) are taken.")
+        raise TypeError(
+            f"the array must be of numbers (bool to complex), got {_describe(x)} of dtype {dtype}. Convert it to a "
+            "numeric dtype."
+        )
     if dtype not in _DLPACK_DTYPES or not dtype.isnative:
         native = dtype.newbyteorder("=")
-        wider = np.dtype(np.complex128 if dtype.kind == "c" else np.float64)
+        wider: np.dtype[Any] = np.dtype(np.complex128 if dtype.kind == "c" else np.float64)
+        if dtype.kind == "u" and array.max(initial=0) < 2**63:
+            wider = np.dtype(np.int64)  # indices and labels must remain integers
         array = array.astype(native if native in _DLPACK_DTYPES else wider)
     if any(stride < 0 or stride % array.itemsize for stride in array.strides) or not array.flags.aligned:
         array = array.copy()
     is_matrix = isinstance(x, np.matrix)
 
     def leave(y: Tensor) -> Any:
+        if dtype.kind in "fc" and dtype.itemsize < y.itemsize:
+            y = _to_dtype_of(entered.dtype, y)  # NumPy's own conversion would turn large values into infinity
         out = y.resolve_conj().resolve_neg().cpu().contiguous().numpy()
         if dtype.kind in "fc":
             native = dtype.newbyteorder("=")
@@ -197,14 +266,15 @@ def _enter_numpy(x: Any) -> tuple[Tensor, Leave]:
             out = out.astype(np.result_type(native, np.complex64) if promotes else native, copy=False)
         return np.asmatrix(out) if is_matrix else out
 
-    return from_dlpack(array), leave
+    entered = from_dlpack(array)
+    return entered, leave
 
 
 # ---- CuPy, JAX and other libraries of the array API ----------------------------------------------------
 
 _TRACER = (
-    "got a JAX tracer, which has no values: call the product outside of jax.jit and jax.vmap, or from inside by "
-    "`jax.pure_callback`."
+    "the array must have values, got a JAX tracer. Call the product outside of jax.jit and jax.vmap, or from inside "
+    "by `jax.pure_callback`."
 )
 
 
@@ -218,14 +288,15 @@ def _enter_array_api(x: Any) -> tuple[Tensor, Leave]:
         if array_api_compat.is_cupy_array(x) and not torch.cuda.is_available():
             return _enter_cupy_by_host(x)
         raise TypeError(
-            f"got {_describe(x)} of dtype {x.dtype}, which cannot be taken to torch ({error}): {_TAKEN} are taken."
+            f"the array must be {_ACCEPTED}, got {_describe(x)} of dtype {x.dtype}, which torch cannot import "
+            f"({error}). Convert it first."
         ) from error
     device = array_api_compat.device(x)
     inexact = xp.isdtype(x.dtype, ("real floating", "complex floating"))
 
     def leave(y: Tensor) -> Any:
-        dtype = _result_dtype(tensor.dtype, y) if inexact else y.dtype
-        y = y.to(device=tensor.device, dtype=dtype).contiguous().resolve_conj().resolve_neg()
+        y = _to_dtype_of(tensor.dtype, y) if inexact else y
+        y = y.to(device=tensor.device).contiguous().resolve_conj().resolve_neg()
         if array_api_compat.is_cupy_array(x):
             # CuPy reads the result on its own stream; torch must not reuse the memory before it is done there.
             pointer = xp.cuda.get_current_stream().ptr
@@ -237,7 +308,7 @@ def _enter_array_api(x: Any) -> tuple[Tensor, Leave]:
 
 
 def _share(x: Any) -> Tensor:
-    """Take an array to torch by DLPack, by one copy where its strides are negative: torch aborts the process there."""
+    """Import an array by DLPack. Negative strides need a copy, because torch aborts the process for them."""
     if array_api_compat.is_cupy_array(x):
         xp = array_api_compat.array_namespace(x)
         return from_dlpack(xp.ascontiguousarray(x) if any(stride < 0 for stride in x.strides) else x)
@@ -247,7 +318,7 @@ def _share(x: Any) -> Tensor:
 
 
 def _enter_cupy_by_host(x: Any) -> tuple[Tensor, Leave]:
-    """Take a CuPy array where torch has no CUDA: by a copy on the host."""
+    """Import a CuPy array by a copy on the host, for a torch without CUDA."""
     tensor, leave_numpy = _enter_numpy(x.get())
     cupy = array_api_compat.array_namespace(x)
     return tensor, lambda y: cupy.asarray(leave_numpy(y))

@@ -13,7 +13,7 @@ def integer(name: str, value: Any, low: int, high: int | None = None) -> int:
     Raises
     ------
     TypeError
-        If `value` is no integer.
+        If `value` is not an integer.
     ValueError
         If it is out of bounds.
     """
@@ -44,11 +44,15 @@ def noting(where: str) -> Iterator[None]:
 
 @contextmanager
 def prefixing(where: str) -> Iterator[None]:
-    """Name the place at the beginning of messages; exceptions that are more than a message get a note."""
+    """Name the place at the beginning of messages of this package; other errors keep their text and get a note."""
     try:
         yield
     except Exception as error:
-        if type(error) in (TypeError, ValueError) and len(error.args) == 1:
+        traceback = error.__traceback__
+        while traceback is not None and traceback.tb_next is not None:
+            traceback = traceback.tb_next
+        module = "" if traceback is None else str(traceback.tb_frame.f_globals.get("__name__", ""))
+        if module.startswith("fisherops.") and type(error) in (TypeError, ValueError):
             error.args = (f"{where}: {error}",)
         else:
             error.add_note(f"Raised for {where}.")

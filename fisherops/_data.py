@@ -1,16 +1,20 @@
-"""The data set as mini-batches: sizes, devices, order, and that every pass reads the same."""
+"""The data set as mini-batches: sizes, devices and order, and the check that every pass reads the same data."""
 
 from __future__ import annotations
 
 import operator
+import types
 import weakref
 import zlib
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from itertools import pairwise
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils.data import Dataset, IterableDataset
 from tqdm import tqdm
 
 from fisherops import _arrays
@@ -23,6 +27,14 @@ _EXPECTED = (
     "pair of arrays (X, y)."
 )
 
+_INDEX = (
+    "The third element of a batch (X, y, index) is the index of each example in the data set. If yours means something "
+    "else, such as a task or a weight, leave it out (`[(X, y) for X, y, _ in loader]`), or pass it to the model in X "
+    "(`[((X, task), y) for X, y, task in loader]`)."
+)
+
+# Bytes of examples that are hashed at a time.
+_HASH_BYTES = 2**24
 
 # Places that ranks compare at a time.
 _PLACES_AT_ONCE = 2**20
@@ -60,8 +72,9 @@ class Data:
         The number of data that the source is said to have, checked on every pass.
     verify : bool
         Whether the contents of each batch are compared with those of the first pass.
-    ordered : bool
-        Whether the order of the data matters even where batches (X, y, index) say which data they hold.
+    order : {"fixed", "index", "any"}
+        Which order of the examples the matrix depends on: the order in which they are read; none if batches
+        (X, y, index) identify them; or none at all.
     progressbar : bool
         Whether passes show a tqdm bar on stderr.
     ranks : Alone
@@ -84,7 +97,7 @@ class Data:
         batch_size_fn: Callable[[Any], int] | None,
         num_data: int | None,
         verify: bool,
-        ordered: bool,
+        order: str,
         progressbar: bool,
         ranks: Alone,
     ) -> None:
@@ -94,15 +107,16 @@ class Data:
         self._size_of = batch_size_fn
         self._said_num_data = None if num_data is None else integer("num_data", num_data, 1)
         self._verify = verify
-        self._ordered = ordered
+        self._order = order
         self._progressbar = progressbar and ranks.rank == 0
         self._ranks = ranks
         self._offset = 0
         self._prints: list[_Print] = []
         self._sum_of_places = self._passes = 0
+        self._sum_of_prints: int | None = 0
         self.num_data: int | None = None
         self.order_is_free = False
-        """Whether batches say which data they hold, and were read in another order or contents were not looked at."""
+        """Whether the examples were read in another order, or batches with indices were not compared."""
         self._source = _as_source(source, batch_size)
 
     def batches(self, description: str) -> Generator[Batch]:
@@ -120,6 +134,7 @@ class Data:
         first_pass = self.num_data is None
         prints: list[_Print] = [] if first_pass else self._prints
         total = count = sum_of_places = 0
+        sum_of_prints: int | None = 0
         seen: list[Tensor] = []
         total_batches = None if first_pass else len(self._prints)
         with tqdm(
@@ -132,33 +147,44 @@ class Data:
         ) as bar:
             for index, item in enumerate(bar):
                 X, y, size, places = self._unpack(index, item)
-                free = places is not None and not self._ordered
+                free = self._order != "fixed" and (places is not None or self._order == "any")
                 contents = (X, y) if places is None else (X, y, places)
                 if first_pass:
                     prints.append(_Print(contents, size, self._verify))
-                    self.order_is_free = free and not self._verify
+                    self.order_is_free = free and places is not None and not self._verify
                 elif index >= len(prints):
-                    raise RuntimeError(_changed(f"the first pass read {len(prints)} batches, this one has more"))
+                    raise RuntimeError(self._changed(f"the first pass read {len(prints)} batches, this one has more"))
                 elif not self.order_is_free and not prints[index].matches(contents, size):
-                    if not free or self._passes > 1:
-                        raise RuntimeError(_changed(f"batch {index} is not the one that the first pass read"))
+                    # What is cached by batch stays valid only if the order was free from the beginning.
+                    identified = places is not None or (self._verify and self._sum_of_prints is not None)
+                    if not free or not identified or self._passes > 1:
+                        raise RuntimeError(self._changed(f"batch {index} is not the one that the first pass read"))
                     self.order_is_free = True
+                if places is None and free and self._verify and (first_pass or self.order_is_free):
+                    # Without indices the contents identify the examples; what was learned about a batch is kept by its
+                    # number, so its shapes must stay.
+                    if not prints[index].fits(contents, size):
+                        raise RuntimeError(self._changed(f"batch {index} does not have the shapes of the first pass"))
+                    sum_of_prints = _add_print_of_examples(sum_of_prints, contents, size)
                 if places is None:
                     places = torch.arange(total, total + size, device="cpu") + self._offset
                 else:
                     sum_of_places += int(places.sum())
-                if first_pass and free:
-                    seen.append(places)
+                    if first_pass:
+                        seen.append(places)
                 count, total = index + 1, total + size
                 ready = self._ready(X, self._convert), self._ready(y, False)
                 yield Batch(index, *ready, size, places.to(self._device))
         if count < len(prints):
-            raise RuntimeError(_changed(f"the first pass read {len(prints)} batches, this one only {count}"))
+            raise RuntimeError(self._changed(f"the first pass read {len(prints)} batches, this one only {count}"))
         if first_pass:
             _check_distinct(seen)
             self._join(total, seen)
+            self._sum_of_prints = sum_of_prints
         elif (total, sum_of_places) != (self.num_data, self._sum_of_places):
-            raise RuntimeError(_changed(f"the first pass read {self.num_data} data, this one other ones ({total})"))
+            raise RuntimeError(self._changed(f"the first pass read {self.num_data} examples, this one {total} others"))
+        elif self.order_is_free and sum_of_prints != self._sum_of_prints:
+            raise RuntimeError(self._changed("it read other examples than the first pass, not only another order"))
         self._prints, self.num_data, self._sum_of_places = prints, total, sum_of_places
         self._passes += 1
 
@@ -169,83 +195,106 @@ class Data:
         shares = ranks.share((own, bool(places)))
         total = sum(number for number, _ in shares)
         if total == 0:
-            raise ValueError(f"`data` has no batches, so there is no Fisher. {_EXPECTED}")
+            raise ValueError(f"`data` must have at least one batch, got none. {_EXPECTED}")
         if self._said_num_data is not None and total != self._said_num_data:
             raise ValueError(
-                f"`num_data` is {self._said_num_data}, but the data has {total}: leave it out, or correct it. "
-                "(A `batch_size_fn` that counts wrongly also causes this.)"
+                f"`num_data` must be the number of examples in `data`, {total}, got {self._said_num_data}. Leave it "
+                "out, or correct it or the `batch_size_fn`."
             )
         if len({indexed for number, indexed in shares if number}) > 1:
-            raise ValueError("the batches of some ranks are (X, y, index), and those of others are not.")
+            raise ValueError(
+                "the batches of all ranks must be (X, y, index) if those of one are, got some without. Add the indices."
+            )
         if any(indexed for _, indexed in shares):
             _check_distinct_over(ranks, torch.cat(places) if places else torch.zeros(0, dtype=torch.int64))
         else:
             self._offset = sum(number for number, _ in shares[: ranks.rank])
 
+    def _changed(self, what: str) -> str:
+        """Return the text of the error for data that differ from pass to pass."""
+        cure = "Switch shuffling and random augmentation off (`DataLoader(..., shuffle=False)`)"
+        if self._order == "index":
+            cure += "; to shuffle, let the loader yield (X, y, index)"
+        if self._order == "any":
+            cure = (
+                "Switch random augmentation off, and read the same examples in every pass, in batches of equal shapes"
+            )
+        if isinstance(self._source, Iterator):
+            cure = "Let its `__iter__` start again from the first batch, or pass a list of batches or a DataLoader"
+        return (
+            f"`data` must be the same in every pass, but it changed between two passes: {what}. {cure}. Do not change "
+            "the arrays in place while the operator is in use."
+        )
+
     def _unpack(self, index: int, item: Any) -> tuple[Any, Any, int, Tensor | None]:
         if not isinstance(item, tuple | list) or len(item) not in (2, 3):
             length = f" of length {len(item)}" if isinstance(item, tuple | list) else ""
-            hint = (
-                ' For batches that are mappings, with targets in them, pass `[(b, b["labels"]) for b in loader]`.'
-                if isinstance(item, Mapping)
-                else ""
-            )
+            hint = ""
+            if isinstance(item, Mapping):
+                hint = ' For batches that are mappings with targets in them, pass `[(b, b["labels"]) for b in loader]`.'
+            elif length == " of length 1":
+                hint = " For data without targets pass `[(X, None) for X, in loader]`."
             raise TypeError(
                 f"batch {index} must be a pair (X, y), or (X, y, index), got {type(item).__name__}{length}. "
                 f"{_EXPECTED}{hint}"
             )
         X, y, *places = item
-        if not leaves(y):
+        y = _as_arrays(y)
+        if not leaves(y) and y is not None:
             raise TypeError(
-                f"the targets y of batch {index} must be a tensor or array, or a mapping or tuple of them, got "
-                f"{type(y).__name__}."
+                f"the targets y of batch {index} must be a tensor or array, a list of numbers, or a mapping or tuple "
+                f"of them, got {type(y).__name__}. Convert them, for example by `numpy.asarray`."
             )
         y = map_arrays(lambda a: self._tensor(a, f"y of batch {index}"), y)
         X = map_arrays(lambda a: self._tensor(a, f"X of batch {index}"), X)
+        size = self._size(index, X, y)
+        if size < 1:
+            raise ValueError(f"batch {index} must have at least one example, got size {size}. Leave empty batches out.")
+        return X, y, size, self._places(index, places[0], size) if places else None
+
+    def _size(self, index: int, X: Any, y: Any) -> int:
+        """Return the number of examples of a batch."""
         if self._size_of is not None:
             size = self._size_of(X)
             if isinstance(size, bool) or not hasattr(size, "__index__"):
                 raise TypeError(f"`batch_size_fn` must return an integer, got {size!r} for batch {index}.")
-            size = size.__index__()
-        elif (first := leaves(y)[0]).ndim == 0:
+            number: int = size.__index__()
+            return number
+        name, arrays = ("targets y", leaves(y)) if y is not None else ("inputs X", leaves(X)[:1])
+        if not arrays or arrays[0].ndim == 0:
+            got = f"an array without axes (0-d) in batch {index}" if arrays else f"{type(X).__name__} in batch {index}"
+            raise ValueError(f"the {name} must have a batch axis, got {got}. Add the axis, or pass `batch_size_fn`.")
+        if len({t.shape[0] if t.ndim else None for t in arrays}) > 1:
             raise ValueError(
-                f"the targets y of batch {index} have no batch axis (0-d), so the batch size is unknown: "
-                "add the axis, or pass `batch_size_fn`."
+                f"the targets of batch {index} must have one row for each example, got shapes "
+                f"{[tuple(t.shape) for t in arrays]}. Make them equally long, or pass `batch_size_fn`."
             )
-        else:
-            size = first.shape[0]
-            lengths = {t.shape[0] if t.ndim else None for t in leaves(y)}
-            if len(lengths) > 1:
-                raise ValueError(
-                    f"the targets of batch {index} must have one row for each datum, got shapes "
-                    f"{[tuple(t.shape) for t in leaves(y)]}: make them equally long, or pass `batch_size_fn`."
-                )
-        if size < 1:
-            raise ValueError(
-                f"batch {index} has size {size}: every batch must have at least one datum. Leave empty batches out."
-            )
-        return X, y, size, self._places(index, places[0], size) if places else None
+        return arrays[0].shape[0]
 
     def _places(self, index: int, places: Any, size: int) -> Tensor:
         if not _arrays.is_array(places):
-            raise TypeError(f"the indices of batch {index} must be a tensor or array, got {type(places).__name__}.")
+            raise TypeError(
+                f"the indices of batch {index} must be a tensor or array, got {type(places).__name__}. {_INDEX}"
+            )
         t = _arrays.to_tensor(places, f"index of batch {index}").cpu()
         if t.is_floating_point() or t.is_complex() or t.dtype == torch.bool or tuple(t.shape) != (size,):
             raise ValueError(
-                f"the indices of batch {index} must be {size} integers, one for each datum, got shape "
-                f"{tuple(t.shape)} of {t.dtype}."
+                f"the indices of batch {index} must be {size} integers, one for each example, got shape "
+                f"{tuple(t.shape)} of {t.dtype}. {_INDEX}"
             )
         if len(t.unique()) < len(t):
             raise ValueError(
-                f"the indices of batch {index} are not distinct: each must be the place of one datum in the data set."
+                f"the indices of batch {index} must be distinct, got {_repeated(t)} more than once. {_INDEX}"
             )
         if int(t.min()) < 0 or int(t.max()) >= 2**32:
-            raise ValueError(f"the indices of batch {index} must be in [0, 2**32), got {t.min()} to {t.max()}.")
+            raise ValueError(
+                f"the indices of batch {index} must be in [0, 2**32), got {t.min()} to {t.max()}. {_INDEX}"
+            )
         return t.long()
 
     def _tensor(self, a: Any, name: str) -> Tensor:
         if isinstance(a, Tensor):
-            return a
+            return _arrays.signed(a)
         t = _arrays.to_tensor(a, name)
         # NumPy's default is float64 whatever the model's precision; a torch tensor's dtype is the user's choice.
         return t.to(self._dtype) if t.is_floating_point() else t
@@ -255,24 +304,76 @@ class Data:
             t = t.to(self._device, self._dtype if convert and t.is_floating_point() else t.dtype)
             return t.clone() if t.is_inference() else t  # an inference tensor cannot be part of a graph
 
-        # A graph or a packed sequence knows by itself how to move.
-        if not isinstance(x, Tensor | Mapping) and callable(getattr(x, "to", None)):
-            return x.to(self._device)
-        return map_arrays(move, x)
+        def move_object(x: Any) -> Any:
+            if not convert:
+                return x.to(self._device)
+            with _FloatsAs(self._dtype):
+                return x.to(self._device)
+
+        return map_arrays(move, x, move_object)
+
+
+class _FloatsAs(TorchFunctionMode):
+    """Converts floating-point tensors that are moved inside, whatever object moves them.
+
+    The methods ``to`` of graph batches know no dtype, and those of packed sequences would convert integers too.
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self._dtype = dtype
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func in (Tensor.to, Tensor.cuda, Tensor.cpu) and result.is_floating_point():
+            return result.to(self._dtype)
+        return result
+
+
+def _as_arrays(x: Any) -> Any:
+    """Return `x` with lists of numbers, and objects that convert themselves to NumPy (pandas'), as NumPy arrays."""
+    if _arrays.is_array(x) or isinstance(x, np.generic | Mapping):
+        return x
+    if hasattr(type(x), "__array__") or _is_list_of_numbers(x):
+        try:
+            return np.asarray(x)
+        except ValueError as error:
+            raise ValueError(
+                f"a list of numbers must be rectangular, got parts of different lengths ({error}). Pad them."
+            ) from None
+    return type(x)(map(_as_arrays, x)) if type(x) in (tuple, list) else x
+
+
+def _is_list_of_numbers(x: Any) -> bool:
+    """Return whether `x` is a rectangular list of numbers, or of such lists; its first entry decides."""
+    while isinstance(x, list) and x:
+        x = x[0]
+        if isinstance(x, int | float | complex | np.number | np.bool_):
+            return True
+    return False
 
 
 def _as_source(source: Any, batch_size: int | None) -> Iterable[Any]:
     batch_size = None if batch_size is None else integer("batch_size", batch_size, 1)
     if is_pair(source):
-        return _slices(source[0], source[1], batch_size)
+        X, y = map(_as_arrays, source)
+        return _slices(X, y, batch_size)
+    if isinstance(source, Dataset) and not isinstance(source, IterableDataset):
+        raise TypeError(
+            f"`data` must yield batches, got the Dataset {type(source).__name__}, which holds single examples. Wrap it "
+            "in a DataLoader: `torch.utils.data.DataLoader(dataset, batch_size=...)`."
+        )
     if batch_size is not None:
         raise ValueError(
-            f"`batch_size` is for a pair of arrays (X, y), and `data` is {type(source).__name__}: leave it out if the "
-            "data are already in batches, and convert Python lists of numbers by `numpy.asarray`."
+            f"`batch_size` must be None unless `data` is a pair of arrays (X, y), got `data` of type "
+            f"{type(source).__name__}. Leave it out if the data are already in batches, and convert Python lists of "
+            "numbers by `numpy.asarray`."
         )
     if not hasattr(source, "__iter__") and not hasattr(source, "__getitem__"):
         raise TypeError(f"`data` must be iterable, got {type(source).__name__}. {_EXPECTED}")
-    if isinstance(source, Iterator):
+    if isinstance(source, Iterator) and not _may_restart(source):
         raise TypeError(
             f"`data` must be re-iterable, got {type(source).__name__}: every product reads all data again, and a "
             "generator is empty after the first. Pass a list of batches or a DataLoader."
@@ -282,15 +383,26 @@ def _as_source(source: Any, batch_size: int | None) -> Iterable[Any]:
     return source  # type: ignore[no-any-return]
 
 
+def _may_restart(iterator: Iterator[Any]) -> bool:
+    """Return whether an object with ``__next__`` may begin anew in ``iter()``: its class has written that itself."""
+    start = type(iterator).__iter__
+    return isinstance(start, types.FunctionType) and start is not Iterator.__iter__
+
+
 def is_pair(source: Any) -> bool:
-    """Whether the data are (X, y) at once, and not two batches (X, y)."""
+    """Return whether the data are one pair (X, y), and not two batches."""
     if not isinstance(source, tuple | list) or len(source) != 2:
         return False
     X, y = source
-    nested = (
-        isinstance(y, Mapping | tuple | list) and bool(leaves(y)) and (_arrays.is_array(X) or isinstance(X, Mapping))
+    if y is None or _arrays.is_array(y) or hasattr(type(y), "__array__"):
+        return True
+    if _is_list_of_numbers(y):
+        return not isinstance(X, tuple | list)
+    return (
+        isinstance(y, Mapping | tuple | list)
+        and bool(leaves(y))
+        and (_arrays.is_array(_as_arrays(X)) or isinstance(X, Mapping))
     )
-    return _arrays.is_array(y) or nested
 
 
 def _slices(X: Any, y: Any, batch_size: int | None) -> list[tuple[Any, Any]]:
@@ -303,16 +415,26 @@ def _slices(X: Any, y: Any, batch_size: int | None) -> list[tuple[Any, Any]]:
 
 
 def length_of_pair(X: Any, y: Any) -> int:
-    """Return the number of data in a pair of arrays."""
+    """Return the number of examples in a pair of arrays."""
+    X, y = map(_as_arrays, (X, y))
     inputs, targets = leaves(X), leaves(y)
     if not inputs:
-        raise TypeError(f"the inputs X of the pair must be arrays, got {type(X).__name__}. {_EXPECTED}")
+        raise TypeError(f"the inputs X of a pair (X, y) must be arrays, got {type(X).__name__}. {_EXPECTED}")
     lengths = {a.shape[0] if len(a.shape) else -1 for a in [*inputs, *targets]}
     if len(lengths) > 1 or -1 in lengths:
         shapes = [str([tuple(a.shape) for a in arrays]) for arrays in (inputs, targets)]
-        raise ValueError(f"the arrays X and y must have one row for each datum, got shapes {' and '.join(shapes)}.")
+        raise ValueError(
+            f"the arrays X and y must have one row for each example, got shapes {' and '.join(shapes)}. Make them "
+            "equally long."
+        )
     (N,) = lengths
     return N
+
+
+def _repeated(t: Tensor) -> int:
+    """Return an integer that occurs twice."""
+    values, counts = t.unique(return_counts=True)
+    return int(values[counts > 1][0])
 
 
 def _check_distinct(places: list[Tensor]) -> None:
@@ -324,8 +446,8 @@ def _check_distinct(places: list[Tensor]) -> None:
         for place in own.tolist():
             if place in batches:
                 raise ValueError(
-                    f"the index {place} names a datum in batch {batches[place]} and another in batch {number}: each "
-                    "must be the place of one datum in the data set."
+                    f"the indices of all batches must be distinct, got {place} in batch {batches[place]} and in batch "
+                    f"{number}. {_INDEX}"
                 )
             batches[place] = number
 
@@ -343,27 +465,34 @@ def _check_distinct_over(ranks: Alone, own: Tensor) -> None:
             place = start + int(counts.argmax())
             holders = [rank for rank, holds in enumerate(ranks.share(bool((own == place).any()))) if holds]
             raise ValueError(
-                f"the index {place} names a datum on rank {holders[0]} and another on rank {holders[1]}: each must be "
-                "the place of one datum in the data set."
+                f"the indices of all ranks must be distinct, got {place} on rank {holders[0]} and on rank "
+                f"{holders[1]}. {_INDEX}"
             )
 
 
 class _Print:
-    """The fingerprint of one batch: its size, and its contents where they are to be verified."""
+    """The fingerprint of one batch: its size and shapes, and its contents if they are to be verified."""
 
     def __init__(self, contents: Any, size: int, verify: bool) -> None:
         self._size = size
         self._prints = [_print_of(t) for t in leaves(contents)] if verify else None
 
+    def fits(self, contents: Any, size: int) -> bool:
+        """Return whether contents have the size, and their arrays the shapes and dtypes, of the first pass."""
+        prints, tensors = self._prints or [], leaves(contents)
+        return (
+            size == self._size
+            and len(tensors) == len(prints)
+            and all((t.shape, t.dtype) == known[:2] for t, known in zip(tensors, prints, strict=True))
+        )
+
     def matches(self, contents: Any, size: int) -> bool:
-        if size != self._size:
-            return False
+        """Return whether contents are those of the first pass, as far as these are known."""
         if self._prints is None:
-            return True
-        tensors = leaves(contents)
-        return len(tensors) == len(self._prints) and all(
+            return size == self._size
+        return self.fits(contents, size) and all(
             _unchanged_on_device(t, known) or _print_of(t)[:3] == known[:3]
-            for t, known in zip(tensors, self._prints, strict=True)
+            for t, known in zip(leaves(contents), self._prints, strict=True)
         )
 
     def __getstate__(self) -> dict[str, Any]:
@@ -390,18 +519,44 @@ def _unchanged_on_device(t: Tensor, known: tuple[Any, ...]) -> bool:
 
 def _checksum(t: Tensor) -> int:
     """Return a number that depends on every bit of a tensor and on their order."""
+    return zlib.crc32(_bytes_of(t).data)
+
+
+def _bytes_of(t: Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """Return the bytes of a tensor in the order of its elements."""
     if t.is_nested:
         t = torch.cat([part.flatten() for part in t.unbind()])
     elif t.layout is not torch.strided:
         t = t.to_dense()
     t = t.detach().resolve_conj().resolve_neg().cpu().contiguous()
     t = t.as_strided((t.numel(),), (1,))  # one element alone may have any stride
-    return zlib.crc32(t.view(torch.uint8).numpy().data)
+    return t.view(torch.uint8).numpy()
 
 
-def _changed(what: str) -> str:
-    return (
-        f"`data` changed between two passes: {what}. Every product reads all data and must find the same batches in "
-        "the same order. Switch shuffling and random augmentation off (`DataLoader(..., shuffle=False)`), and do not "
-        "change the arrays in place while the operator is in use."
-    )
+def _add_print_of_examples(total: int | None, contents: Any, size: int) -> int | None:
+    """Add a fingerprint of the examples of a batch, which does not depend on their order, to that of others.
+
+    It is the sum over the examples of a hash of their rows. None if some array does not have one row per example.
+    """
+    tensors = leaves(contents)
+    if total is None or any(t.is_nested or t.ndim == 0 or t.shape[0] != size for t in tensors):
+        return None
+    hashes = np.zeros(size, np.uint64)
+    for t in tensors:
+        rows = _bytes_of(t).reshape(size, -1)
+        weights = _mixed(np.arange(1, -(-rows.shape[1] // 8) + 1, dtype=np.uint64)) | np.uint64(1)
+        step = max(1, _HASH_BYTES // max(1, rows.shape[1]))
+        for start in range(0, size, step):
+            block = rows[start : start + step]
+            words = np.pad(block, ((0, 0), (0, -block.shape[1] % 8))).view(np.uint64)
+            own = hashes[start : start + step]
+            # Mixed after each array, so that rows of one array cannot be exchanged without those of the others.
+            own[:] = _mixed(own + (words * weights).sum(1, dtype=np.uint64) + np.uint64(1))
+    return (total + int(hashes.sum(dtype=np.uint64))) % 2**64
+
+
+def _mixed(x: np.ndarray[Any, np.dtype[np.uint64]]) -> np.ndarray[Any, np.dtype[np.uint64]]:
+    """Return a bijective hash of 64-bit integers (the finalizer of SplitMix64)."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))

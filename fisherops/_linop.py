@@ -7,8 +7,11 @@ private hook sees it, so they are all overridden, and so are its composites.
 
 from __future__ import annotations
 
+import functools
 import operator
-from typing import Any
+import sys
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -25,6 +28,52 @@ _SHAPES = {True: "({0},) or ({0}, 1)", False: "({0}, K)", None: "({0},) or ({0},
 
 # Columns that `todense` multiplies at a time.
 _BLOCK = 256
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def opaque(function: _Function) -> _Function:
+    """Make a function one opaque call for torch.compile, which cannot trace the autograd inside.
+
+    Importing torch's compiler takes seconds, so it is not imported here: nothing can be compiled before it is loaded.
+    """
+    disabled: list[Any] = []
+
+    @functools.wraps(function)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        if "torch._dynamo" not in sys.modules:
+            return function(*args, **kwargs)
+        if not disabled:
+            disabled.append(torch.compiler.disable(function))
+        return disabled[0](*args, **kwargs)
+
+    return wrapped  # type: ignore[return-value]
+
+
+def as_damping(damping: Any, dtype: torch.dtype = torch.float64) -> float:
+    """Return λ as a number that is finite in `dtype` and at least 0."""
+    value = _arrays.scalar(damping)
+    if value is None or isinstance(value, complex):
+        raise TypeError(f"`damping` must be a real number, got {damping!r}.")
+    if not 0 <= value <= torch.finfo(dtype).max:
+        raise ValueError(
+            f"`damping` must be at least 0 and finite in {str(dtype).removeprefix('torch.')}, got {value}. Pass a "
+            "positive number; to subtract a multiple of the identity use "
+            "`op - mu * scipy.sparse.linalg.aslinearoperator(scipy.sparse.eye_array(D))`."
+        )
+    return float(value)
+
+
+def check_result(result: Tensor, *inputs: Tensor) -> Tensor:
+    """Return a result if it is finite, or an input is not."""
+    # The sum is finite if all entries are, unless it overflows, which the second test settles.
+    if not result.sum().isfinite() and not result.isfinite().all() and all(x.isfinite().all() for x in inputs):
+        raise FloatingPointError(
+            "the result must be finite, got NaN or infinity, although the inputs and the model's outputs are finite: a "
+            "derivative of the model is not finite, or values exceed the precision. Check the model's operations, or "
+            "pass dtype='float64'."
+        )
+    return result
 
 
 class TorchLinearOperator(LinearOperator):
@@ -128,9 +177,15 @@ class TorchLinearOperator(LinearOperator):
         array or TorchLinearOperator
             An array of the library, device and dimensionality of `x`, of its dtype if that is inexact and of
             ``op.dtype`` otherwise; fresh, C-contiguous and writable. For a scalar or an operator: an operator.
+
+        Raises
+        ------
+        FloatingPointError
+            If the result is not finite although `x` is, or if the dtype of `x` cannot represent it: half-precision
+            vectors overflow above 65504.
         """
         if isinstance(x, LinearOperator):
-            return _Product(self, as_torch_operator(x, self.device))
+            return _Product(self, as_torch_operator(x, self.device, self.torch_dtype))
         alpha = _arrays.scalar(x)
         return self._product(x, "@") if alpha is None else _Scaled(self, alpha)
 
@@ -148,7 +203,7 @@ class TorchLinearOperator(LinearOperator):
             As for :meth:`dot`; an array of shape (N,) or (K, N).
         """
         if isinstance(x, LinearOperator):
-            return _Product(as_torch_operator(x, self.device), self)
+            return _Product(as_torch_operator(x, self.device, self.torch_dtype), self)
         alpha = _arrays.scalar(x)
         return self.T._product(x, "rdot", rows=True) if alpha is None else _Scaled(self, alpha)
 
@@ -160,14 +215,16 @@ class TorchLinearOperator(LinearOperator):
     def _matmat(self, X: Any) -> Any:
         return self.matmat(X)
 
+    @opaque
     def _product(self, x: Any, name: str, vector: bool | None = None, rows: bool = False) -> Any:
-        """Take `x` to torch, check its shape, multiply, and take the result back.
+        """Convert `x` to torch, check its shape, multiply, and convert the result back.
 
         With ``rows=True`` the vectors are the rows of `x`, and those of the result.
         """
         if issparse(x):
             raise TypeError(
-                f"got a sparse matrix of shape {x.shape}, and its product would be dense: pass `x.toarray()`."
+                f"the array must be dense, as its product is, got a sparse matrix of shape {x.shape}. Pass "
+                "`x.toarray()`."
             )
         X, leave = _arrays.enter(x)
         if is_sharded(X):
@@ -186,8 +243,8 @@ class TorchLinearOperator(LinearOperator):
             expected = "({0},) or (K, {0})" if rows else _SHAPES[vector]
             shape = self.shape[::-1] if name.startswith("r") else self.shape  # of the operator that the caller sees
             raise ValueError(
-                f"dimension mismatch in {name}: got an array of shape {tuple(X.shape)}, "
-                f"an operator of shape {shape} takes {expected.format(N)} here."
+                f"dimension mismatch in {name}: for an operator of shape {shape} the array must have shape "
+                f"{expected.format(N)}, got {tuple(X.shape)}."
             )
 
     def _times(self, V: Tensor) -> Tensor:
@@ -198,8 +255,14 @@ class TorchLinearOperator(LinearOperator):
             return torch.complex(parts[:, :K].contiguous(), parts[:, K:].contiguous())
         if K == 0:
             return torch.zeros(M, 0, dtype=self.torch_dtype, device=self.device)
-        V = V.to(self.torch_dtype)
-        return check_result(self._apply(V).to(self.torch_dtype), V)
+        own = self._narrowed(V)
+        return check_result(self._apply(own).to(self.torch_dtype), V)
+
+    def _narrowed(self, V: Tensor) -> Tensor:
+        """Convert vectors to the operator's dtype, which must be able to represent them."""
+        if V.dtype == self.torch_dtype or is_sharded(V):
+            return V.to(self.torch_dtype)
+        return _arrays.narrowed(V, self.torch_dtype, "Scale the vectors, or make the operator with dtype='float64'.")
 
     def todense(self) -> np.ndarray[Any, Any]:
         """Return the matrix as a NumPy array of shape (M, N); costs N products."""
@@ -211,6 +274,10 @@ class TorchLinearOperator(LinearOperator):
             identity.diagonal(-start)[:width] = 1
             blocks.append(self._times(identity).cpu())
         return torch.cat(blocks, dim=1).numpy()
+
+    def toarray(self) -> np.ndarray[Any, Any]:
+        """Return the matrix as a NumPy array of shape (M, N), as `todense` does; the name is that of sparse arrays."""
+        return self.todense()
 
     def to_cupy(self) -> Any:
         """Return this operator as a ``cupyx.scipy.sparse.linalg.LinearOperator``.
@@ -248,7 +315,10 @@ class TorchLinearOperator(LinearOperator):
     def __truediv__(self, alpha: Any) -> TorchLinearOperator:
         value = _arrays.scalar(alpha)
         if value is None:
-            raise ValueError(f"can only divide an operator by a scalar, got {type(alpha).__name__}.")
+            raise ValueError(
+                f"the divisor of an operator must be a scalar, got {type(alpha).__name__}. For an inverse use "
+                "`fisherops.linalg.solve` or `inv`."
+            )
         return _Scaled(self, 1.0 / value)
 
     def __neg__(self) -> TorchLinearOperator:
@@ -257,12 +327,12 @@ class TorchLinearOperator(LinearOperator):
     def __add__(self, other: Any) -> Any:
         if not isinstance(other, LinearOperator):
             return _refuse_sum(other)
-        return _Sum(self, as_torch_operator(other, self.device))
+        return _Sum(self, as_torch_operator(other, self.device, self.torch_dtype))
 
     def __sub__(self, other: Any) -> Any:
         if not isinstance(other, LinearOperator):
             return _refuse_sum(other)
-        return _Sum(self, -as_torch_operator(other, self.device))
+        return _Sum(self, -as_torch_operator(other, self.device, self.torch_dtype))
 
     def __pow__(self, exponent: Any) -> Any:
         try:
@@ -271,8 +341,8 @@ class TorchLinearOperator(LinearOperator):
             p = -1
         if p < 0:
             raise ValueError(
-                f"an operator can be raised to an integer power of at least 0, got {exponent!r}; "
-                "for an inverse use a solver, such as `scipy.sparse.linalg.cg(op.damped(1e-3), b)`."
+                f"the exponent of an operator must be an integer of at least 0, got {exponent!r}. For an inverse use a "
+                "solver, such as `scipy.sparse.linalg.cg(op.damped(1e-3), b)`."
             )
         return _Power(self, p)
 
@@ -282,32 +352,16 @@ class TorchLinearOperator(LinearOperator):
         Parameters
         ----------
         damping : float
-            The number λ added to the diagonal, in the units of the operator's eigenvalues.
+            λ ≥ 0, the number added to the diagonal, in the units of the operator's eigenvalues.
 
         Raises
         ------
         TypeError
             If `damping` is not a real number.
         ValueError
-            If `damping` is not finite, or the operator is not square.
+            If `damping` is negative or not finite, or the operator is not square.
         """
-        value = _arrays.scalar(damping)
-        if value is None or isinstance(value, complex):
-            raise TypeError(f"`damping` must be a real number, got {damping!r}.")
-        if not abs(value) <= torch.finfo(self.torch_dtype).max:
-            raise ValueError(f"`damping` must be finite in {self.dtype}, got {value}.")
-        return _Damped(self, float(value))
-
-
-def check_result(result: Tensor, *inputs: Tensor) -> Tensor:
-    """Return a result if it is finite, or the inputs are not either."""
-    # The sum is finite if all entries are, but for overflow, which the second look settles.
-    if not result.sum().isfinite() and not result.isfinite().all() and all(x.isfinite().all() for x in inputs):
-        raise FloatingPointError(
-            "the result contains NaN or infinity although the model's outputs are finite: a derivative of the model "
-            "is not finite, or the numbers exceed the precision. Check its operations, or pass dtype='float64'."
-        )
-    return result
+        return _Damped(self, as_damping(damping, self.torch_dtype))
 
 
 class Transposed(TorchLinearOperator):
@@ -331,7 +385,7 @@ class _Sum(TorchLinearOperator):
 
     def __init__(self, A: TorchLinearOperator, B: TorchLinearOperator) -> None:
         if A.shape != B.shape:
-            raise ValueError(f"cannot add operators of shapes {A.shape} and {B.shape}.")
+            raise ValueError(f"operators must have equal shapes to be added, got {A.shape} and {B.shape}.")
         super().__init__(A.shape, torch.promote_types(A.torch_dtype, B.torch_dtype), _same_device(A, B))
         self._A, self._B = A, B
 
@@ -368,7 +422,7 @@ class _Damped(TorchLinearOperator):
 
     def __init__(self, A: TorchLinearOperator, damping: float) -> None:
         if A.shape[0] != A.shape[1]:
-            raise ValueError(f"only a square operator can be damped, got shape {A.shape}.")
+            raise ValueError(f"the operator must be square to be damped, got shape {A.shape}.")
         super().__init__(A.shape, A.torch_dtype, A.device)
         self._A, self.damping = A, damping
 
@@ -387,7 +441,9 @@ class _Product(TorchLinearOperator):
 
     def __init__(self, A: TorchLinearOperator, B: TorchLinearOperator) -> None:
         if A.shape[1] != B.shape[0]:
-            raise ValueError(f"cannot multiply operators of shapes {A.shape} and {B.shape}.")
+            raise ValueError(
+                f"operators must have shapes (M, N) and (N, K) to be multiplied, got {A.shape} and {B.shape}."
+            )
         dtype = torch.promote_types(A.torch_dtype, B.torch_dtype)
         super().__init__((A.shape[0], B.shape[1]), dtype, _same_device(A, B))
         self._A, self._B = A, B
@@ -407,7 +463,7 @@ class _Power(TorchLinearOperator):
 
     def __init__(self, A: TorchLinearOperator, p: int) -> None:
         if A.shape[0] != A.shape[1]:
-            raise ValueError(f"only a square operator can be raised to a power, got shape {A.shape}.")
+            raise ValueError(f"the operator must be square to be raised to a power, got shape {A.shape}.")
         super().__init__(A.shape, A.torch_dtype, A.device)
         self._A, self._p = A, p
 
@@ -426,15 +482,22 @@ class _Power(TorchLinearOperator):
 
 
 class _Foreign(TorchLinearOperator):
-    """A SciPy operator inside a composite; its products go through NumPy on the host."""
+    """A SciPy operator inside a composite; its products are computed with NumPy on the host.
 
-    def __init__(self, A: LinearOperator, device: torch.device) -> None:
+    It has no less than the precision of its partner, which multiplies its results; integers have no precision of their
+    own.
+    """
+
+    def __init__(self, A: LinearOperator, device: torch.device, partner: torch.dtype) -> None:
         if len(A.shape) != 2:
-            raise ValueError(f"only matrices can be combined, got an operator of shape {A.shape}.")
-        dtype = np.result_type(A.dtype if A.dtype is not None else np.float64, np.float32)
-        wider = torch.complex128 if dtype.kind == "c" else torch.float64
-        super().__init__(A.shape, {"f4": torch.float32, "c8": torch.complex64}.get(dtype.str[1:], wider), device)
-        self._A = A
+            raise ValueError(f"an operator must be a matrix to be combined with another, got shape {A.shape}.")
+        own = np.dtype(np.float64 if A.dtype is None else A.dtype)
+        if own.kind not in "biu":
+            single = own.itemsize <= (8 if own.kind == "c" else 4)
+            kinds = (torch.complex64, torch.complex128) if own.kind == "c" else (torch.float32, torch.float64)
+            partner = torch.promote_types(partner, kinds[0] if single else kinds[1])
+        super().__init__(A.shape, partner, device)
+        self._A, self._partner = A, partner
 
     def _apply(self, V: Tensor) -> Tensor:
         # Copies both ways: a foreign operator may write to what it is given, and IdentityOperator returns it.
@@ -442,21 +505,28 @@ class _Foreign(TorchLinearOperator):
         return torch.from_numpy(result).to(self.device)
 
     def _transpose(self) -> TorchLinearOperator:
-        return _Foreign(self._A.T, self.device)
+        return _Foreign(self._A.T, self.device, self._partner)
 
     def _adjoint(self) -> TorchLinearOperator:
-        return _Foreign(self._A.H, self.device)
+        return _Foreign(self._A.H, self.device, self._partner)
 
 
-def as_torch_operator(A: LinearOperator, device: torch.device | str = "cpu") -> TorchLinearOperator:
-    """Return an operator that computes in torch; a foreign one gets and returns vectors on `device`."""
-    return A if isinstance(A, TorchLinearOperator) else _Foreign(A, torch.device(device))
+def as_torch_operator(
+    A: LinearOperator, device: torch.device | str = "cpu", partner: torch.dtype = torch.float64
+) -> TorchLinearOperator:
+    """Return an operator that computes in torch.
+
+    A foreign operator gets and returns vectors on `device`, in a precision no lower than `partner` or its own; see
+    `_Foreign`.
+    """
+    return A if isinstance(A, TorchLinearOperator) else _Foreign(A, torch.device(device), partner)
 
 
 def _same_device(A: TorchLinearOperator, B: TorchLinearOperator) -> torch.device:
     if A.device != B.device:
         raise ValueError(
-            f"cannot combine operators on devices {A.device} and {B.device}: build both on the same device."
+            f"operators must be on one device to be combined, got {A.device} and {B.device}. Build both on the same "
+            "device."
         )
     return A.device
 
@@ -464,7 +534,7 @@ def _same_device(A: TorchLinearOperator, B: TorchLinearOperator) -> torch.device
 def _refuse_sum(other: Any) -> Any:
     if _arrays.is_array(other) or issparse(other) or _arrays.scalar(other) is not None:
         raise TypeError(
-            f"an operator can only be added to another operator, got {type(other).__name__}: wrap a matrix by "
+            f"only an operator can be added to an operator, got {type(other).__name__}. Wrap a matrix by "
             "`scipy.sparse.linalg.aslinearoperator`; for op + λI use `op.damped(λ)`."
         )
     return NotImplemented
@@ -472,4 +542,4 @@ def _refuse_sum(other: Any) -> Any:
 
 def _refuse_scalar(x: Any) -> None:
     if _arrays.scalar(x) is not None:
-        raise ValueError("scalar operands are not allowed with `@`, use `*` instead.")
+        raise ValueError("the operand of `@` must be an array or an operator, got a scalar. Use `*` instead.")

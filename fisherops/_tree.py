@@ -12,12 +12,18 @@ from torch import Tensor
 from fisherops import _arrays
 
 
-def map_arrays(function: Callable[[Any], Any], x: Any) -> Any:
-    """Apply a function to every array in nested mappings, tuples and lists; the same object if nothing changes."""
+def map_arrays(function: Callable[[Any], Any], x: Any, move: Callable[[Any], Any] | None = None) -> Any:
+    """Apply a function to every array in nested mappings, tuples and lists; the same object if nothing changes.
+
+    Objects other than mappings that have a method ``to`` of their own, such as graph batches and packed sequences, are
+    replaced by what `move` returns for them, if it is given.
+    """
     if _arrays.is_array(x):
         return function(x)
+    if move is not None and not isinstance(x, Mapping) and callable(getattr(x, "to", None)):
+        return move(x)
     if isinstance(x, Mapping):
-        items = {key: map_arrays(function, item) for key, item in x.items()}
+        items = {key: map_arrays(function, item, move) for key, item in x.items()}
         if all(items[key] is item for key, item in x.items()):
             return x
         if type(x) is dict or not isinstance(x, dict | UserDict):
@@ -27,7 +33,7 @@ def map_arrays(function: Callable[[Any], Any], x: Any) -> Any:
             mapped[key] = item
         return mapped
     if isinstance(x, tuple | list):
-        parts = [map_arrays(function, item) for item in x]
+        parts = [map_arrays(function, item, move) for item in x]
         if all(new is old for new, old in zip(parts, x, strict=True)):
             return x
         return type(x)(*parts) if hasattr(x, "_fields") else type(x)(parts)

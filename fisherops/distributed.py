@@ -83,7 +83,12 @@ def shard(data: Any, process_group: Any = None, *, order: str = "contiguous", ba
         part = _part(length_of_pair(*data), process_group, order)
         step = batch_size or max(len(part), 1)
         return [_rows(data, part[start : start + step]) for start in range(0, len(part), step)]
-    if isinstance(data, list | tuple) and batch_size is None:
+    if isinstance(data, list | tuple):
+        if batch_size is not None:
+            raise ValueError(
+                f"`batch_size` must be None for a list of batches, which are divided whole, got {batch_size}. Leave it "
+                "out, or for a list of single examples pass `DataLoader(examples, batch_size=...)`."
+            )
         return _batches(data, _part(len(data), process_group, order))
     if hasattr(data, "__getitem__") and hasattr(data, "__len__"):
         if batch_size is None:
@@ -187,5 +192,5 @@ def _rows(pair: tuple[Any, Any], own: range) -> tuple[Any, Any, Any]:
 
 def _batches(batches: Sequence[Any], own: range) -> list[Any]:
     """Choose batches of a list, and number their data by their places in all of them."""
-    sizes = [len(leaves(batch[1])[0]) for batch in batches]
+    sizes = [len(leaves(batch[0] if batch[1] is None else batch[1])[0]) for batch in batches]
     return [batches[k] if len(batches[k]) == 3 else (*batches[k], torch.arange(sizes[k]) + sum(sizes[:k])) for k in own]

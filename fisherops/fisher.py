@@ -16,7 +16,7 @@ from fisherops import _torch
 from fisherops._checks import noting, prefixing
 from fisherops._data import Batch, Data
 from fisherops._draws import CounterDraws, CounterSampler, StreamSampler
-from fisherops._linop import TorchLinearOperator, check_result
+from fisherops._linop import TorchLinearOperator, check_result, opaque
 from fisherops._memory import as_bytes, as_folder, is_memory_error
 from fisherops._ranks import Alone, fingerprint, ranks_of
 from fisherops._sharding import Sharding
@@ -64,11 +64,13 @@ class Kept(NamedTuple):
 class FisherOperator(TorchLinearOperator):
     """F = (1/c) Σ_b G_bᵀ G_b over the batches b of a data set; subclasses choose the output factor."""
 
-    _ordered = False
-    """Whether F depends on the order of the data."""
+    _order = "any"
+    """Which order of the examples F depends on, see `Data`."""
+    _needs_targets = False
     _samples = 1
     """M, what sums over draws are divided by."""
 
+    @opaque
     def __init__(
         self,
         model_func: Any,
@@ -112,7 +114,7 @@ class FisherOperator(TorchLinearOperator):
             batch_size_fn=batch_size_fn,
             num_data=num_data,
             verify=check_deterministic,
-            ordered=self._ordered,
+            order=self._order,
             progressbar=progressbar,
             ranks=self._ranks,
         )
@@ -188,6 +190,7 @@ class FisherOperator(TorchLinearOperator):
                     columns.copy_(total.value())
         return result
 
+    @opaque
     def todense(self) -> np.ndarray[Any, Any]:
         """Return F as a NumPy array of shape (D, D), from the rows of G."""
         if self._sharding is not None:
@@ -225,6 +228,7 @@ class FisherOperator(TorchLinearOperator):
             B = torch.cat(self._ranks.gather(torch.cat(blocks)))
         return torch.linalg.qr(B, mode="r")[1] if triangular and len(B) > D else B
 
+    @opaque
     def diagonal(self) -> np.ndarray[Any, Any]:
         """Return the diagonal of F as a NumPy array of shape (D,), exactly: the squared norms of the columns of G.
 
@@ -233,6 +237,7 @@ class FisherOperator(TorchLinearOperator):
         diagonal: Any = self._diagonal()
         return diagonal if self._sharding is not None else diagonal.cpu().numpy()  # type: ignore[no-any-return]
 
+    @opaque
     def trace(self) -> float:
         """Return the trace of F, exactly: the squared Frobenius norm of G."""
         diagonal = self._diagonal()
@@ -373,6 +378,7 @@ class FisherOperator(TorchLinearOperator):
         return tuple(self._likelihood.reductions)
 
     @property
+    @opaque
     def scores(self) -> ScoreMatrix:
         """The score matrix G, F = GᵀG, as an operator (rows, D): :class:`fisherops.score_matrix.ScoreMatrix`."""
         return ScoreMatrix(self)
@@ -391,6 +397,7 @@ class FisherOperator(TorchLinearOperator):
     # ---- What is kept -------------------------------------------------------------------------
 
     @property
+    @opaque
     def plan(self) -> Plan:
         """What is kept between products, its memory and why; made by a pass over the data if there was none."""
         if self._keeper is None or self._version != self._problem.look():
@@ -462,10 +469,9 @@ class FisherOperator(TorchLinearOperator):
                     self._ranks.agree("parameters", **{"the checksum of the parameters and buffers": checksum})
                 keeper = Keeper(self._cache, self._max_memory, self._spill)
                 yield self._scores(batches, self._c, keeper)
-                if not keeper.complete and (self._data.order_is_free or self._ordered):
-                    why = (
-                        "a stream of draws reads them all" if self._ordered else "they come in another order each time"
-                    )
+                is_stream = self._order == "fixed"
+                if not keeper.complete and (self._data.order_is_free or is_stream):
+                    why = "a stream of draws reads them all" if is_stream else "they come in another order each time"
                     keeper.forget(f"not all batches can be kept, and {why}")
                 self._keeper, self._version = keeper, version
 
@@ -548,6 +554,11 @@ class FisherOperator(TorchLinearOperator):
     def _terms(self, output: Any, batch: Batch) -> Terms:
         # Whether a distribution depends on the parameters shows in its graph.
         with prefixing(f"batch {batch.number}"), torch.enable_grad():
+            if batch.y is None and self._needs_targets:
+                raise ValueError(
+                    f"the targets y must be given for {type(self).__name__}, got None. Pass (X, y), or use "
+                    "FisherMCLinearOperator or FisherLinearOperator, which most losses need no targets for."
+                )
             return self._likelihood.terms(output, batch.y)
 
     def _read(self) -> None:

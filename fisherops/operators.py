@@ -12,7 +12,7 @@ from torch import Tensor
 from fisherops import _arrays
 from fisherops._checks import integer
 from fisherops._draws import CounterSampler, StreamSampler
-from fisherops._linop import check_result
+from fisherops._linop import check_result, opaque
 from fisherops.fisher import FisherOperator
 from fisherops.likelihoods import Draws, Likelihood, OutputFactor, Terms
 
@@ -53,9 +53,12 @@ class FisherMCLinearOperator(FisherOperator):
         What to differentiate by; D is the number of their elements, in their order. None takes every parameter of the
         module that requires grad. Those that the model does not use have zero rows and columns in F.
     data : iterable of (X, y) or (X, y, index), or a pair of arrays (X, y)
-        Mini-batches, read anew for every product, always in the same order (but see `sampler`): a list, a
-        ``DataLoader`` without shuffling, any re-iterable. Or two arrays with one row per datum. Batches are moved to
-        the parameters' device; NumPy floats are converted to the compute precision.
+        Mini-batches, read again for every product: a list, a ``DataLoader``, any re-iterable. Or two arrays with one
+        row per example. The order must be the same in every pass, unless batches have an `index` (see `sampler`); the
+        exact and the empirical Fisher accept every order, in batches of the same shapes. Batches are moved to the
+        parameters' device. NumPy floats are converted to the compute precision, and unsigned integers of 16 bits or
+        more to int64. y may be None, except for the empirical Fisher and for losses that weight an observation by its
+        target.
     progressbar : bool
         Whether each pass over the data shows a tqdm bar on stderr.
     check_deterministic : bool
@@ -180,7 +183,7 @@ class FisherMCLinearOperator(FisherOperator):
         self._samples = integer("mc_samples", mc_samples, 1)
         if sampler not in ("counter", "stream"):
             raise ValueError(f"`sampler` must be 'counter' or 'stream', got {sampler!r}.")
-        self._ordered = sampler == "stream"
+        self._order = "fixed" if sampler == "stream" else "index"
         super().__init__(
             model_func,
             loss_func,
@@ -201,14 +204,15 @@ class FisherMCLinearOperator(FisherOperator):
         self._needs_terms_by_datum = rows == "datum" or sampler == "counter"
 
     def _identity(self) -> dict[str, Any]:
-        return {**super()._identity(), "seed": self._seed, "sampler": "stream" if self._ordered else "counter"}
+        return {**super()._identity(), "seed": self._seed, "sampler": "stream" if self._order == "fixed" else "counter"}
 
     def _start_sampler(self) -> StreamSampler | CounterSampler:
-        if not self._ordered:
+        if self._order != "fixed":
             return CounterSampler(self._seed)
         # Ranks must not draw the same numbers; the golden ratio spreads their seeds.
         return StreamSampler((self._seed + 0x9E3779B97F4A7C15 * self._ranks.rank) % 2**64, self.device)
 
+    @opaque
     def resample(self, seed: int) -> FisherMCLinearOperator:
         """Return the operator with other draws for the same model and data; what was learnt about those is shared.
 
@@ -236,6 +240,7 @@ class FisherMCLinearOperator(FisherOperator):
             other._keeper, other._version = (keeper, self._version) if shared else (None, -1)
         return other
 
+    @opaque
     def standard_error(self, v: Any) -> Any:
         r"""Estimate the standard error of vᵀFv that the draws cause, from the spread of the M samples of each row.
 
@@ -276,7 +281,7 @@ class FisherMCLinearOperator(FisherOperator):
         self._check_shape(x, "standard_error")
         if x.is_complex():
             raise TypeError("the standard error of a quadratic form takes a real vector, got a complex one.")
-        V = (x if x.ndim == 2 else x.unsqueeze(1)).to(self.device, self.torch_dtype)
+        V = self._narrowed((x if x.ndim == 2 else x.unsqueeze(1)).to(self.device))
         if V.shape[1] == 0:
             return leave(V[0].clone())
         with self._pass("standard error", kept=False, **self._marks(V)) as batches:
@@ -406,6 +411,8 @@ class EmpiricalFisherLinearOperator(FisherOperator):
     F. Kunstner, L. Balles, P. Hennig, Limitations of the empirical Fisher approximation for natural gradient descent,
     NeurIPS 2019.
     """
+
+    _needs_targets = True
 
     def _factor(self, q: Likelihood, f: Tensor, terms: Terms, draws: Draws | None) -> OutputFactor:
         return _checked(q.scores(f, q.observed(terms)), q, f, 1)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fisherops._linop import TorchLinearOperator, Transposed, check_result
+from fisherops._linop import TorchLinearOperator, Transposed, check_result, opaque
 from fisherops._sums import CompensatedSum
 from fisherops.scores import MaterializedBatch, Scores, sharded
 
@@ -87,6 +87,7 @@ class ScoreMatrix(TorchLinearOperator):
         """Forget what is cached; see `FisherMCLinearOperator.refresh`."""
         self._fisher.refresh()
 
+    @opaque
     def gram(self) -> np.ndarray[Any, Any]:
         """Return the Gram matrix G Gᵀ as a NumPy array of shape (rows, rows).
 

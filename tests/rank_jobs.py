@@ -312,7 +312,7 @@ def refused(group):
         (dataset, {}, "pass `batch_size`"),
         (iter([(X, y)]), {}, "must be a pair of arrays"),
         ((X, y), {"order": "random"}, "`order` must be 'contiguous' or 'strided'"),
-        ((X, y[:-1]), {}, "one row for each datum"),
+        ((X, y[:-1]), {}, "one row for each example"),
         ((X, y), {"batch_size": 0}, "`batch_size` must be at least 1"),
     ]
     found = []

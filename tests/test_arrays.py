@@ -299,18 +299,18 @@ def test_a_dask_array_gets_an_error_with_the_mend(op):
 def test_a_tensor_without_values_is_refused(op):
     with FakeTensorMode():
         fake = torch.ones(D)
-    with pytest.raises(TypeError, match="got a FakeTensor tensor: .* Pass a dense tensor with values"):
+    with pytest.raises(TypeError, match="got a FakeTensor tensor. Pass a dense tensor with values"):
         op @ fake
     assert_same(op @ nn.Parameter(torch.ones(D)), op @ np.ones(D), np.float32)
 
 
 def test_sequences_of_unequal_lengths_are_refused(op):
-    with pytest.raises(ValueError, match="got builtins.list that is no array .*sequences of equal lengths"):
+    with pytest.raises(ValueError, match="must be rectangular, got builtins.list .*sequences of equal lengths"):
         op @ [[1, 2], [3]]
 
 
 def test_int4_of_jax_is_refused_with_its_dtype(op):
-    with pytest.raises(TypeError, match="of dtype int4, which cannot be taken to torch"):
+    with pytest.raises(TypeError, match="of dtype int4, which torch cannot import"):
         op @ jnp.ones(D, jnp.int4)
 
 

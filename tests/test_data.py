@@ -111,9 +111,9 @@ def test_batch_size_fn_counts_and_num_data_checks(case, expected):
     model = FromMapping(case.model)
     options = {"batch_size_fn": lambda X: len(X["a"]), "num_data": 10}
     np.testing.assert_array_equal(dense(model, data, **options), expected)
-    with pytest.raises(ValueError, match=r"`num_data` is 11, but the data has 10"):
+    with pytest.raises(ValueError, match=r"`num_data` must be the number of examples in `data`, 10, got 11"):
         dense(model, data, num_data=11)
-    with pytest.raises(ValueError, match=r"`num_data` is 11, but the data has 10"):
+    with pytest.raises(ValueError, match=r"`num_data` must be the number of examples in `data`, 10, got 11"):
         op = fo.FisherMCLinearOperator(model, nn.CrossEntropyLoss(), data=data, num_data=11, check_deterministic=False)
         op @ np.zeros(op.shape[0])
     np.testing.assert_array_equal(dense(model, data, num_data=np.int64(10)), expected)
@@ -145,14 +145,14 @@ def test_a_generator_is_refused(case):
         ([torch.zeros(4, 3)], r"batch 0 must be a pair \(X, y\), or .* got Tensor"),
         ([(torch.zeros(4, 3), torch.zeros(4).long(), torch.zeros(4), 1)], r"batch 0 must be a pair.*tuple of length 4"),
         (
-            [(torch.zeros(4, 3), None)],
-            "targets y of batch 0 must be a tensor or array, or a mapping or tuple of them, got NoneType",
+            [(torch.zeros(4, 3), "abcd")],
+            "targets y of batch 0 must be a tensor or array, .*got str",
         ),
         (
-            [(torch.zeros(4, 3), [0, 1, 2, 0])],
-            "targets y of batch 0 must be a tensor or array, or a mapping or tuple of them, got list",
+            [(torch.zeros(4, 3), ["a", "b", "c", "d"])],
+            "targets y of batch 0 must be a tensor or array, .*got list. Convert them",
         ),
-        ((object(), torch.zeros(4)), "the inputs X of the pair must be arrays, got object"),
+        ((object(), torch.zeros(4)), r"the inputs X of a pair \(X, y\) must be arrays, got object"),
         ([(np.array(["a"] * 4), torch.zeros(4).long())], "X of batch 0.*of dtype <U1"),
     ],
 )
@@ -164,16 +164,22 @@ def test_data_of_the_wrong_type(case, data, message):
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ([], "`data` has no batches"),
-        ((torch.zeros(0, 3), torch.zeros(0).long()), "`data` has no batches"),
-        ([(torch.zeros(0, 3), torch.zeros(0).long())], "batch 0 has size 0"),
+        ([], "`data` must have at least one batch, got none"),
+        ((torch.zeros(0, 3), torch.zeros(0).long()), "`data` must have at least one batch, got none"),
+        ([(torch.zeros(0, 3), torch.zeros(0).long())], "batch 0 must have at least one example, got size 0"),
         (
             [(torch.zeros(2, 3), torch.zeros(2).long()), (torch.zeros(0, 3), torch.zeros(0).long())],
-            "batch 1 has size 0",
+            "batch 1 must have at least one example, got size 0",
         ),
-        ((torch.zeros(4, 3), torch.zeros(5).long()), r"one row for each datum, got shapes \[\(4, 3\)\] and \[\(5,\)\]"),
-        ((torch.zeros(4, 3), torch.tensor(1)), r"one row for each datum, got shapes \[\(4, 3\)\] and \[\(\)\]"),
-        ([(torch.zeros(4, 3), torch.tensor(1))], r"targets y of batch 0 have no batch axis \(0-d\)"),
+        (
+            (torch.zeros(4, 3), torch.zeros(5).long()),
+            r"one row for each example, got shapes \[\(4, 3\)\] and \[\(5,\)\]",
+        ),
+        ((torch.zeros(4, 3), torch.tensor(1)), r"one row for each example, got shapes \[\(4, 3\)\] and \[\(\)\]"),
+        (
+            [(torch.zeros(4, 3), torch.tensor(1))],
+            r"the targets y must have a batch axis, got an array without axes \(0-d\) in batch 0",
+        ),
     ],
 )
 def test_empty_data_and_shapes_that_do_not_fit(case, data, message):
@@ -191,13 +197,15 @@ def test_batch_size_is_checked(case):
     for wrong in (2.5, True):
         with pytest.raises(TypeError, match="`batch_size` must be an integer, got"):
             dense(case.model, (X, y), batch_size=wrong)
-    with pytest.raises(ValueError, match="`data` is list: leave it out if the data are already in batches"):
+    with pytest.raises(ValueError, match="got `data` of type list. Leave it out if the data are already in batches"):
         dense(case.model, case.data, batch_size=2)
 
 
 def test_shuffled_loaders_are_found_at_once(case):
     loader = DataLoader(TensorDataset(*arrays(case)), batch_size=4, shuffle=True)
-    with pytest.raises(RuntimeError, match=r"`data` changed between two passes: batch 0 .*shuffle=False"):
+    with pytest.raises(
+        RuntimeError, match=r"changed between two passes: batch 0 .*shuffle=False.*let the loader yield \(X, y, index\)"
+    ):
         dense(case.model, loader)
 
 

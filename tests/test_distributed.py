@@ -199,7 +199,7 @@ def test_a_damaged_checkpoint_is_refused_on_all_ranks(two, tmp_path):
         ("shapes", "shapes of the parameters is"),
         ("num_data", "num_data is 38 on rank 0, 37 on rank 1"),
         ("total", "`num_data` is 38, but the data has 37"),
-        ("indices", "the index 4 names a datum on rank 0 and another on rank 1"),
+        ("indices", "the indices of all ranks must be distinct, got 4 on rank 0 and on rank 1"),
         ("some without indices", "the batches of some ranks are"),
         ("sampler", "DistributedSampler is of rank"),
         ("vectors", "the checksum of the vectors .*v0 or rng"),

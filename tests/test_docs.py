@@ -3,6 +3,7 @@
 import doctest
 import importlib
 import importlib.util
+import inspect
 import pkgutil
 import re
 from pathlib import Path
@@ -11,6 +12,7 @@ from types import ModuleType
 import pytest
 
 import fisherops
+import fisherops.linalg
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -99,6 +101,26 @@ def test_doctests(name):
     result = doctest.testmod(importlib.import_module(name))
     assert result.attempted > 0
     assert result.failed == 0
+
+
+@pytest.mark.parametrize(
+    "name", [n for n in fisherops.linalg.__all__ if inspect.isfunction(getattr(fisherops.linalg, n))]
+)
+def test_the_docstrings_of_linalg_are_complete(name):
+    """Every parameter is described, and so are results, errors and an example."""
+    function = getattr(fisherops.linalg, name)
+    _, *sections = re.split(r"^(\w[\w ]*)\n-+$", inspect.getdoc(function), flags=re.MULTILINE)
+    sections = dict(zip(sections[::2], sections[1::2], strict=True))
+    assert {"Parameters", "Returns", "Raises", "Examples"} <= set(sections)
+    described = re.findall(r"^(\S.*?) : .*\n    +\S", sections["Parameters"], flags=re.MULTILINE)
+    listed = [part for names in described for part in names.split(", ")]
+    expected = [
+        f"**{p.name}" if p.kind is p.VAR_KEYWORD else p.name for p in inspect.signature(function).parameters.values()
+    ]
+    listed += re.findall(r"^(\*\*\w+)\n    +\S", sections["Parameters"], flags=re.MULTILINE)
+    assert listed == expected
+    assert re.search(r"^\S.*\n    +\S", sections["Returns"], flags=re.MULTILINE)
+    assert "fo.linalg." + name in sections["Examples"]
 
 
 def test_links_of_the_readme_lead_somewhere():

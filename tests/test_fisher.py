@@ -173,17 +173,33 @@ def test_the_operator_follows_parameters_changed_in_place(case):
 @pytest.mark.parametrize(
     ("params", "error", "message"),
     [
-        ([], ValueError, "`params` is empty"),
-        ({}, ValueError, "`params` is empty"),
+        ([], ValueError, "`params` must have at least one parameter, got none"),
+        ({}, ValueError, "`params` must have at least one parameter, got none"),
         (torch.zeros(3), TypeError, "got one tensor of shape"),
         (5, TypeError, "`params` must be a list of parameters, a mapping name → tensor or None, got int"),
         ([1.0], TypeError, r"`params\[0\]` must be a torch tensor, got float"),
         ({"0.weight": np.zeros(2)}, TypeError, r"`params\['0.weight'\]` must be a torch tensor, got ndarray"),
-        ({"none": torch.zeros(2)}, ValueError, "`params` names 'none', which the model does not have; it has"),
-        ({"0.weight": torch.zeros(2)}, ValueError, r"`params\['0.weight'\]` has shape \(2,\), the model's"),
-        ([torch.zeros(2)], ValueError, r"`params\[0\]`, of shape \(2,\), is not a parameter of the model"),
-        ({"0.bias": torch.zeros(4, dtype=torch.int64)}, TypeError, "has dtype torch.int64"),
-        ({"0.bias": torch.zeros(4, dtype=torch.complex64)}, TypeError, "has dtype torch.complex64"),
+        ({"none": torch.zeros(2)}, ValueError, r"`params` must have names of the model's parameters, .*, got 'none'"),
+        (
+            {"0.weight": torch.zeros(2)},
+            ValueError,
+            r"`params\['0.weight'\]` must have the shape of the model's parameter, .*got \(2,\)",
+        ),
+        (
+            [torch.zeros(2)],
+            ValueError,
+            r"`params\[0\]` must be a parameter of the model, got a tensor of shape \(2,\) that is not",
+        ),
+        (
+            {"0.bias": torch.zeros(4, dtype=torch.int64)},
+            TypeError,
+            "must be real floating point, got dtype torch.int64",
+        ),
+        (
+            {"0.bias": torch.zeros(4, dtype=torch.complex64)},
+            TypeError,
+            "must be real floating point, got dtype torch.complex64",
+        ),
     ],
 )
 def test_parameters_that_cannot_be_taken(case, params, error, message):
@@ -193,22 +209,26 @@ def test_parameters_that_cannot_be_taken(case, params, error, message):
 
 def test_other_mistakes_with_parameters(case):
     p = case.params[0]
-    with pytest.raises(ValueError, match=r"`params\[1\]` and `params\[0\]` are the same tensor"):
+    with pytest.raises(ValueError, match=r"each tensor once, got the same one as `params\[0\]` and `params\[1\]`"):
         build(case.model, params=[p, p], data=case.data)
-    with pytest.raises(ValueError, match="one tensor under the names 'a' and 'b'"):
+    with pytest.raises(ValueError, match="got one under the names 'a' and 'b'"):
         build(lambda params, X: X @ params["a"].T, params={"a": p, "b": p}, data=case.data)
-    with pytest.raises(TypeError, match=r"`params\[0\]` is a tuple: pass `dict\(model.named_parameters\(\)\)`"):
+    with pytest.raises(
+        TypeError, match=r"`params\[0\]` must be a torch tensor, got a tuple. Pass `dict\(model.named_parameters\(\)\)`"
+    ):
         build(case.model, params=list(case.model.named_parameters()), data=case.data)
-    with pytest.raises(TypeError, match="`params=None` means every parameter of an nn.Module"):
+    with pytest.raises(
+        TypeError, match="`params` must be a list of parameters, .*got None, and `model_func` is not an nn.Module"
+    ):
         build(lambda X: case.model(X), data=case.data)
     with pytest.raises(TypeError, match="`model_func` must be an nn.Module or a callable, got int"):
         build(3, params=[p], data=case.data)
     case.model.requires_grad_(False)
-    with pytest.raises(ValueError, match="`params` is empty"):
+    with pytest.raises(ValueError, match="`params` must have at least one parameter, got none"):
         build(case.model, data=case.data)
-    with pytest.raises(ValueError, match="have no elements"):
+    with pytest.raises(ValueError, match="must have at least one element, got none"):
         build(lambda X: X, params=[torch.zeros(0)], data=case.data)
-    with pytest.raises(ValueError, match="live on several devices.*'0' on cpu, '1' on meta"):
+    with pytest.raises(ValueError, match="must be on one device, got '0' on cpu, '1' on meta"):
         build(lambda X: X, params=[torch.zeros(1), torch.zeros(1, device="meta")], data=case.data)
 
 
@@ -257,11 +277,11 @@ def test_precisions_that_cannot_be_taken(case):
         build(lambda X: case.model(X), params=case.params, data=case.data, dtype="float32")
     case.model[0].float()
     with pytest.raises(
-        ValueError, match=r"several dtypes \('0.weight' is torch.float32, '2.weight' is torch.float64\)"
+        ValueError, match=r"several dtypes, got None, and '0.weight' is torch.float32, '2.weight' is torch.float64"
     ):
         build(case.model, data=case.data)
     assert build(case.model, data=case.data, dtype="float64").dtype == np.float64
-    with pytest.raises(ValueError, match="are torch.float8_e4m3fn: pass dtype='float32'"):
+    with pytest.raises(ValueError, match="for parameters of dtype torch.float8_e4m3fn, got None. Pass dtype='float32'"):
         build(lambda X: X, params=[torch.zeros(1, dtype=torch.float8_e4m3fn)], data=case.data)
 
 
@@ -790,7 +810,7 @@ def test_many_class_weights_of_half_precision_do_not_overflow():
 def test_tied_names_in_a_mapping(case):
     tied = make_case("tied", "mse").model
     params = {"inner.weight": tied.inner.weight, "again.weight": tied.inner.weight.detach()}
-    with pytest.raises(ValueError, match="'inner.weight' and 'again.weight', which are one tied parameter"):
+    with pytest.raises(ValueError, match="'inner.weight' and 'again.weight' of one tied parameter"):
         build(tied, nn.MSELoss(), params, case.data)
 
 

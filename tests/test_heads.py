@@ -217,7 +217,7 @@ def test_targets_of_unequal_length():
     model = nn.Linear(2, 3)
     data = [(torch.ones(6, 2), {"a": torch.zeros(6).long(), "extra": torch.zeros(3)})]
     with pytest.raises(
-        ValueError, match=r"targets of batch 0 must have one row for each datum, got shapes \[\(6,\), \(3,\)"
+        ValueError, match=r"targets of batch 0 must have one row for each example, got shapes \[\(6,\), \(3,\)"
     ):
         fo.FisherMCLinearOperator(
             lambda X: {"a": model(X)}, {"a": nn.CrossEntropyLoss()}, list(model.parameters()), data

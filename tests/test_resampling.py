@@ -126,7 +126,7 @@ def test_what_the_standard_error_refuses():
     with pytest.raises(ValueError, match="mc_samples is 1: use mc_samples=2 or more"):
         build(case).standard_error(np.ones(case.D))
     op = build(case, mc_samples=2)
-    with pytest.raises(ValueError, match=r"dimension mismatch in standard_error: got an array of shape \(3,\)"):
+    with pytest.raises(ValueError, match=r"dimension mismatch in standard_error: .*got \(3,\)"):
         op.standard_error(np.ones(3))
     with pytest.raises(TypeError, match="takes a real vector, got a complex one"):
         op.standard_error(1j * np.ones(case.D))

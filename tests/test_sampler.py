@@ -153,7 +153,7 @@ def test_indices_are_checked():
     X, y = case.data[0]
     for index, error, message in [
         ([0, 1, 2, 3], TypeError, "the indices of batch 0 must be a tensor or array, got list"),
-        (torch.arange(3), ValueError, r"must be 4 integers, one for each datum, got shape \(3,\)"),
+        (torch.arange(3), ValueError, r"must be 4 integers, one for each example, got shape \(3,\)"),
         (torch.arange(4.0), ValueError, "must be 4 integers.* of torch.float32"),
         (torch.arange(4) - 1, ValueError, r"must be in \[0, 2\*\*32\), got -1 to 2"),
         (torch.arange(4) + 2**32, ValueError, r"must be in \[0, 2\*\*32\)"),
@@ -194,8 +194,10 @@ def test_indices_that_name_a_datum_twice():
     case = make_case("dense", "mse", sizes=(4,))
     X, y = case.data[0]
     with pytest.raises(
-        ValueError, match="the indices of batch 0 are not distinct: each must be the place of one datum"
+        ValueError, match="the indices of batch 0 must be distinct, got 1 more than once.*index of each example"
     ):
         build(case, [(X, y, torch.tensor([0, 1, 1, 2]))])
-    with pytest.raises(ValueError, match="the index 0 names a datum in batch 0 and another in batch 1"):
+    with pytest.raises(
+        ValueError, match="the indices of all batches must be distinct, got 0 in batch 0 and in batch 1"
+    ):
         build(case, [(X, y, torch.arange(4)), (X, y, torch.arange(4))])

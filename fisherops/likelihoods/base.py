@@ -59,7 +59,7 @@ class Terms(NamedTuple):
     divisor: Any
     """What ``reduction="mean"`` divides by, the part of this batch."""
     observed: Any
-    """The targets as `Likelihood.scores` takes them, without the axis of samples."""
+    """The targets as `Likelihood.scores` takes them, without the axis of samples; None if there are none."""
 
 
 class Likelihood(ABC):
@@ -145,14 +145,17 @@ class Likelihood(ABC):
         ----------
         output : object
             What the model returned.
-        y : torch.Tensor
-            Targets as they are in the data.
+        y : torch.Tensor or None
+            Targets as they are in the data. None if there are none, which only weights that depend on the target, and
+            the empirical Fisher, need.
 
         Raises
         ------
         ValueError
             If targets or outputs have a shape or value that does not fit.
         """
+        if y is None:
+            return Terms(None, output.numel(), None)
         y = checked_targets(y)
         if y.shape != output.shape:
             raise ValueError(
@@ -233,6 +236,12 @@ def checked_targets(y: Any) -> Tensor:
     if y.is_floating_point() and not y.isfinite().all():
         refuse("the targets must be finite", y, ~y.isfinite(), "leave such data out, or correct them")
     return y
+
+
+def require_targets(y: Any, reason: str) -> None:
+    """Raise ValueError if there are no targets."""
+    if y is None:
+        raise ValueError(f"the targets y must be given for a loss with {reason}, got None. Pass (X, y).")
 
 
 def refuse(rule: str, values: Tensor, wrong: Tensor, mend: str) -> None:

@@ -7,7 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fisherops.likelihoods.base import Draws, Likelihood, Terms, checked_targets, checked_tensor, refuse
+from fisherops.likelihoods.base import (
+    Draws,
+    Likelihood,
+    Terms,
+    checked_targets,
+    checked_tensor,
+    refuse,
+    require_targets,
+)
 from fisherops.likelihoods.elementwise import checked_weights
 from fisherops.likelihoods.factors import CategoricalFactor, CategoricalRoot, DenseFactor, OutputFactor
 
@@ -49,8 +57,13 @@ class Categorical(Likelihood):
         return f.movedim(1, -1).reshape(-1, f.shape[1])
 
     def terms(self, output: Any, y: Any) -> Terms:
-        y, shape = checked_targets(y), output.shape
+        shape = output.shape
         C = shape[1]
+        if y is None:
+            if self._class_weights is not None:
+                require_targets(y, "class weights")
+            return Terms(None, output.numel() // C, None)
+        y = checked_targets(y)
         if self._class_weights is not None and self._class_weights.shape != (C,):
             raise ValueError(
                 f"the loss has {self._class_weights.numel()} class weights, but the outputs have {C} classes."

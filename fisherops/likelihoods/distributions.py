@@ -63,6 +63,9 @@ class DistributionLikelihood(Likelihood):
 
     def terms(self, output: Any, y: Any) -> Terms:
         structure = _structure_of(output)
+        if y is None:
+            structure.check(output)
+            return Terms(None, output.batch_shape.numel(), None)
         y = checked_targets(y)
         expected = output.batch_shape + output.event_shape
         if y.shape != expected:

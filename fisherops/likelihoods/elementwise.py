@@ -9,7 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fisherops.likelihoods.base import Draws, Likelihood, Terms, as_rows, checked_targets, checked_tensor, refuse
+from fisherops.likelihoods.base import (
+    Draws,
+    Likelihood,
+    Terms,
+    as_rows,
+    checked_targets,
+    checked_tensor,
+    refuse,
+    require_targets,
+)
 from fisherops.likelihoods.factors import DenseFactor, DiagonalFactor, OutputFactor
 
 
@@ -23,6 +32,8 @@ class _Location(Likelihood):
 
     def terms(self, output: Any, y: Any) -> Terms:
         terms = super().terms(output, y)
+        if y is None:
+            return terms
         return terms._replace(observed=terms.observed.double() - as_rows(output.detach()).double())
 
     def log_prob(self, f: Tensor, y: Tensor) -> Tensor:
@@ -78,6 +89,8 @@ class HeteroscedasticGaussian(Likelihood):
         if (var <= 0).any():
             refuse("the variance must be positive", var, var <= 0, "let the model return exp or softplus of a number")
         terms = super().terms(mean, y)
+        if y is None:
+            return terms
         return terms._replace(observed=terms.observed.double() - as_rows(mean.detach()).double())
 
     def sample(self, f: Tensor, samples: int, draws: Draws) -> Tensor:
@@ -203,6 +216,14 @@ class Bernoulli(Likelihood):
         self._pos_weight = checked_weights("pos_weight", pos_weight)
 
     def terms(self, output: Any, y: Any) -> Terms:
+        if y is None:
+            if self._pos_weight is not None:
+                require_targets(y, "pos_weight")
+            terms = super().terms(output, y)
+            if self._weight is None:
+                return terms
+            ones = torch.ones(output.shape, dtype=torch.float64, device=output.device)
+            return terms._replace(weights=as_rows(_broadcast("weight", self._weight, ones)))
         y = checked_targets(y)
         terms = super().terms(output, y)
         outside = ~((y >= 0) & (y <= 1))
@@ -270,7 +291,7 @@ class Poisson(Likelihood):
 
     def terms(self, output: Any, y: Any) -> Terms:
         terms = super().terms(output, y)
-        if (y < 0).any():
+        if y is not None and (y < 0).any():
             refuse("Poisson counts must be at least 0", y, y < 0, "correct the targets")
         if not self._log_input and (wrong := output + self._eps <= 0).any():
             refuse(

@@ -51,7 +51,7 @@ class Heads(Likelihood):
         return torch.cat([part.reshape(blocks, -1) for part in rows], 1)
 
     def terms(self, output: Any, y: Any) -> Terms:
-        targets = self._parts(y, "targets y")
+        targets = [None] * len(self._heads) if y is None else self._parts(y, "targets y")
         terms = []
         for (key, head), part, target in zip(self._heads.items(), self._parts(output), targets, strict=True):
             with prefixing(f"head {key!r}"):

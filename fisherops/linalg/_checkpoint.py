@@ -55,7 +55,9 @@ class Checkpoint:
     def _check_folder(self) -> None:
         folder = self.path.parent
         if not folder.is_dir():
-            raise FileNotFoundError(f"the folder of the checkpoint {str(self.path)!r} does not exist: make it first.")
+            raise FileNotFoundError(
+                f"`checkpoint` must be in a folder that exists, got {str(self.path)!r}. Make the folder first."
+            )
 
     def save(self, **arrays: Any) -> None:
         """Write the state, on the first rank; the file is the old one until the new one is complete."""
@@ -100,17 +102,22 @@ class Checkpoint:
                 content = {name: file[name] for name in file.files}
         except (OSError, ValueError, zipfile.BadZipFile, EOFError, KeyError, AttributeError, TypeError) as error:
             raise ValueError(
-                f"{where} is damaged or no checkpoint ({error}): move it away to start anew. Nothing was changed."
+                f"{where} must be written by this solver, but it is damaged or another file ({error}). Move it away to "
+                "start again. It was not changed."
             ) from None
         for name, value in self._identity.items():
             found = str(content.get(f"identity {name}", "missing"))
             if found != repr(value):
-                raise ValueError(f"{where} is of another problem: {name} is {found} there and {value!r} here.")
+                raise ValueError(
+                    f"{where} must belong to this problem, but its {name} is {found}, and here it is {value!r}. Pass "
+                    "what it was made with, or move it away."
+                )
         for name, number in self._numbers.items():
             found = content[f"number {name}"]
             if not np.allclose(found, number, rtol=self._rounding, atol=self._rounding * abs(number).max(initial=0)):
                 raise ValueError(
-                    f"{where} is of another problem: {name} differs. Pass what it was made with, or move it away."
+                    f"{where} must belong to this problem, but {name} differs. Pass what it was made with, or "
+                    "move it away."
                 )
         return {name.removeprefix("state "): value for name, value in content.items() if name.startswith("state ")}
 

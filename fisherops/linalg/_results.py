@@ -45,7 +45,8 @@ class Solution:
     Attributes
     ----------
     x : array
-        As `b`.
+        Of the shape, library and device of `b`, and of the wider of its dtype and the operator's: for half-precision
+        `b` it is float32.
     residual : float or array
         ‖b − (F + λI) x‖, for each column of a matrix; by a product with F.
     iterations : int

@@ -13,8 +13,7 @@ import torch
 from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
-from fisherops import _arrays
-from fisherops._linop import TorchLinearOperator, as_torch_operator
+from fisherops._linop import TorchLinearOperator, as_torch_operator, opaque
 from fisherops._memory import as_bytes
 from fisherops.fisher import FisherOperator
 
@@ -35,26 +34,16 @@ _DENSE_WORK = 4
 
 
 def as_operator(op: Any) -> TorchLinearOperator:
-    """Return an operator as one that computes in torch, or say that it is none."""
+    """Return a real, square operator as one that computes in torch."""
     if not isinstance(op, LinearOperator):
-        raise TypeError(f"got {type(op).__name__}: a Fisher operator or another SciPy LinearOperator is taken.")
+        raise TypeError(f"`op` must be a Fisher operator or a SciPy LinearOperator, got {type(op).__name__}.")
     if op.dtype is not None and np.dtype(op.dtype).kind == "c":
-        raise TypeError("got a complex operator: real symmetric ones are taken.")
+        raise TypeError(f"`op` must be real and symmetric, got an operator of dtype {op.dtype}.")
     if op.shape[0] != op.shape[1]:
-        raise ValueError(f"got an operator of shape {op.shape}: a square one is taken (op.scores has svds and gram).")
-    return as_torch_operator(op)
-
-
-def as_damping(damping: Any) -> float:
-    """Return λ as a number, or say why it cannot be one."""
-    value = _arrays.scalar(damping)
-    if value is None or isinstance(value, complex):
-        raise TypeError(f"`damping` must be a real number, got {damping!r}.")
-    if not 0 <= value < float("inf"):
         raise ValueError(
-            f"`damping` must be finite and at least 0, got {value}: with less F + λI is not positive definite."
+            f"`op` must be square, got shape {op.shape}. For a score matrix use `op.scores.gram()` or SciPy's `svds`."
         )
-    return float(value)
+    return as_torch_operator(op)
 
 
 def choose(op: TorchLinearOperator, method: str, products: float, dense_flops: float, dual: bool = True) -> str:
@@ -79,9 +68,8 @@ def choose(op: TorchLinearOperator, method: str, products: float, dense_flops: f
     fisher = op if isinstance(op, FisherOperator) else None
     if method == "dual" and fisher is None:
         raise ValueError(
-            "method='dual' needs the score matrix of a Fisher operator, and composites have none: pass the operator "
-            "itself "
-            "(with its damping as an argument), or method='primal'."
+            "`op` must be a Fisher operator for method='dual', got an operator without a score matrix. "
+            "Pass the operator itself, with its damping as an argument, or use method='primal'."
         )
     D, itemsize = op.shape[0], op.dtype.itemsize
     sizes: dict[str, int] = {"dense": D}
@@ -90,7 +78,10 @@ def choose(op: TorchLinearOperator, method: str, products: float, dense_flops: f
         if fisher.sharding is not None:
             del sizes["dense"]
             if method == "dense":
-                raise NotImplementedError("the parameters are sharded, and F as a dense matrix would be on every rank.")
+                raise NotImplementedError(
+                    "`method` must not be 'dense' for sharded parameters, because every rank would hold all of F. Use "
+                    "method='auto'."
+                )
         rows = fisher.num_rows
         if method == "dual":
             _ = fisher.scores  # or the error that says why there are none
@@ -106,8 +97,8 @@ def choose(op: TorchLinearOperator, method: str, products: float, dense_flops: f
         if method not in fitting:
             needed = sizes[method] ** 2 * (itemsize + 8 * _DENSE_WORK)
             raise ValueError(
-                f"method={method!r} takes a matrix of size {sizes[method]}, {needed} bytes with its factors, and "
-                f"{max(memory, 0)} are left of max_memory: raise it, or use method='auto' or 'primal'."
+                f"`max_memory` must leave {needed} bytes for method={method!r}, which needs a matrix of size "
+                f"{sizes[method]} and its factors, got {max(memory, 0)}. Raise it, or use method='auto' or 'primal'."
             )
         return method
     product = _PRODUCT * rows * D + _OVERHEAD
@@ -155,6 +146,7 @@ def quiet() -> Iterator[None]:
 def outside_of_autocast(function: Function) -> Function:
     """Let a routine compute in its own precision and without graphs, whatever the caller's contexts."""
 
+    @opaque
     @functools.wraps(function)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         with quiet():

@@ -35,14 +35,34 @@ def spectral_density(
         "dual" and "dense" count all eigenvalues; "primal" is stochastic Lanczos quadrature, whose mean over random
         vectors has a standard error. It resolves the upper end of the spectrum to single eigenvalues, and in the bulk
         as many bins as it has steps. The standard error is that of the random vectors, not of this resolution.
+        Default: the cheapest.
     probes, steps : int
-        Random vectors of the primal way, at least 2, and products with each.
+        Number of random vectors of the primal method, at least 2, and number of products with each. Default: 20 and 80.
     seed : int
-        Of the probes.
+        Seed of the probes. Default: 0.
 
     Returns
     -------
     Density
+        The edges of the bins, the expected number of eigenvalues in each, and its standard error.
+
+    Raises
+    ------
+    TypeError
+        If `op` is not a real LinearOperator.
+    ValueError
+        If `op` is not square, an argument is out of range, or `method` is not available for `op` within its
+        ``max_memory``.
+
+    Examples
+    --------
+    >>> import torch, fisherops as fo
+    >>> _ = torch.manual_seed(0)
+    >>> X, y = torch.randn(50, 4), torch.randint(3, (50,))
+    >>> op = fo.FisherMCLinearOperator(torch.nn.Linear(4, 3), torch.nn.CrossEntropyLoss(), data=(X, y))
+    >>> density = fo.linalg.spectral_density(op, [1e-6, 1e-2, 1.0])
+    >>> density.counts.shape
+    (2,)
     """
     A = as_operator(op)
     way = choose(A, method, products=EXACT * probes * steps, dense_flops=EIGENVALUES)

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from fisherops import _arrays
 from fisherops._checks import integer
-from fisherops._linop import TorchLinearOperator
+from fisherops._linop import TorchLinearOperator, check_result
 from fisherops.fisher import FisherOperator
 from fisherops.linalg import _lanczos
 from fisherops.linalg._checkpoint import Checkpoint
@@ -55,7 +55,7 @@ def eigsh(
     op : LinearOperator
         Symmetric and positive semi-definite, (D, D).
     k : int
-        How many, from 1 to D.
+        Number of eigenvalues, from 1 to D. Default: 6.
     which : {"LM", "LA", "SA", "SM"}
         The largest ("LM" and "LA" are the same here) or the smallest.
     v0 : array, optional
@@ -89,9 +89,11 @@ def eigsh(
 
     Raises
     ------
+    TypeError
+        If `op` is not a real LinearOperator.
     ValueError
-        If an argument is out of range, a way that was asked for is not open, or a checkpoint is damaged or of another
-        problem.
+        If an argument is out of range, `method` is not available for `op` within its ``max_memory``, or a checkpoint is
+        damaged or of another problem.
     Interrupted
         At a KeyboardInterrupt in the primal way; `result` holds the best pairs so far.
 
@@ -110,12 +112,13 @@ def eigsh(
     k = integer("k", k, 1, D)
     if isinstance(A, FisherOperator) and A.sharding is not None and (return_eigenvectors or method != "dual"):
         raise NotImplementedError(
-            "the parameters are sharded: eigenvalues alone are found, by method='dual' and return_eigenvectors=False."
+            "`method` must be 'dual' and `return_eigenvectors` False for sharded parameters, of which eigenvalues "
+            "alone are supported."
         )
     if which not in ("LM", "LA", "SA", "SM"):
         raise ValueError(f"`which` must be 'LM', 'LA', 'SA' or 'SM', got {which!r}.")
     if not 0 <= tol < 1:
-        raise ValueError(f"`tol` must be from 0 to 1, got {tol!r}.")
+        raise ValueError(f"`tol` must be at least 0 and below 1, got {tol!r}.")
     largest = which in ("LM", "LA")
     ncv = min(D, max(2 * k + 1, 20)) if ncv is None else integer("ncv", ncv, min(k + 1, D), D)
     # Beside each product a vector is made orthogonal to half of ncv others, twice.
@@ -145,25 +148,52 @@ def eigvalsh(op: Any, *, method: str = "auto", like: Any = None) -> Any:
     op : LinearOperator
         Symmetric and positive semi-definite, (D, D).
     method : {"auto", "dual", "dense"}
+        Matrix whose eigenvalues are computed: the Gram matrix or F. Default: the cheaper one.
     like : array, optional
-        The result is of the library and device of this array; NumPy otherwise.
+        Array whose library and device the result has. Default: NumPy.
 
     Returns
     -------
     array
         (n,) with n the smaller of D and the number of rows of the score matrix in "dual", and D in "dense". All other
         eigenvalues are zero. Those below λ_max · n · eps are zero to rounding, and may be of either sign.
+
+    Raises
+    ------
+    TypeError
+        If `op` is not a real LinearOperator.
+    ValueError
+        If `op` is not square, an argument is out of range, or `method` is not available for `op` within its
+        ``max_memory``.
+
+    See Also
+    --------
+    eigsh : some of the eigenvalues, and their eigenvectors.
+    spectral_density : the distribution of the eigenvalues, also of large matrices.
+
+    Examples
+    --------
+    >>> import torch, fisherops as fo
+    >>> _ = torch.manual_seed(0)
+    >>> X, y = torch.randn(50, 4), torch.randint(3, (50,))
+    >>> op = fo.FisherMCLinearOperator(torch.nn.Linear(4, 3), torch.nn.CrossEntropyLoss(), data=(X, y))
+    >>> fo.linalg.eigvalsh(op).shape
+    (15,)
     """
     A = as_operator(op)
     if method == "primal":
-        raise ValueError("all eigenvalues are found by method='dual' or 'dense'; for some of them use eigsh.")
+        raise ValueError(
+            "`method` must be 'auto', 'dual' or 'dense', which find all eigenvalues, got 'primal'. For some of them "
+            "use eigsh."
+        )
     way = choose(A, method, products=float("inf"), dense_flops=EIGENVALUES)
     if way == "primal":
         raise ValueError(
-            "neither the Gram matrix nor F fits max_memory: use eigsh for some eigenvalues, spectral_density for their "
-            "distribution, or raise max_memory."
+            "`max_memory` must hold the Gram matrix or F, and neither fits. Raise it, or use eigsh for some "
+            "eigenvalues and spectral_density for their distribution."
         )
-    return leave_for(like)(spectrum_of(A, way).to(A.torch_dtype))
+    values = spectrum_of(A, way)
+    return leave_for(like)(check_result(values.to(A.torch_dtype), values))
 
 
 def spectrum_of(A: TorchLinearOperator, way: str) -> Tensor:
@@ -275,7 +305,9 @@ def _primal(
 
     start = random(0) if v0 is None else _arrays.enter(v0)[0].to(A.device, A.torch_dtype)
     if start.shape != (D,) or not 0 < float(start.norm(dtype=torch.float64)) < float("inf"):
-        raise ValueError(f"`v0` must be {D} finite numbers, not all zero, got shape {tuple(start.shape)}.")
+        raise ValueError(
+            f"`v0` must be {D} finite numbers, not all zero, got shape {tuple(start.shape)}, or entries that are not."
+        )
     space = Krylov.start(start, ncv)
     file = None
     if checkpoint is not None:
@@ -341,7 +373,8 @@ def _finish(
     A: TorchLinearOperator, found: Any, vectors: bool, way: str, leave: Callable[[Tensor], Any], product: bool = True
 ) -> Eigenpairs:
     values, V, residuals, products, converged = found
-    values = values.to(A.device, A.torch_dtype)
+    values = values.to(A.device)
+    values = check_result(values.to(A.torch_dtype), values)
     if vectors and product:
         residuals = A._times(V).addcmul_(V, values, value=-1).norm(dim=0, dtype=torch.float64)
         products += V.shape[1]

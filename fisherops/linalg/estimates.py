@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fisherops._checks import integer
-from fisherops._linop import TorchLinearOperator
+from fisherops._linop import TorchLinearOperator, as_damping
 from fisherops.fisher import FisherOperator
 from fisherops.linalg._probes import rademacher, spectral_sums
 from fisherops.linalg._results import Estimate
@@ -18,7 +18,6 @@ from fisherops.linalg._ways import (
     CHOLESKY,
     EIGENVALUES,
     EXACT,
-    as_damping,
     as_operator,
     choose,
     dense_matrix,
@@ -59,15 +58,38 @@ def trace(op: Any, *, probes: int = PROBES, seed: int = _SEED) -> Estimate:
     Parameters
     ----------
     op : LinearOperator
+        F, symmetric and positive semi-definite, (D, D).
     probes : int
-        Products for other operators; at least 6.
+        Number of products for other operators, at least 6. Default: 30.
     seed : int
-        Of the probes.
+        Seed of the probes. Default: 0.
+
+    Returns
+    -------
+    Estimate
+        The trace and its standard error, which is 0 if the trace is exact.
+
+    Raises
+    ------
+    TypeError
+        If `op` is not a real LinearOperator.
+    ValueError
+        If `op` is not square, or an argument is out of range.
 
     References
     ----------
     R. Meyer, C. Musco, C. Musco, D. Woodruff, Hutch++: optimal stochastic trace estimation, SOSA 2021,
     doi:10.1137/1.9781611976496.16.
+
+    Examples
+    --------
+    >>> import torch, fisherops as fo
+    >>> _ = torch.manual_seed(0)
+    >>> X, y = torch.randn(50, 4), torch.randint(3, (50,))
+    >>> op = fo.FisherMCLinearOperator(torch.nn.Linear(4, 3), torch.nn.CrossEntropyLoss(), data=(X, y))
+    >>> trace = fo.linalg.trace(op)
+    >>> trace.method, trace.standard_error
+    ('rows', 0.0)
     """
     A = as_operator(op)
     if isinstance(A, FisherOperator):
@@ -90,22 +112,39 @@ def diagonal(op: Any, *, like: Any = None, probes: int = PROBES, seed: int = _SE
     Parameters
     ----------
     op : LinearOperator
+        F, symmetric and positive semi-definite, (D, D).
     like : array, optional
-        The value is of the library and device of this array; NumPy otherwise.
+        Array whose library and device the result has. Default: NumPy.
     probes : int
-        Products for other operators; at least 2.
+        Number of products for other operators, at least 2. Default: 30.
     seed : int
-        Of the probes.
+        Seed of the probes. Default: 0.
 
     Returns
     -------
     Estimate
-        With arrays (D,) as value and standard error.
+        With arrays (D,) as value and standard error, which is 0 if the diagonal is exact.
+
+    Raises
+    ------
+    TypeError
+        If `op` is not a real LinearOperator.
+    ValueError
+        If `op` is not square, or an argument is out of range.
 
     References
     ----------
     C. Bekas, E. Kokiopoulou, Y. Saad, An estimator for the diagonal of a matrix, Appl. Numer. Math. 57 (2007)
     1214–1229, doi:10.1016/j.apnum.2007.01.003.
+
+    Examples
+    --------
+    >>> import torch, fisherops as fo
+    >>> _ = torch.manual_seed(0)
+    >>> X, y = torch.randn(50, 4), torch.randint(3, (50,))
+    >>> op = fo.FisherMCLinearOperator(torch.nn.Linear(4, 3), torch.nn.CrossEntropyLoss(), data=(X, y))
+    >>> fo.linalg.diagonal(op).value.shape
+    (15,)
     """
     A, leave = as_operator(op), leave_for(like)
     if isinstance(A, FisherOperator):
@@ -123,12 +162,36 @@ def frobenius_norm(op: Any, *, method: str = "auto", probes: int = PROBES, seed:
     Parameters
     ----------
     op : LinearOperator
+        F, symmetric and positive semi-definite, (D, D).
     method : {"auto", "dual", "dense", "primal"}
-        "primal" takes the mean of ‖F z‖² over random signs z.
+        "dual" and "dense" are exact; "primal" is the mean of ‖F z‖² over random signs z. Default: the cheapest.
     probes : int
-        Of the primal way, at least 2.
+        Number of random vectors of the primal method, at least 2. Default: 30.
     seed : int
-        Of the probes.
+        Seed of the probes. Default: 0.
+
+    Returns
+    -------
+    Estimate
+        The norm and its standard error, which is 0 if the norm is exact.
+
+    Raises
+    ------
+    TypeError
+        If `op` is not a real LinearOperator.
+    ValueError
+        If `op` is not square, an argument is out of range, or `method` is not available for `op` within its
+        ``max_memory``.
+
+    Examples
+    --------
+    >>> import torch, fisherops as fo
+    >>> _ = torch.manual_seed(0)
+    >>> X, y = torch.randn(50, 4), torch.randint(3, (50,))
+    >>> op = fo.FisherMCLinearOperator(torch.nn.Linear(4, 3), torch.nn.CrossEntropyLoss(), data=(X, y))
+    >>> norm = fo.linalg.frobenius_norm(op)
+    >>> bool(abs(norm.value - (op.todense() ** 2).sum() ** 0.5) < 1e-5)
+    True
     """
     A = as_operator(op)
     way = choose(A, method, products=EXACT * probes, dense_flops=0.0)
@@ -150,27 +213,52 @@ def slogdet(
     op : LinearOperator
         F, symmetric and positive semi-definite, (D, D).
     damping : float
-        λ ≥ 0, in the units of F's eigenvalues.
+        λ ≥ 0, in the units of F's eigenvalues. Default: 0.
     method : {"auto", "dual", "dense", "primal"}
-        "primal" is stochastic Lanczos quadrature and needs λ > 0. Its standard error covers the probes; the quadrature
-        itself is exact where F has at most `steps` distinct eigenvalues, and close where λ is not far below the largest
-        over steps².
+        "primal" is stochastic Lanczos quadrature and needs λ > 0. Its standard error covers the probes. The quadrature
+        itself is exact if F has at most `steps` distinct eigenvalues, and close if λ is not far below the largest over
+        steps². Default: the cheapest.
     probes, steps : int
-        Random vectors of the primal way, and products with each.
+        Number of random vectors of the primal method, at least 2, and number of products with each. Default: 30 and 40.
     seed : int
-        Of the probes.
+        Seed of the probes. Default: 0.
 
     Returns
     -------
     LogDeterminant
         A named tuple (sign, logabsdet, standard_error, method).
+
+    Raises
+    ------
+    TypeError
+        If `op` is not a real LinearOperator.
+    ValueError
+        If `op` is not square, an argument is out of range, or `method` is not available for `op` within its
+        ``max_memory``.
+
+    See Also
+    --------
+    numpy.linalg.slogdet : the same for a dense array.
+
+    Examples
+    --------
+    >>> import torch, fisherops as fo
+    >>> _ = torch.manual_seed(0)
+    >>> X, y = torch.randn(50, 4), torch.randint(3, (50,))
+    >>> op = fo.FisherMCLinearOperator(torch.nn.Linear(4, 3), torch.nn.CrossEntropyLoss(), data=(X, y))
+    >>> sign, logabsdet, *_ = fo.linalg.slogdet(op, damping=0.1)
+    >>> sign
+    1.0
     """
     A, damping = as_operator(op), as_damping(damping)
     way = choose(A, method, products=EXACT * probes * steps, dense_flops=CHOLESKY if damping > 0 else EIGENVALUES)
     D = A.shape[0]
     if way == "primal":
         if damping == 0:
-            raise ValueError("the primal way needs damping > 0: the logarithm of zero eigenvalues has no quadrature.")
+            raise ValueError(
+                "`damping` must be positive for method='primal', because the logarithm of zero eigenvalues has no "
+                "quadrature, got 0. Pass damping > 0, or method='dense'."
+            )
         value, error = spectral_sums(
             A, lambda nodes: np.log(nodes + damping), integer("probes", probes, 2), integer("steps", steps, 1), seed
         )
@@ -190,7 +278,9 @@ def slogdet(
     matrix.diagonal().add_(damping)
     factor, info = torch.linalg.cholesky_ex(matrix)
     if int(info):
-        raise ValueError(f"F + {damping:g} I is not positive definite to rounding: pass a larger damping.")
+        raise ValueError(
+            f"`damping` must make F + λI positive definite to rounding, got {damping:g}. Pass a larger one."
+        )
     # The other D − n eigenvalues of F are zero; where n > D, n − D of the Gram matrix are.
     value = 2 * float(factor.diagonal().log().sum()) + (D - n) * math.log(damping)
     return LogDeterminant(1.0, value, 0.0, way)
@@ -211,15 +301,39 @@ def effective_dimension(
     damping : float
         λ > 0, in the units of F's eigenvalues.
     method : {"auto", "dual", "dense", "primal"}
-        "primal" is stochastic Lanczos quadrature, see `slogdet`.
+        "primal" is stochastic Lanczos quadrature, see `slogdet`. Default: the cheapest.
     probes, steps : int
-        Random vectors of the primal way, and products with each.
+        Number of random vectors of the primal method, at least 2, and number of products with each. Default: 30 and 40.
     seed : int
-        Of the probes.
+        Seed of the probes. Default: 0.
+
+    Returns
+    -------
+    Estimate
+        The effective dimension, between 0 and D, and its standard error, which is 0 if it is exact.
+
+    Raises
+    ------
+    TypeError
+        If `op` is not a real LinearOperator.
+    ValueError
+        If `op` is not square, an argument is out of range, or `method` is not available for `op` within its
+        ``max_memory``.
+
+    Examples
+    --------
+    >>> import torch, fisherops as fo
+    >>> _ = torch.manual_seed(0)
+    >>> X, y = torch.randn(50, 4), torch.randint(3, (50,))
+    >>> op = fo.FisherMCLinearOperator(torch.nn.Linear(4, 3), torch.nn.CrossEntropyLoss(), data=(X, y))
+    >>> 0 < fo.linalg.effective_dimension(op, damping=0.1).value < 15
+    True
     """
     A, damping = as_operator(op), as_damping(damping)
     if damping == 0:
-        raise ValueError("the effective dimension needs damping > 0; with 0 it is the rank, see eigvalsh.")
+        raise ValueError(
+            "`damping` must be positive, got 0. The effective dimension without damping is the rank: use eigvalsh."
+        )
     way = choose(A, method, products=EXACT * probes * steps, dense_flops=EIGENVALUES)
     if way == "primal":
         value, error = spectral_sums(

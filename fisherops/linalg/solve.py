@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from fisherops import _arrays
 from fisherops._checks import integer
-from fisherops._linop import TorchLinearOperator
+from fisherops._linop import TorchLinearOperator, as_damping
 from fisherops._sharding import reduced
 from fisherops.fisher import FisherOperator
 from fisherops.linalg._checkpoint import Checkpoint
@@ -20,7 +20,6 @@ from fisherops.linalg._results import Interrupted, Solution
 from fisherops.linalg._ways import (
     CHOLESKY,
     EIGEN,
-    as_damping,
     as_operator,
     choose,
     dense_matrix,
@@ -60,9 +59,9 @@ def solve(
     op : LinearOperator
         F, symmetric and positive semi-definite, (D, D).
     b : array
-        (D,) or (D, K), of any library that products take; real.
+        (D,) or (D, K), real, of any library that products accept.
     damping : float
-        λ, in the units of F's eigenvalues.
+        λ ≥ 0, in the units of F's eigenvalues. Default: 0.
     method : {"auto", "dual", "dense", "primal"}
         "dual": by Woodbury's identity x = (b − Gᵀ(G Gᵀ + λI)⁻¹G b) / λ; "dense": Cholesky; both refined by products
         with F until the tolerance is met. "primal": conjugate gradients, all columns at once.
@@ -89,19 +88,35 @@ def solve(
     Returns
     -------
     Solution
+        The solution, in the wider of the dtype of `b` and ``op.dtype``, its residual, and whether that meets the
+        tolerance.
 
     Raises
     ------
+    TypeError
+        If `op` is not a real LinearOperator, or `b` is complex.
     ValueError
-        If λ is negative, or zero where F is singular; if shapes do not fit; if a checkpoint is damaged or of another
+        If λ is negative, or zero and F is singular; if shapes do not fit; if a checkpoint is damaged or of another
         problem.
+    FloatingPointError
+        If `b` or the solution exceeds the range of ``op.dtype``.
     Interrupted
         At a KeyboardInterrupt in the primal way; `result` holds the best solution so far.
 
     Notes
     -----
-    Where products stop to gain (float32 with λ far below λ_max · eps, say) ``converged`` is False and no error is
-    raised: look at it.
+    If refinement stalls (for example in float32 with λ far below λ_max · eps), no error is raised and ``converged`` is
+    False. Check it.
+
+    Examples
+    --------
+    >>> import torch, fisherops as fo
+    >>> _ = torch.manual_seed(0)
+    >>> X, y = torch.randn(50, 4), torch.randint(3, (50,))
+    >>> op = fo.FisherMCLinearOperator(torch.nn.Linear(4, 3), torch.nn.CrossEntropyLoss(), data=(X, y))
+    >>> solution = fo.linalg.solve(op, torch.ones(15), damping=0.1)
+    >>> solution.converged, solution.x.shape
+    (True, torch.Size([15]))
     """
     A = as_operator(op)
     damping = as_damping(damping)
@@ -109,7 +124,9 @@ def solve(
     single = B.ndim == 1
     B = B[:, None] if single else B
     if not (0 <= rtol < 1 and 0 <= atol < float("inf")):
-        raise ValueError(f"`rtol` must be from 0 to 1 and `atol` at least 0, got {rtol!r} and {atol!r}.")
+        raise ValueError(
+            f"`rtol` must be at least 0 and below 1, and `atol` finite and at least 0, got {rtol!r} and {atol!r}."
+        )
     targets = (rtol * _norms(B)).clamp_min(atol)
     if damping == 0 and not least_norm:
         _refuse_singular(A)
@@ -119,12 +136,15 @@ def solve(
     inverse: Any = None
     if way == "primal":
         if least_norm:
-            raise ValueError("least_norm=True is found from the eigenvalues: use method='dual' or 'dense'.")
+            raise ValueError(
+                "`method` must be 'dual' or 'dense' for least_norm=True, which needs all eigenvalues, and neither "
+                "matrix was chosen. Raise max_memory, or leave out method='primal'."
+            )
         start = None if x0 is None else _columns(A, x0)[0]
         if start is not None:
             start = start[:, None] if start.ndim == 1 else start
             if start.shape != B.shape:
-                raise ValueError(f"`x0` has shape {tuple(start.shape)}, and `b` {tuple(B.shape)}.")
+                raise ValueError(f"`x0` must have the shape of `b`, {tuple(B.shape)}, got {tuple(start.shape)}.")
 
         def report(done: int, norms: Tensor) -> None:
             if callback is not None:
@@ -165,13 +185,30 @@ def inv(
         Relative residual that each product comes to. Where rounding of products with F does not allow that, it may be
         larger, up to 0.01; otherwise the product raises RuntimeError.
     maxiter : int, optional
-        Of conjugate gradients.
+        Maximal number of iterations of conjugate gradients. Default: ``10 * D``.
 
     Returns
     -------
     DampedInverse
         A SciPy ``LinearOperator``. Like a Fisher operator it follows parameters that are changed in place: the factor
-        is then made anew.
+        is then computed again.
+
+    Raises
+    ------
+    TypeError
+        If `op` is not a real LinearOperator.
+    ValueError
+        If λ is negative, or zero and F is singular; or if `method` is not available for `op` within its ``max_memory``.
+
+    Examples
+    --------
+    >>> import torch, fisherops as fo
+    >>> _ = torch.manual_seed(0)
+    >>> X, y = torch.randn(50, 4), torch.randint(3, (50,))
+    >>> op = fo.FisherMCLinearOperator(torch.nn.Linear(4, 3), torch.nn.CrossEntropyLoss(), data=(X, y))
+    >>> inverse = fo.linalg.inv(op, damping=0.1)
+    >>> bool(torch.allclose(inverse @ (op.damped(0.1) @ torch.ones(15)), torch.ones(15), atol=1e-4))
+    True
     """
     A = as_operator(op)
     damping = as_damping(damping)
@@ -187,59 +224,122 @@ def natural_gradient(op: Any, grad: Any, damping: float, **options: Any) -> Any:
 
     Parameters
     ----------
-    op : FisherOperator
-    grad : array or mapping of str to array
-        A flat vector (D,), or a tensor for each of the operator's parameters by name, such as
-        ``{name: p.grad for name, p in model.named_parameters()}``.
+    op : LinearOperator
+        F, symmetric and positive semi-definite, (D, D). A Fisher operator if `grad` is a list or a mapping.
+    grad : array, sequence of (array or None), or mapping of str to (array or None)
+        A flat vector (D,); one array per parameter in the order of the operator's parameters, as
+        ``torch.autograd.grad(loss, params, allow_unused=True)`` returns them; or by name, such as
+        ``{name: p.grad for name, p in model.named_parameters()}``. None is the gradient of a parameter that the loss
+        does not use.
     damping : float
-        λ > 0.
+        λ > 0, in the units of F's eigenvalues.
     **options
-        Of `solve`.
+        Keyword arguments of `solve`.
 
     Returns
     -------
-    array or dict of str to array
-        As `grad`.
+    array, list, tuple or dict
+        In the structure of `grad`; zeros instead of None. Each array has the library and device of its gradient, and
+        the wider of its dtype and ``op.dtype``: steps for half-precision gradients are float32.
 
     Raises
     ------
+    TypeError
+        If `grad` has a structure and `op` is not a Fisher operator.
     ValueError
-        If names or shapes are not those of the parameters.
+        If names, numbers or shapes do not fit the parameters.
     RuntimeError
         If the system is not solved to its tolerance.
+    FloatingPointError
+        If the step exceeds the range of its dtype.
+
+    See Also
+    --------
+    solve : the linear solver, with its options.
 
     References
     ----------
     S. Amari, Natural gradient works efficiently in learning, Neural Computation 10 (1998) 251–276,
     doi:10.1162/089976698300017746.
+
+    Examples
+    --------
+    >>> import torch, fisherops as fo
+    >>> _ = torch.manual_seed(0)
+    >>> model, loss_func = torch.nn.Linear(4, 3), torch.nn.CrossEntropyLoss()
+    >>> X, y = torch.randn(50, 4), torch.randint(3, (50,))
+    >>> op = fo.FisherMCLinearOperator(model, loss_func, data=(X, y))
+    >>> params = list(model.parameters())
+    >>> steps = fo.linalg.natural_gradient(op, torch.autograd.grad(loss_func(model(X), y), params), damping=1e-3)
+    >>> [tuple(step.shape) for step in steps]
+    [(3, 4), (3,)]
     """
-    if not isinstance(grad, Mapping):
+    if not isinstance(grad, Mapping) and not _is_list_of_gradients(grad):
         return _converged(solve(op, grad, damping, **options)).x
     if not isinstance(op, FisherOperator):
-        raise TypeError(f"a mapping of gradients needs the parameters of a Fisher operator, got {type(op).__name__}.")
-    shapes = op.parameter_shapes
-    if set(grad) != set(shapes):
-        raise ValueError(
-            f"`grad` has the names {sorted(grad)}, the operator's parameters are {sorted(shapes)}: give one gradient "
-            "for each."
+        raise TypeError(
+            f"`op` must be a Fisher operator if `grad` is a {type(grad).__name__}, because only it has parameters, got "
+            f"{type(op).__name__}. Pass one flat vector."
         )
-    entered = {name: _arrays.enter(grad[name]) for name in shapes}
+    shapes = op.parameter_shapes
+    by_name = _by_name(grad, shapes)
+    gradients = {
+        name: torch.zeros(shapes[name], dtype=op.torch_dtype, device=op.device) if g is None else g
+        for name, g in by_name.items()
+    }
+    entered = {name: _arrays.enter(g) for name, g in gradients.items()}
     sharding = op.sharding
     for name, (g, _) in entered.items():
         if g.shape != shapes[name]:
-            raise ValueError(f"`grad[{name!r}]` has shape {tuple(g.shape)}, the parameter has {tuple(shapes[name])}.")
+            raise ValueError(
+                f"`grad[{name!r}]` must have the parameter's shape {tuple(shapes[name])}, got {tuple(g.shape)}."
+            )
     if sharding is not None:
         local = torch.cat([sharding.piece(g) for g, _ in entered.values()])
         x = _converged(solve(op, op.sharded(local), damping, **options)).x
         pieces = x.to_local().split([sharding.piece(g).numel() for g, _ in entered.values()])
-        return {name: sharding.like(g, piece) for (name, (g, _)), piece in zip(entered.items(), pieces, strict=True)}
-    flat = torch.cat([g.reshape(-1).to(op.device, op.torch_dtype) for g, _ in entered.values()])
-    x = _converged(solve(op, flat, damping, **options)).x
-    pieces = x.split([shape.numel() for shape in shapes.values()])
-    return {
-        name: leave(piece.reshape(shapes[name]).clone())
-        for (name, (_, leave)), piece in zip(entered.items(), pieces, strict=True)
-    }
+        steps = {name: sharding.like(g, piece) for (name, (g, _)), piece in zip(entered.items(), pieces, strict=True)}
+    else:
+        # In the widest of their precisions, so that the solver sees which numbers the operator's cannot represent.
+        flat = torch.cat([g.reshape(-1).to(op.device) for g, _ in entered.values()])
+        if not flat.is_floating_point():
+            flat = flat.to(op.torch_dtype)
+        x = _converged(solve(op, flat, damping, **options)).x
+        pieces = x.split([shape.numel() for shape in shapes.values()])
+        steps = {}
+        for (name, (g, leave)), piece in zip(entered.items(), pieces, strict=True):
+            step = piece.reshape(shapes[name]).to(torch.promote_types(op.torch_dtype, _real(g.dtype))).clone()
+            steps[name] = _no_narrower(gradients[name], g, leave, op.torch_dtype)(step)
+    if isinstance(grad, Mapping):
+        return steps
+    return list(steps.values()) if isinstance(grad, list) else tuple(steps.values())
+
+
+def _real(dtype: torch.dtype) -> torch.dtype:
+    """Return a floating-point dtype as it is, and the narrowest one for integers."""
+    return dtype if dtype.is_floating_point else torch.float16
+
+
+def _is_list_of_gradients(grad: Any) -> bool:
+    """Return whether a sequence holds one array per parameter, and is not a vector written as a list of numbers."""
+    return isinstance(grad, list | tuple) and any(g is None or _arrays.is_array(g) for g in grad)
+
+
+def _by_name(grad: Any, shapes: Mapping[str, torch.Size]) -> dict[str, Any]:
+    """Return the gradients by the names of the parameters, in their order."""
+    if isinstance(grad, Mapping):
+        if set(grad) != set(shapes):
+            raise ValueError(
+                f"`grad` must have the names of the operator's parameters, {sorted(shapes)}, got {sorted(grad)}. Pass "
+                "one gradient for each."
+            )
+        return {name: grad[name] for name in shapes}
+    if len(grad) != len(shapes):
+        raise ValueError(
+            f"`grad` must have one gradient for each of the operator's {len(shapes)} parameters, got {len(grad)}. Pass "
+            "None for a parameter that the loss does not use."
+        )
+    return dict(zip(shapes, grad, strict=True))
 
 
 class DampedInverse(TorchLinearOperator):
@@ -280,7 +380,7 @@ class DampedInverse(TorchLinearOperator):
             raise ValueError(
                 _SINGULAR.format("it has eigenvalues that are zero to rounding")
                 if damping == 0
-                else f"F + {damping:g} I is not positive definite to rounding: pass a larger damping."
+                else f"`damping` must make F + λI positive definite to rounding, got {damping:g}. Pass a larger one."
             )
 
     def _apply(self, V: Tensor) -> Tensor:
@@ -457,13 +557,13 @@ def _preconditioner(A: TorchLinearOperator, damping: float, M: Any) -> Callable[
         return lambda R: R
     operator = as_operator(M)
     if operator.shape != A.shape:
-        raise ValueError(f"`M` has shape {operator.shape}, the operator {A.shape}.")
+        raise ValueError(f"`M` must have the shape of the operator, {A.shape}, got {operator.shape}.")
     return lambda R: operator._times(R.to(operator.device)).to(R)
 
 
 _SINGULAR = (
-    "F is singular ({}), so F x = b has no solution for most b and no unique one for others: pass damping > 0, or "
-    "least_norm=True to `solve` for F⁺ b."
+    "`damping` must be positive, because F is singular ({}): F x = b has no solution for most b and no unique one for "
+    "others. Pass damping > 0, or least_norm=True to `solve` for F⁺ b."
 )
 
 
@@ -473,20 +573,35 @@ def _refuse_singular(A: TorchLinearOperator) -> None:
 
 
 def _columns(A: TorchLinearOperator, b: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
+    """Return right-hand sides in the compute precision, and a function that converts the solution back.
+
+    A solution has at least the compute precision: in a narrower one it would neither meet the tolerance that was
+    checked, nor be sure to be finite.
+    """
     B, leave = _arrays.enter(b)
     A._check_shape(B, "solve")
     if B.is_complex():
-        raise TypeError("a real right-hand side is taken, got a complex one: solve for its parts.")
-    B = B.to(A.device, A.torch_dtype)
+        raise TypeError("`b` must be real, got a complex array. Solve for its real and imaginary parts.")
     if not bool(B.isfinite().all()):
-        raise ValueError("the right-hand side contains NaN or infinity.")
-    return B, leave
+        raise ValueError("`b` must be finite, got NaN or infinity. Check the gradients that it is made of.")
+    return A._narrowed(B.to(A.device)), _no_narrower(b, B, leave, A.torch_dtype)
+
+
+def _no_narrower(x: Any, entered: Tensor, leave: _arrays.Leave, dtype: torch.dtype) -> _arrays.Leave:
+    """Return how results go to the library of `x`: in its dtype, or in `dtype` if that is wider."""
+    narrower = entered.is_floating_point() and torch.promote_types(entered.dtype, dtype) != entered.dtype
+    return _arrays.leave_like(x) if narrower else leave
 
 
 def _solution(
     X: Tensor, norms: Tensor, converged: bool, iterations: int, way: str, leave: Callable[[Tensor], Any], single: bool
 ) -> Solution:
     residual = float(norms[0]) if single else leave(norms.to(X.dtype))
+    if not bool(X.isfinite().all()):
+        raise FloatingPointError(
+            f"the solution must be within the range of {str(X.dtype).removeprefix('torch.')}, got NaN or infinity. "
+            "Scale `b`, raise the damping, or pass dtype='float64' to the operator."
+        )
     return Solution(leave(X[:, 0] if single else X), residual, iterations, converged, way)
 
 
@@ -510,6 +625,6 @@ def _converged(solution: Solution) -> Solution:
     if not solution.converged:
         raise RuntimeError(
             f"the system was not solved to its tolerance in {solution.iterations} iterations (residual "
-            f"{solution.residual}): raise the damping or `rtol`, or pass dtype='float64' to the operator."
+            f"{solution.residual}). Raise the damping or `rtol`, or pass dtype='float64' to the operator."
         )
     return solution

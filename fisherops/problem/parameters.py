@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 
 # Compute precision for each dtype. Half precisions hold parameters but are not computed in: a Fisher squares gradients.
 _COMPUTE = {
@@ -44,8 +45,8 @@ class Parameters:
     def __init__(self, tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> None:
         if not tensors:
             raise ValueError(
-                "`params` is empty: the Fisher information needs at least one parameter. Pass the list of "
-                "parameters, or a model with parameters that require grad."
+                "`params` must have at least one parameter, got none. Pass the list of parameters, or a model with "
+                "parameters that require grad."
             )
         self.tensors = dict(tensors)
         _check_each(self.tensors)
@@ -56,7 +57,9 @@ class Parameters:
         self._sizes = [t.numel() for t in self.tensors.values()]
         self.numel = sum(self._sizes)
         if self.numel == 0:
-            raise ValueError(f"the parameters {list(self.tensors)} have no elements, so there is no Fisher.")
+            raise ValueError(
+                f"the parameters must have at least one element, got none in {list(self.tensors)}. Pass others."
+            )
 
     @property
     def converts(self) -> bool:
@@ -95,18 +98,24 @@ def select(model_func: Any, params: Any) -> dict[str, Tensor]:
 
     Tied parameters appear once, under their first name.
     """
-    if isinstance(params, Tensor):
+    if isinstance(params, Tensor | np.ndarray) or hasattr(type(params), "__array__"):
         raise TypeError(
-            f"`params` must be a list of parameters or a mapping name → tensor, got one tensor of shape "
-            f"{tuple(params.shape)}: pass `[tensor]`."
+            "`params` must be a list of parameters or a mapping name → tensor, got one "
+            f"{'tensor' if isinstance(params, Tensor) else type(params).__name__} of shape {tuple(params.shape)}. Pass "
+            "`[tensor]`; if these are inputs X, pass the data by name, `data=(X, y)`."
+        )
+    if isinstance(params, Dataset | DataLoader):
+        raise TypeError(
+            "`params` must be a list of parameters or a mapping name → tensor, got the data "
+            f"({type(params).__name__}). Pass them by name, `data=...`."
         )
     if isinstance(params, Mapping):
         return _from_mapping(model_func, params)
     if params is None:
         if not isinstance(model_func, nn.Module):
             raise TypeError(
-                "`params=None` means every parameter of an nn.Module that requires grad, but `model_func` is "
-                f"{type(model_func).__name__}: pass a list of parameters, or a mapping for a callable (params, X) -> f."
+                "`params` must be a list of parameters, or a mapping for a callable (params, X) -> f, got None, and "
+                f"`model_func` is not an nn.Module but {type(model_func).__name__}. Pass `list(model.parameters())`."
             )
         return {name: p for name, p in model_func.named_parameters() if p.requires_grad}
     if not isinstance(params, Iterable):
@@ -138,16 +147,16 @@ def _from_mapping(model_func: Any, params: Mapping[str, Any]) -> dict[str, Tenso
         first: dict[int, str] = {}
         for name, tensor in tensors.items():
             if name not in own:
-                raise ValueError(f"`params` names {name!r}, which the model does not have; it has {list(own)}.")
+                raise ValueError(f"`params` must have names of the model's parameters, {list(own)}, got {name!r}.")
             if own[name].shape != tensor.shape:
                 raise ValueError(
-                    f"`params[{name!r}]` has shape {tuple(tensor.shape)}, "
-                    f"the model's parameter has shape {tuple(own[name].shape)}."
+                    f"`params[{name!r}]` must have the shape of the model's parameter, {tuple(own[name].shape)}, got "
+                    f"{tuple(tensor.shape)}."
                 )
             if first.setdefault(id(own[name]), name) != name:
                 raise ValueError(
-                    f"`params` has the names {first[id(own[name])]!r} and {name!r}, which are one tied parameter of "
-                    "the model: keep one."
+                    f"`params` must have each parameter once, got the names {first[id(own[name])]!r} and {name!r} of "
+                    "one tied parameter. Keep one of them."
                 )
     return tensors
 
@@ -162,15 +171,19 @@ def _from_list(model_func: Any, params: list[Any]) -> dict[str, Tensor]:
         if not isinstance(p, Tensor | tuple):
             raise TypeError(f"`params[{i}]` must be a torch tensor, got {type(p).__name__}.")
         if isinstance(p, tuple):
-            raise TypeError(
-                f"`params[{i}]` is a tuple: pass `dict(model.named_parameters())` or a list of the tensors alone."
-            )
+            cure = "If these are batches (X, y), pass them by name, `data=...`."
+            if p and isinstance(p[0], str):
+                cure = "Pass `dict(model.named_parameters())` or a list of the tensors alone."
+            raise TypeError(f"`params[{i}]` must be a torch tensor, got a tuple. {cure}")
         if id(p) in seen:
-            raise ValueError(f"`params[{i}]` and `params[{seen[id(p)]}]` are the same tensor: pass it once.")
+            raise ValueError(
+                f"`params` must have each tensor once, got the same one as `params[{seen[id(p)]}]` and `params[{i}]`. "
+                "Pass it once."
+            )
         if names and id(p) not in names:
             raise ValueError(
-                f"`params[{i}]`, of shape {tuple(p.shape)}, is not a parameter of the model: take it from "
-                "`model.parameters()`, or pass a callable as `model_func`."
+                f"`params[{i}]` must be a parameter of the model, got a tensor of shape {tuple(p.shape)} that is not. "
+                "Take it from `model.parameters()`, or pass a callable as `model_func`."
             )
         seen[id(p)] = i
         tensors[names.get(id(p), str(i))] = p
@@ -183,9 +196,12 @@ def _check_each(tensors: Mapping[str, Any]) -> None:
         if not isinstance(tensor, Tensor):
             raise TypeError(f"`params[{name!r}]` must be a torch tensor, got {type(tensor).__name__}.")
         if not tensor.is_floating_point():
-            raise TypeError(f"`params[{name!r}]` has dtype {tensor.dtype}: parameters must be real floating point.")
+            raise TypeError(f"`params[{name!r}]` must be real floating point, got dtype {tensor.dtype}.")
         if id(tensor) in seen:
-            raise ValueError(f"`params` has one tensor under the names {seen[id(tensor)]!r} and {name!r}: keep one.")
+            raise ValueError(
+                f"`params` must have each tensor once, got one under the names {seen[id(tensor)]!r} and {name!r}. Keep "
+                "one of them."
+            )
         seen[id(tensor)] = name
 
 
@@ -194,7 +210,7 @@ def _the_device(tensors: Mapping[str, Tensor]) -> torch.device:
     if len(devices) > 1:
         first = {d: next(name for name, t in tensors.items() if t.device == d) for d in sorted(devices, key=str)}
         listed = ", ".join(f"{name!r} on {d}" for d, name in first.items())
-        raise ValueError(f"the parameters live on several devices ({listed}): move the model to one device.")
+        raise ValueError(f"the parameters must be on one device, got {listed}. Move the model to one device.")
     return devices.pop()
 
 
@@ -206,10 +222,13 @@ def _the_dtype(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> torc
         first = {d: next(name for name, t in tensors.items() if t.dtype == d) for d in sorted(dtypes, key=str)}
         listed = ", ".join(f"{name!r} is {d}" for d, name in first.items())
         raise ValueError(
-            f"the parameters have several dtypes ({listed}): pass dtype='float32' or dtype='float64' to compute in."
+            f"`dtype` must be given if the parameters have several dtypes, got None, and {listed}. Pass "
+            "dtype='float32' or dtype='float64'."
         )
     only = dtypes.pop()
     try:
         return _COMPUTE[only]
     except KeyError:
-        raise ValueError(f"the parameters are {only}: pass dtype='float32' or dtype='float64' to compute in.") from None
+        raise ValueError(
+            f"`dtype` must be given for parameters of dtype {only}, got None. Pass dtype='float32' or dtype='float64'."
+        ) from None

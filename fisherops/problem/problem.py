@@ -115,9 +115,16 @@ class Problem:
         if self.clones_inputs:
             X = map_arrays(Tensor.clone, X)
         with _torch.fixed_randomness(self.device, seed):
-            output = self.model(point, X)
+            output = self._evaluated(point, X)
         self.version.absorb()
         return output
+
+    def _evaluated(self, point: Mapping[str, Tensor], X: Any) -> Any:
+        try:
+            return self.model(point, X)
+        except Exception as error:
+            _advise(error, X)
+            raise
 
     def flat(self, point: Mapping[str, Tensor], X: Any, seed: int = _SEED) -> Tensor:
         """Return the outputs at a point, (T, C), in the compute precision."""
@@ -141,10 +148,36 @@ class Problem:
         with torch.enable_grad():
             own = map_arrays(Tensor.clone, X)
             with _torch.fixed_randomness(self.device, _SEED):
-                output = self.model(point, own)
+                output = self._evaluated(point, own)
             writes = any(t._version > 0 for t in leaves(own))
             f = self.likelihood.flatten(output).detach()
             again = self.flat(point, X, _OTHER_SEED).detach()
         tolerance = torch.finfo(f.dtype).eps ** 0.5 * f.abs().max()
         same = again.shape == f.shape and bool((again - f).abs().max() <= tolerance)
         return output, f, same, writes
+
+
+def _advise(error: Exception, X: Any) -> None:
+    """Add to an error of the user's model how it was called, and what usually helps for such inputs."""
+    if any(note.startswith("`model_func`") for note in getattr(error, "__notes__", ())):
+        return
+    note = f"`model_func` was called as model_func(X) with X of type {type(X).__name__}."
+    if isinstance(X, Mapping):
+        note += (
+            " To pass its items as keyword arguments, use model_func=lambda X: model(**X) (for models of Hugging Face "
+            "model(**X).logits) with params=list(model.parameters())."
+        )
+    elif type(X) in (tuple, list):
+        note += (
+            " To pass its items as arguments, use model_func=lambda X: model(*X) with params=list(model.parameters())."
+        )
+    elif isinstance(error, TypeError) and "argument" in str(error):
+        note += (
+            " If the model takes several arguments, pass batches ((X1, X2), y) and model_func=lambda X: model(*X) with "
+            "params=list(model.parameters())."
+        )
+    small = {str(t.dtype).removeprefix("torch.") for t in leaves(X)} & {"uint8", "int8", "int16"}
+    if small:
+        listed = ", ".join(sorted(small))
+        note += f" X has dtype {listed}: convert images by `X.float() / 255`, and tokens by `X.long()`."
+    error.add_note(note)

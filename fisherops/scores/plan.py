@@ -147,8 +147,7 @@ class Keeper:
                     ) from None
                 if cache != "auto":
                     raise NotImplementedError(
-                        f"cache={cache!r} is not supported for this model: {error}. Use cache='auto' or "
-                        "'linearization'."
+                        f"cache={cache!r} is not supported for this model: {error}. Use cache='auto'."
                     ) from None
                 reason = str(error)
         form, nbytes = "none", 0
@@ -222,7 +221,7 @@ class Keeper:
             if error.surprising:
                 warnings.warn(
                     f"{error}: the data of a batch depend on each other, or lie on no axis that was found. Products "
-                    "are right, but slower than they might be (cache='linearization' accepts that).",
+                    "are right, but slower than they might be.",
                     PlanWarning,
                     stacklevel=2,
                 )
