@@ -568,3 +568,16 @@ def stop_first(group):
     except Exception as error:
         return type(error).__name__, str(error)
     return "nothing"
+
+
+def solve_with_checkpoint(solver, path, pipe):
+    """Solve until this process is killed; one process, and no job of a group."""
+    from test_linalg import slow_operator
+
+    torch.set_num_threads(1)
+    op, b = slow_operator(), np.random.default_rng(0).standard_normal(200)
+    pipe.send("started")
+    if solver == "eigsh":
+        linalg.eigsh(op, 12, method="primal", ncv=26, checkpoint=path)
+    else:
+        linalg.solve(op, b, 1e-7, method="primal", rtol=1e-13, checkpoint=path)

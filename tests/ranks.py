@@ -6,7 +6,6 @@ A job is a function ``job(group, *arguments)`` in `rank_jobs`; its results, by r
 import contextlib
 import datetime
 import multiprocessing
-import socket
 import tempfile
 import time
 from pathlib import Path
@@ -28,13 +27,19 @@ class DeathError(Exception):
     """A process that ended before its job did."""
 
 
-def _work(rank, size, store, timeout, pipe):
+def _work(rank, size, file, timeout, pipe):
     import torch
     import torch.distributed as dist
 
     torch.set_num_threads(1)
     limit = datetime.timedelta(seconds=timeout)
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=size, timeout=limit)
+    if file is None:  # rank 0 holds the store, on a port that the system chooses
+        store = dist.TCPStore("127.0.0.1", 0 if rank == 0 else pipe.recv(), size, rank == 0, wait_for_workers=False)
+        if rank == 0:
+            pipe.send(store.port)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=limit)
+    else:
+        dist.init_process_group("gloo", init_method=file, rank=rank, world_size=size, timeout=limit)
     import rank_jobs
 
     while True:
@@ -50,12 +55,6 @@ def _work(rank, size, store, timeout, pipe):
     dist.destroy_process_group()
 
 
-def _free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 class Processes:
     """Processes that wait for jobs; to be used with ``with``."""
 
@@ -63,14 +62,18 @@ class Processes:
         self.size = size
         self._folder = tempfile.TemporaryDirectory()
         self._pipes, self.processes = [], []
-        store = f"tcp://127.0.0.1:{_free_port()}" if tcp else f"file://{Path(self._folder.name)}/store"
+        file = None if tcp else f"file://{Path(self._folder.name)}/store"
         for rank in range(size):
             ours, theirs = CONTEXT.Pipe()
-            arguments = (rank, size, store, timeout, theirs)
+            arguments = (rank, size, file, timeout, theirs)
             self.processes.append(CONTEXT.Process(target=_work, args=arguments, daemon=True))
             self._pipes.append(ours)
             self.processes[-1].start()
             theirs.close()
+        if tcp:
+            port = self._pipes[0].recv()
+            for pipe in self._pipes[1:]:
+                pipe.send(port)
 
     def run(self, name, *arguments, seconds=120.0, wait_for=None):
         """Let every rank do a job, and return the results by rank (or of some ranks), failures among them."""

@@ -1,13 +1,17 @@
-"""Every benchmark runs."""
+"""Every benchmark runs, and so does the comparison with a frozen copy."""
 
 import importlib
 import importlib.util
 import itertools
 import pkgutil
+import re
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+import fisherops as fo
 
 ASV = Path(__file__).parent.parent / "asv_bench"
 PEER = importlib.util.find_spec("curvlinops") is not None
@@ -51,3 +55,26 @@ def test_benchmarks_run(name):
                 assert not method.startswith("track_") or result > 0
                 ran += 1
     assert ran > 0 or name == "networks"
+
+
+def test_the_working_tree_is_compared_with_itself():
+    paired = importlib.import_module("paired")
+    networks = importlib.import_module("benchmarks.networks")
+    for work in paired.WORK:
+        result = paired.prepare(fo, networks, network="mlp", work=work, size=8)()
+        assert bool((abs(result) > 0).any()), work
+    options = ["--pairs", "2", "--size", "8", "--only", "mlp product 1"]
+    command = [sys.executable, ASV / "paired.py", ASV.parent, *options]
+    process = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
+    found = re.search(
+        r"^\| mlp product 1 \| \S+ \| \S+ \| ([\d.]+) \([\d.]+ to [\d.]+\) \|$", process.stdout, re.MULTILINE
+    )
+    assert found is not None, process.stdout
+    assert float(found[1]) > 0
+
+
+def test_an_unknown_reference_is_named():
+    command = [sys.executable, ASV / "paired.py", "no-such-commit"]
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert process.returncode == 1
+    assert "REF must be a commit of this repository or a folder, got 'no-such-commit'." in process.stderr

@@ -683,7 +683,6 @@ LOSS_CHANGES = {
     "weights, NumPy": lambda loss: np.copyto(loss.weight.numpy(), NEW_WEIGHTS.numpy()),
     "weights replaced": lambda loss: setattr(loss, "weight", NEW_WEIGHTS.clone()),
     "ignore_index": lambda loss: setattr(loss, "ignore_index", 1),
-    "label_smoothing": lambda loss: setattr(loss, "label_smoothing", 0.5),
     "reduction": lambda loss: setattr(loss, "reduction", "mean" if loss.reduction == "sum" else "sum"),
 }
 

@@ -99,18 +99,20 @@ def test_another_split_of_the_data_changes_the_draws_but_not_the_scale(loss):
     for sizes in ([12], [7, 4, 1], [1] * 12):
         data = list(zip(X.split(sizes), y.split(sizes), strict=True))
         traces = [
-            fo.FisherMCLinearOperator(model, LOSSES[loss](), data=data, seed=s, check_deterministic=False).trace()
-            for s in range(100)
+            fo.FisherMCLinearOperator(
+                model, LOSSES[loss](), data=data, seed=s, mc_samples=4, check_deterministic=False
+            ).trace()
+            for s in range(25)
         ]
-        estimates.append((np.mean(traces), np.std(traces) / 10))
+        estimates.append((np.mean(traces), np.std(traces, ddof=1) / 5))
     for mean, error in estimates[1:]:
         assert abs(mean - estimates[0][0]) <= 5 * np.hypot(error, estimates[0][1])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_ten_thousand_batches_keep_the_digits_of_one(dtype):
+def test_two_thousand_batches_keep_the_digits_of_one(dtype):
     model = torch.nn.Linear(3, 1, bias=False, dtype=dtype)
-    X = torch.randn(10_000, 3, dtype=dtype)
+    X = torch.rand(2_000, 3, dtype=dtype)  # numbers of one sign, whose plain sum loses digits
     data = [(X[i : i + 1], X[i : i + 1, :1]) for i in range(len(X))]
     op = fo.FisherMCLinearOperator(
         model, torch.nn.MSELoss(reduction="sum"), data=data, check_deterministic=False, sampler="stream"
@@ -118,6 +120,9 @@ def test_ten_thousand_batches_keep_the_digits_of_one(dtype):
     generator = torch.Generator().manual_seed(2147483647)
     noise = torch.stack([torch.randn((1, 1, 1), generator=generator, dtype=dtype) for _ in X]).reshape(-1, 1)
     G = (noise.numpy().astype(np.longdouble) * X.numpy()) * np.sqrt(np.longdouble(2))
-    v = torch.randn(3, dtype=dtype).numpy()
+    v = torch.rand(3, dtype=dtype).numpy()
     expected = G.T @ (G @ v)
-    assert np.abs(op @ v - expected).max() <= 4 * np.finfo(v.dtype).eps * np.abs(expected).max()
+    bound = 4 * np.finfo(v.dtype).eps * np.abs(expected).max()
+    assert np.abs(op @ v - expected).max() <= bound
+    plain = np.cumsum(G * (G @ v)[:, None], 0, dtype=v.dtype)[-1]
+    assert np.abs(plain - expected).max() > bound
