@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from math import inf
 from typing import Any, NamedTuple
@@ -19,14 +19,14 @@ from fisherops.scores.batch import MaterializedBatch, Span
 from fisherops.scores.columns import Columns, Factors, Rows, Table, rows_are_cheaper, rows_are_smaller
 from fisherops.scores.derived import Composed, Derived, Strided
 from fisherops.scores.factor import Factor
-from fisherops.scores.positions import Arrangement, measure
+from fisherops.scores.positions import Arrangement, measure, only_axis
 from fisherops.scores.rows import rows_by_datum, rows_one_by_one
 
 # Bytes of the rows of one call that are differentiated at once.
 _BLOCK_BYTES = 2**26
 
-# Random sums of rows that are compared with reverse mode.
-_PROBES = 2
+# Random sums of rows that are compared with reverse mode: one says enough where each parameter has many elements.
+_PROBES, _MANY_ELEMENTS = 2, 8
 
 # Rounding of a sum without cancellation, in units of the squared tolerance.
 _CANCELLATION = 64.0
@@ -157,9 +157,15 @@ class RowsBuilder:
         known = None if e.custom_functions else facts.rows.get((self._N, self._q))
         with torch.no_grad():
             again = known is not None and not self.unknown
-            found, unknown = self._found(gradients, vectors, known.arrangements if known and again else None)
+            second = _Second(self, gradients, vectors)
+            found, unknown = self._found(gradients, second, known.arrangements if known and again else None)
             if known is None or not again or unknown.keys() - self.unknown.keys():
                 surprising = self._probe(found, unknown, vectors)
+                if surprising and second.has_assumed:
+                    # An axis that has the length of the data is not theirs.
+                    second.is_asked = True
+                    found, unknown = self._found(gradients, second, None)
+                    surprising = self._probe(found, unknown, vectors)
                 if not unknown and not e.custom_functions and all(x is None or x.arrangement.reusable for x in found):
                     facts.rows[self._N, self._q] = KnownRows([None if x is None else x.arrangement for x in found])
             else:
@@ -202,18 +208,10 @@ class RowsBuilder:
         return {edge: b.detach().to(dtype) for edge, b in pairs if b is not None and b.layout is torch.strided}
 
     def _found(
-        self, gradients: Mapping[Any, Tensor], vectors: Tensor, known: Sequence[Arrangement | None] | None
+        self, gradients: Mapping[Any, Tensor], second: _Second, known: Sequence[Arrangement | None] | None
     ) -> tuple[list[_Found | None], dict[str, str]]:
         """Return the rows of each use, None where nothing flows back or its parameters are unknown; and these."""
         unknown = dict(self.unknown)
-        # The same combination of vectors, weighted by datum: the ratio names the datum of a position.
-        mix = torch.linspace(1, 2, self._q, dtype=self._f.dtype, device=self._f.device)
-        second: dict[Any, Tensor] = {}
-        if known is None and self._N > 1 and gradients:
-            weights = 1 + torch.arange(self._N, dtype=self._f.dtype, device=self._f.device) / self._N
-            U = torch.einsum("q...,q->...", self._weighted(vectors), mix)
-            U = (U.view(self._N, -1) * weights[:, None]).view(1, *self._f.shape)
-            second = self._gradients(list(gradients), U)
         found: list[_Found | None] = []
         for number, (use, names) in enumerate(self._uses):
             edge = _edge_of(use)
@@ -221,9 +219,8 @@ class RowsBuilder:
             found.append(None)
             if b is None or not b.numel() or unknown.keys() & set(names):
                 continue
-            b2 = second.get(edge, torch.einsum("q...,q->...", b, mix)[None])
             try:
-                found[number] = self._rows_of(use, names, b, mix, b2, None if known is None else known[number])
+                found[number] = self._rows_of(use, names, b, second, None if known is None else known[number])
             except Exception as error:  # a rule that does not fit this call says less than differentiation
                 text = str(error) if isinstance(error, UnknownUseError) else f"{type(error).__name__}: {error}"
                 reason = f"operation {use.call.name} ({text.splitlines()[0][:80]})" if text else use.call.name
@@ -232,46 +229,34 @@ class RowsBuilder:
         return found, unknown
 
     def _rows_of(
-        self, use: Use, names: tuple[str, ...], b: Tensor, mix: Tensor, b2: Tensor, known: Arrangement | None
+        self, use: Use, names: tuple[str, ...], b: Tensor, second: _Second, known: Arrangement | None
     ) -> _Found:
         """Return the rows of one use from b (q, ...)."""
         with torch.enable_grad():
             Z = use.value.detach().requires_grad_()
             D = use.through(Z)
-        if use.is_generic:
-            return self._generic(use, names, Z, b, mix, b2, known)
+        if use.is_generic:  # one entry of the leading axis of the call at a time
+            M = b.shape[1]
+            arrangement = known or second.arrangement(use, (M,), lambda b: b.flatten(2), b)
+            rows = arrangement(_rows_of_call(use, b))  # (N, T, q, d)
+            rows = rows[:, 0] if rows.shape[1] == 1 else rows.sum(1)
+            derived = self._derived(use, names, Z, Z, (0, 0))
+            return _Found(derived, Rows(rows[:, :, None, None]), float(rows.norm()), arrangement)
         if use.index is not None:
-            return self._looked_up(use, names, Z, D, b, mix, b2, known)
-        form = _NormalForm(use, D, b, b2, self._N, partial(self._repeats, use, names, Z))
-        arrangement = known or measure(form.sizes, *form.for_measuring(mix), self._N)
-        A, B = form.arranged(arrangement, self._N)
+            index = use.index()
+            arrangement = known or second.arrangement(use, index.shape, lambda b: use.take(b).flatten(1, -2), b)
+            B = arrangement(use.take(b).flatten(1, -2).transpose(0, 1))
+            places = arrangement(index.reshape(-1) % len(D))
+            derived = self._derived(use, names, Z, D, (0, 1))
+            return _Found(derived, Table(places, B, len(D)), float(b.norm()), arrangement)
+        form = _NormalForm(use, D, b, self._N, partial(self._repeats, use, names, Z))
+        arrangement = known or second.arrangement(use, form.sizes, form.by_position, b)
+        A, B = form.arranged(arrangement, self._N, b)
         derived = self._derived(use, names, Z, form.view, form.split)
         g, o, i = derived.shape
         A, B = A.reshape(*A.shape[:2], g, i), B.reshape(*B.shape[:3], g, o)
         squares = A.square().sum((2, 3), dtype=torch.float64) * B.square().sum((2, 3, 4), dtype=torch.float64)
         return _Found(derived, Factors(A, B), math.sqrt(float(squares.sum())), arrangement)
-
-    def _looked_up(
-        self, use: Use, names: tuple[str, ...], Z: Tensor, D: Tensor, b: Tensor, mix: Tensor, b2: Tensor, known: Any
-    ) -> _Found:
-        assert use.index is not None
-        b, b2 = use.take(b).flatten(1, -2), use.take(b2)[0].flatten(0, -2)
-        index = use.index()
-        arrangement = known or measure(index.shape, torch.einsum("q...,q->...", b, mix), b2, self._N)
-        places, B = arrangement(index.reshape(-1) % len(D)), arrangement(b.transpose(0, 1))
-        derived = self._derived(use, names, Z, D, (0, 1))
-        return _Found(derived, Table(places, B, len(D)), float(b.norm()), arrangement)
-
-    def _generic(
-        self, use: Use, names: tuple[str, ...], Z: Tensor, b: Tensor, mix: Tensor, b2: Tensor, known: Any
-    ) -> _Found:
-        """Differentiate the single call, for one entry of its leading axis at a time."""
-        M = b.shape[1]
-        arrangement = known or measure((M,), torch.einsum("q...,q->...", b, mix).flatten(1), b2[0].flatten(1), self._N)
-        rows = _rows_of_call(use, b)  # (M, q, d)
-        rows = arrangement(rows).sum(1) if M != self._N or not arrangement.reusable else arrangement(rows)[:, 0]
-        derived = self._derived(use, names, Z, Z, (0, 0))
-        return _Found(derived, Rows(rows[:, :, None, None]), float(rows.norm()), arrangement)
 
     def _derived(self, use: Use, names: tuple[str, ...], Z: Tensor, view: Tensor, split: tuple[int, int]) -> Derived:
         if not names:
@@ -302,8 +287,10 @@ class RowsBuilder:
         Returns the parameters whose operations seemed known.
         """
         e, f = self._evaluation, self._f
-        w = self._weights(_PROBES)
         coarse = e.facts.tolerance > torch.finfo(f.dtype).eps ** 0.5
+        fewest = min(leaf.numel() for leaf in self._leaves.values())
+        probes = _PROBES if coarse or fewest < _MANY_ELEMENTS else 1
+        w = self._weights(probes)
         if coarse:  # reverse mode is linear but for rounding, which so is measured
             w = torch.cat([w, w.sum(0, keepdim=True)])
         cotangents = self._factor.apply(w.view(len(w), self._factor.blocks, self._factor.rank))
@@ -311,11 +298,11 @@ class RowsBuilder:
         if not sums.isfinite().all() and f.isfinite().all() and vectors.isfinite().all():
             raise derivative_not_finite()
         truth = dict(zip(self._leaves, sums.split([leaf.numel() for leaf in self._leaves.values()], 1), strict=True))
-        totals = {name: torch.zeros_like(t[:_PROBES]) for name, t in truth.items()}
+        totals = {name: torch.zeros_like(t[:probes]) for name, t in truth.items()}
         magnitudes = dict.fromkeys(truth, 0.0)
         for x in found:
             if x is not None:
-                for name, piece in x.derived.pull(x.columns.apply_t(w[:_PROBES])).items():
+                for name, piece in x.derived.pull(x.columns.apply_t(w[:probes])).items():
                     totals[name] += piece
                     magnitudes[name] += x.magnitude
                 if isinstance(x.derived, Composed) and not _is_adjoint(x.derived, f):
@@ -324,11 +311,11 @@ class RowsBuilder:
         for name, own in truth.items():
             if name in unknown or name not in e.reached:
                 continue
-            difference = (totals[name] - own[:_PROBES]).norm(dim=1)
-            tolerance = e.facts.tolerance * own[:_PROBES].norm(dim=1)
+            difference = (totals[name] - own[:probes]).norm(dim=1)
+            tolerance = e.facts.tolerance * own[:probes].norm(dim=1)
             if coarse:
-                rounding = (own[2] - own[0] - own[1]).norm()
-                own_tolerance = torch.finfo(f.dtype).eps ** 0.5 * own[:_PROBES].norm(dim=1)
+                rounding = (own[-1] - own[-2] - own[-3]).norm()
+                own_tolerance = torch.finfo(f.dtype).eps ** 0.5 * own[:probes].norm(dim=1)
                 tolerance = torch.minimum(tolerance, 8 * rounding + own_tolerance)
             floor = _CANCELLATION * e.facts.tolerance**2 * magnitudes[name]
             if not bool((difference <= tolerance + floor).all()):
@@ -407,7 +394,7 @@ class RowsBuilder:
         A plain backward pass gives them one after the other, and each is compared when it is there.
         """
         with torch.no_grad():
-            found, unknown = self._found(gradients, vectors, None)
+            found, unknown = self._found(gradients, _Second(self, gradients, vectors), None)
         if unknown:
             name, reason = next(iter(unknown.items()))
             raise CannotHoldError(f"the use of {name} is not known: {reason}")
@@ -466,12 +453,46 @@ def _edge_of(use: Use) -> tuple[Any, int] | None:
     return None if use.call.edge is None else (use.call.edge.node, use.call.edge.output_nr)
 
 
+class _Second:
+    """The same combination of vectors, with the data weighted: at a position, the ratio names the datum."""
+
+    def __init__(self, builder: RowsBuilder, gradients: Mapping[Any, Tensor], vectors: Tensor) -> None:
+        self._builder, self._edges, self._vectors = builder, list(gradients), vectors
+        self._gradients: dict[Any, Tensor] | None = None
+        self.is_asked = False
+        """Whether positions are measured even if only one axis has the length of the data."""
+        self.has_assumed = False
+        """Whether such an axis was taken without a measurement."""
+
+    def arrangement(
+        self, use: Use, sizes: Sequence[int], by_position: Callable[[Tensor], Tensor], b: Tensor
+    ) -> Arrangement:
+        """Return how positions belong to data; `by_position` arranges b as (q, P, features)."""
+        N = self._builder._N
+        only = None if self.is_asked and N > 1 else only_axis(sizes, N)
+        if only is not None:
+            self.has_assumed = self.has_assumed or N > 1
+            return only
+        q, f = self._builder._q, self._builder._f
+        mix = torch.linspace(1, 2, q, dtype=f.dtype, device=f.device)
+        if self._gradients is None:
+            weights = 1 + torch.arange(N, dtype=f.dtype, device=f.device) / N
+            U = torch.einsum("q...,q->...", self._builder._weighted(self._vectors), mix)
+            U = (U.view(N, -1) * weights[:, None]).view(1, *f.shape)
+            self._gradients = self._builder._gradients(self._edges, U)
+        b1 = torch.einsum("q...,q->...", by_position(b), mix)
+        b2 = by_position(self._gradients[_edge_of(use)])[0]
+        return measure(sizes, b1.flatten(1), b2.flatten(1), N)
+
+
 class _NormalForm:
     """A contraction with the axes of D, a and b sorted: groups g, outputs o, inputs i, and positions."""
 
-    def __init__(self, use: Use, D: Tensor, b: Tensor, b2: Tensor, N: int, repeats: Any) -> None:
+    def __init__(self, use: Use, D: Tensor, b: Tensor, N: int, repeats: Any) -> None:
         assert use.letters is not None
-        b, b2 = use.take(b), use.take(b2)[0]
+        self._take, self._N = use.take, N
+        self._splits: list[int] = []
+        b = use.take(b)
         of_a, of_D, out = (list(letters) for letters in use.letters)
         a = use.a() if callable(use.a) else use.a
         A = b.new_ones(()) if a is None else a.detach().to(b.dtype)
@@ -487,7 +508,8 @@ class _NormalForm:
                         continue
                     D = split
                     j = out.index(letter)
-                    b, b2 = b.unflatten(1 + j, (N, -1)), b2.unflatten(j, (N, -1))
+                    b = b.unflatten(1 + j, (N, -1))
+                    self._splits.append(1 + j)
                     if letter in of_a:
                         A = A.unflatten(of_a.index(letter), (N, -1) if A.shape[of_a.index(letter)] > 1 else (1, 1))
                     for letters in (of_a, of_D, out):
@@ -516,20 +538,21 @@ class _NormalForm:
             of_a = [c for c in of_a if c not in summed]
         sizes = dict(zip(out, b.shape[1:], strict=True))
         self.sizes = tuple(sizes[c] for c in self._positions)
-        self._b = b.permute(0, *(1 + out.index(c) for c in self._positions + g + o))
-        self._b = self._b.flatten(1, len(self._positions)) if self._positions else self._b.unsqueeze(1)
-        self._b2 = b2.permute([out.index(c) for c in self._positions + g + o])
+        self._order = [0, *(1 + out.index(c) for c in self._positions + g + o)]
         self._A, self._of_a, self._gi = A, of_a, g + i
         self._has_positions = any(c in of_a for c in self._positions)
 
-    def for_measuring(self, mix: Tensor) -> tuple[Tensor, Tensor]:
-        """Return what is backpropagated to the positions without and with weights of the data, (P, features)."""
-        P = math.prod(self.sizes)
-        return torch.einsum("q...,q->...", self._b, mix).reshape(P, -1), self._b2.reshape(P, -1)
+    def by_position(self, b: Tensor) -> Tensor:
+        """Arrange b (q, ...) as (q, P, ...) with axes g, o."""
+        b = self._take(b)
+        for axis in self._splits:
+            b = b.unflatten(axis, (self._N, -1))
+        b = b.permute(self._order)
+        return b.flatten(1, len(self._positions)) if self._positions else b.unsqueeze(1)
 
-    def arranged(self, arrangement: Arrangement, N: int) -> tuple[Tensor, Tensor]:
+    def arranged(self, arrangement: Arrangement, N: int, b: Tensor) -> tuple[Tensor, Tensor]:
         """Return a as (N, T, ...) with axes g, i and b as (N, T, q, ...) with axes g, o."""
-        B = arrangement(self._b.transpose(0, 1))
+        B = arrangement(self.by_position(b).transpose(0, 1))
         if not self._has_positions:
             A = self._A.permute([self._of_a.index(c) for c in self._gi])
             return A.expand(N, 1, *A.shape), B.sum(1, keepdim=True)

@@ -54,6 +54,24 @@ class ByLabel:
         return torch.cat([x, x.new_zeros(1, *x.shape[1:])])[self.table]
 
 
+def only_axis(sizes: Sequence[int], N: int) -> ByAxis | None:
+    """Return the one way in which N data can lie along an axis of the positions, None if there is not just one."""
+    sizes = tuple(sizes) or (1,)
+    if N == 1:
+        return ByAxis(sizes, 0, 1)
+    ways = _ways(sizes, N)
+    return ways[0] if len(ways) == 1 else None
+
+
+def _ways(sizes: tuple[int, ...], N: int) -> list[ByAxis]:
+    return [
+        ByAxis(sizes, axis, N, is_faster)
+        for axis, size in enumerate(sizes)
+        if size % N == 0
+        for is_faster in ((False, True) if size > N else (False,))
+    ]
+
+
 def measure(sizes: Sequence[int], b1: Tensor, b2: Tensor, N: int) -> Arrangement:
     """Find which datum each of P positions belongs to.
 
@@ -77,14 +95,10 @@ def measure(sizes: Sequence[int], b1: Tensor, b2: Tensor, N: int) -> Arrangement
         return ByAxis(sizes, 0, 1)
     factor = (1 + torch.arange(N, device=b1.device) / N).to(b1.dtype)[:, None, None]
     best, chosen = math.inf, None
-    for axis, size in enumerate(sizes):
-        if size % N:
-            continue
-        for is_faster in (False, True) if size > N else (False,):
-            way = ByAxis(sizes, axis, N, is_faster)
-            wrong = float((way(b2) - factor * way(b1)).norm())
-            if wrong < best:
-                best, chosen = wrong, way
+    for way in _ways(sizes, N):
+        wrong = float((way(b2) - factor * way(b1)).norm())
+        if wrong < best:
+            best, chosen = wrong, way
     if chosen is not None and best <= 0.1 / N * float(b2.norm()):
         return chosen
     square = b1.square().sum(1)
