@@ -199,6 +199,7 @@ class FisherMCLinearOperator(FisherOperator):
             process_group=process_group,
         )
         self._needs_terms_by_datum = rows == "datum" or sampler == "counter"
+        self._kind = f"'mc', mc_samples={self._samples}"
 
     def _identity(self) -> dict[str, Any]:
         return {**super()._identity(), "seed": self._seed, "sampler": "stream" if self._ordered else "counter"}
@@ -276,7 +277,7 @@ class FisherMCLinearOperator(FisherOperator):
         V = (x if x.ndim == 2 else x.unsqueeze(1)).to(self.device, self.torch_dtype)
         if V.shape[1] == 0:
             return leave(V[0].clone())
-        with self._pass("standard error", kept=False, **self._marks(V)) as batches:
+        with self._pass("standard error", read=self._scores, **self._marks(V)) as batches:
             forms = (scores.apply(V).square().view(-1, self._samples, V.shape[1]).double() for scores in batches)
             terms = (own.var(1).sum(0) * self._samples for own in forms)
             variance = self._sum(terms, V.shape[1], dtype=torch.float64)
@@ -328,6 +329,8 @@ class FisherLinearOperator(FisherOperator):
     array([[2., 2.],
            [2., 2.]], dtype=float32)
     """
+
+    _kind = "'exact'"
 
     def __init__(
         self,
@@ -400,6 +403,8 @@ class EmpiricalFisherLinearOperator(FisherOperator):
     F. Kunstner, L. Balles, P. Hennig, Limitations of the empirical Fisher approximation for natural gradient descent,
     NeurIPS 2019.
     """
+
+    _kind = "'empirical'"
 
     def _factor(self, q: Likelihood, f: Tensor, terms: Terms, draws: Draws | None) -> OutputFactor:
         return _checked(q.scores(f, q.observed(terms)), q, f, 1)

@@ -189,8 +189,8 @@ def natural_gradient(op: Any, grad: Any, damping: float, **options: Any) -> Any:
     ----------
     op : FisherOperator
     grad : array or mapping of str to array
-        A flat vector (D,), or a tensor for each of the operator's parameters by name, such as
-        ``{name: p.grad for name, p in model.named_parameters()}``.
+        A flat vector (D,), such as ``op.gradient()``, or a tensor for each of the operator's parameters by name, such
+        as ``{name: p.grad for name, p in model.named_parameters()}``.
     damping : float
         λ > 0.
     **options
