@@ -271,7 +271,7 @@ class FisherOperator(TorchLinearOperator):
         >>> model = torch.nn.Linear(1, 1)
         >>> _ = [p.data.fill_(1.0) for p in model.parameters()]
         >>> op = fo.FisherLinearOperator(model, torch.nn.MSELoss(), data=(X, y))
-        >>> op.gradient()
+        >>> op.gradient().round(3)
         array([2., 2.], dtype=float32)
         """
         if self._sharding is not None:
