@@ -1,10 +1,17 @@
 """The Fisher information matrix of a PyTorch model as a true SciPy ``LinearOperator``."""
 
+import time
+
+_begun = time.perf_counter()
+
 from fisherops import distributed, linalg
 from fisherops.operators import EmpiricalFisherLinearOperator, FisherLinearOperator, FisherMCLinearOperator
 from fisherops.scores import PlanWarning
 
 __version__ = "0.1.0"
+
+IMPORT_SECONDS = time.perf_counter() - _begun
+"""Seconds that this import took, which are part of the total that the command line prints."""
 
 __all__ = [
     "EmpiricalFisherLinearOperator",

@@ -2,7 +2,7 @@
 
 import sys
 
-from fisherops.cli import main
+from fisherops.app.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from typing import Any, NamedTuple, TypeVar
 
@@ -64,6 +64,8 @@ class Kept(NamedTuple):
 class FisherOperator(TorchLinearOperator):
     """F = (1/c) Σ_b G_bᵀ G_b over the batches b of a data set; subclasses choose the output factor."""
 
+    _kind: str
+    """Which Fisher it is, as `repr` describes it."""
     _order = "any"
     """Which order of the examples F depends on, see `Data`."""
     _needs_targets = False
@@ -97,6 +99,7 @@ class FisherOperator(TorchLinearOperator):
         self._rows = rows
         self._needs_terms_by_datum = rows == "datum"
         self._problem = Problem(model_func, loss_func, params, dtype=dtype)
+        self._loss_name, self._num_data = _name_of_loss(loss_func), num_data
         self._ranks = ranks_of(process_group, self._problem.device)
         self._sharding = None
         if self._problem.sharded:
@@ -137,6 +140,16 @@ class FisherOperator(TorchLinearOperator):
                 self._read()  # which data are whose must be known before the first draw
             if check_deterministic:
                 self._check_deterministic()
+
+    def __repr__(self) -> str:
+        N = self._data.num_data or self._num_data
+        data = "number of examples unknown before the first pass" if N is None else f"{N:,} examples"
+        if self._ranks.size > 1:
+            data += f" on rank {self._ranks.rank} of {self._ranks.size}"
+        return (
+            f"<{type(self).__name__}: D={self.shape[0]}, kind={self._kind}, loss={self._loss_name}, {data}, "
+            f"{self.device}, {self.dtype.name}, cache={self._cache!r}>"
+        )
 
     # ---- What a subclass says -----------------------------------------------------------------
 
@@ -245,6 +258,40 @@ class FisherOperator(TorchLinearOperator):
             return float(diagonal.sum(dtype=torch.float64))
         with self._step("trace"):
             return float(self._ranks.sum(self._sharding.local(diagonal).sum(dtype=torch.float64)))
+
+    def gradient(self) -> np.ndarray[Any, Any]:
+        """Return the gradient of the loss over the whole data set as a NumPy array of shape (D,).
+
+        The gradient is at the observed targets for all three operators, in the compute precision. Its divisor is that
+        of F: with ``reduction="mean"`` the loss is the mean over the whole data set, however it is split into batches.
+        With ``loss_func=None`` it is the gradient of the summed negative log-likelihood. Parameters that the model does
+        not use have zeros.
+
+        Raises
+        ------
+        NotImplementedError
+            If the parameters are sharded.
+        FloatingPointError
+            If a derivative is NaN or infinite.
+
+        Examples
+        --------
+        >>> import torch, fisherops as fo
+        >>> X, y = torch.ones(10, 1), torch.ones(10, 1)
+        >>> model = torch.nn.Linear(1, 1)
+        >>> _ = [p.data.fill_(1.0) for p in model.parameters()]
+        >>> op = fo.FisherLinearOperator(model, torch.nn.MSELoss(), data=(X, y))
+        >>> op.gradient().round(3)
+        array([2., 2.], dtype=float32)
+        """
+        if self._sharding is not None:
+            raise NotImplementedError(
+                "the gradient of sharded parameters is not supported. Compute it by `loss.backward()` and pass "
+                "`{name: p.grad}` to `linalg.natural_gradient`."
+            )
+        with self._pass("gradient", read=self._gradients) as gradients:
+            result = self._sum(gradients, self.shape[0])
+        return check_result(result).cpu().numpy()
 
     def _diagonal(self) -> Tensor:
         if self._sharding is not None:
@@ -431,14 +478,16 @@ class FisherOperator(TorchLinearOperator):
         return self._ranks.step(f"{description} of operator {self._number}", **values)
 
     @contextmanager
-    def _pass(self, description: str, kept: bool = True, **values: Any) -> Iterator[Iterable[Scores]]:
+    def _pass(
+        self, description: str, read: Callable[[Iterator[Batch], Tensor], Iterator[Any]] | None = None, **values: Any
+    ) -> Iterator[Iterable[Any]]:
         """Go through G by batches: those that are kept, as a list if they are all, and the others by reading the data.
 
-        With ``kept=False`` vectors of the output factor are as they were drawn, and nothing is kept. All ranks go
-        through their own batches; what they find is summed or gathered inside.
+        With `read` all data are read, nothing is kept, and ``read(batches, c)`` is what the pass goes through. All
+        ranks go through their own batches; what they find is summed or gathered inside.
         """
         version = self._problem.look()
-        keeper = self._keeper if kept and self._version == version else None
+        keeper = self._keeper if read is None and self._version == version else None
         # What a rank does next must not depend on more than the ranks have compared.
         values["whether the parameters are those of the last product"] = keeper is not None
         with torch.no_grad(), self._step(description, **values), ExitStack() as stack:
@@ -458,8 +507,8 @@ class FisherOperator(TorchLinearOperator):
                 self._sum_divisors()
             assert self._c is not None
             batches = stack.enter_context(self._batches(description))
-            if not kept:
-                yield self._scores(batches, self._c, None)
+            if read is not None:
+                yield read(batches, self._c)
             elif keeper is not None:
                 yield self._scores(batches, self._c, keeper)
             else:
@@ -475,8 +524,11 @@ class FisherOperator(TorchLinearOperator):
                     keeper.forget(f"not all batches can be kept, and {why}")
                 self._keeper, self._version = keeper, version
 
-    def _scores(self, batches: Iterator[Batch], c: Tensor, keeper: Keeper | None) -> Iterator[Scores]:
-        """Compute G of each batch that is not kept; a keeper that has nothing yet chooses the forms."""
+    def _scores(self, batches: Iterator[Batch], c: Tensor, keeper: Keeper | None = None) -> Iterator[Scores]:
+        """Compute G of each batch that is not kept; a keeper that has nothing yet chooses the forms.
+
+        Without a keeper, the vectors of the output factor are as they were drawn.
+        """
         sampler = self._start_sampler()
         divisors, reached = _Divisors(self._likelihood), frozenset[str]()
         choosing = keeper is not None and not keeper.kept
@@ -528,13 +580,25 @@ class FisherOperator(TorchLinearOperator):
             yield scores
         if keeper is not None and not choosing and any(scores is not None for scores in keeper.kept):
             return  # not every batch was looked at
-        if self._data.num_data:
-            self._check_reached(reached)
-        if not torch.allclose(divisors.sum, self._divisors.sum, rtol=1e-6):
-            raise RuntimeError(
-                "what reduction='mean' divides by changed from one pass to the next: the weights of the loss were "
-                "changed. Make a new operator."
-            )
+        self._check_pass(reached, divisors)
+
+    def _gradients(self, batches: Iterator[Batch], c: Tensor) -> Iterator[Tensor]:
+        """Compute each batch's part of the gradient of the loss, by reverse mode alone: Jᵀ Σ (w/c) s."""
+        point = self._parameters.point()
+        divisors, reached = _Divisors(self._likelihood), frozenset[str]()
+        for batch in batches:
+            with noting(f"batch {batch.number}"):
+                evaluation = self._problem.evaluate(batch.X, point, records=False)
+            reached |= evaluation.reached
+            terms = self._terms(evaluation.output, batch, needs_targets=True)
+            q, f = self._likelihood.bind(evaluation.output), evaluation.outputs
+            _check_finite(f, batch)
+            divisors.add(terms)
+            root = q.scale(f, terms, c)
+            factor = q.scores(f, q.observed(terms)).scaled(root).scaled(root)
+            summed = factor.apply(f.new_ones(1, factor.blocks, factor.rank))
+            yield evaluation.vjp(summed.reshape(1, *f.shape))[:, 0]
+        self._check_pass(reached, divisors)
 
     def _output_factor(
         self, evaluation: Evaluation, terms: Terms, c: Tensor, size: int, draws: Draws | None, compressed: bool
@@ -551,10 +615,10 @@ class FisherOperator(TorchLinearOperator):
         with closing(self._data.batches(f"{type(self).__name__} {description}")) as batches:
             yield batches
 
-    def _terms(self, output: Any, batch: Batch) -> Terms:
+    def _terms(self, output: Any, batch: Batch, needs_targets: bool = False) -> Terms:
         # Whether a distribution depends on the parameters shows in its graph.
         with prefixing(f"batch {batch.number}"), torch.enable_grad():
-            if batch.y is None and self._needs_targets:
+            if batch.y is None and (needs_targets or self._needs_targets):
                 raise ValueError(
                     f"the targets y must be given for {type(self).__name__}, got None. Pass (X, y), or use "
                     "FisherMCLinearOperator or FisherLinearOperator, which most losses need no targets for."
@@ -623,6 +687,16 @@ class FisherOperator(TorchLinearOperator):
         problem.clones_inputs = writes
         self._divisors, self._c = divisors, divisors.total(self._ranks)
 
+    def _check_pass(self, reached: frozenset[str], divisors: _Divisors) -> None:
+        """Compare what a pass over all data found with what earlier passes did."""
+        if self._data.num_data:
+            self._check_reached(reached)
+        if not torch.allclose(divisors.sum, self._divisors.sum, rtol=1e-6):
+            raise RuntimeError(
+                "what reduction='mean' divides by changed from one pass to the next: the weights of the loss were "
+                "changed. Make a new operator."
+            )
+
     def _check_reached(self, reached: frozenset[str]) -> None:
         """Compare the parameters that the outputs depend on with those of earlier passes."""
         lost = self._reached - reached
@@ -660,6 +734,17 @@ class _Divisors:
                 "check `ignore_index` and the class weights, or use reduction='sum'."
             )
         return torch.where(self._mean, total, torch.ones_like(total))
+
+
+def _name_of_loss(loss_func: Any) -> str:
+    """Name a loss with its reduction, and each of several losses."""
+    if loss_func is None:
+        return "None (distributions)"
+    if isinstance(loss_func, Mapping):
+        return f"{{{', '.join(f'{key!r}: {_name_of_loss(loss)}' for key, loss in loss_func.items())}}}"
+    if isinstance(loss_func, tuple | list):
+        return f"({', '.join(map(_name_of_loss, loss_func))})"
+    return f"{type(loss_func).__name__}({loss_func.reduction!r})"
 
 
 def _one_ahead(items: Iterable[Item]) -> Iterator[Item]:

@@ -202,6 +202,7 @@ class FisherMCLinearOperator(FisherOperator):
             process_group=process_group,
         )
         self._needs_terms_by_datum = rows == "datum" or sampler == "counter"
+        self._kind = f"'mc', mc_samples={self._samples}"
 
     def _identity(self) -> dict[str, Any]:
         return {**super()._identity(), "seed": self._seed, "sampler": "stream" if self._order == "fixed" else "counter"}
@@ -284,7 +285,7 @@ class FisherMCLinearOperator(FisherOperator):
         V = self._narrowed((x if x.ndim == 2 else x.unsqueeze(1)).to(self.device))
         if V.shape[1] == 0:
             return leave(V[0].clone())
-        with self._pass("standard error", kept=False, **self._marks(V)) as batches:
+        with self._pass("standard error", read=self._scores, **self._marks(V)) as batches:
             forms = (scores.apply(V).double().square().view(-1, self._samples, V.shape[1]) for scores in batches)
             moments = (torch.stack([own.var(1).sum(0), own.square().mean(1).sum(0)]) for own in forms)
             sums = self._sum(moments, 2, V.shape[1], dtype=torch.float64)
@@ -339,6 +340,8 @@ class FisherLinearOperator(FisherOperator):
     array([[2., 2.],
            [2., 2.]], dtype=float32)
     """
+
+    _kind = "'exact'"
 
     def __init__(
         self,
@@ -412,6 +415,7 @@ class EmpiricalFisherLinearOperator(FisherOperator):
     NeurIPS 2019.
     """
 
+    _kind = "'empirical'"
     _needs_targets = True
 
     def _factor(self, q: Likelihood, f: Tensor, terms: Terms, draws: Draws | None) -> OutputFactor:

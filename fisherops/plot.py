@@ -12,14 +12,14 @@ if TYPE_CHECKING:
 
     from fisherops.linalg import Density
 
-# Okabe and Ito's colours, which colour-blind people can tell apart.
+# Okabe and Ito's colors, which color-blind people can tell apart.
 _BLUE, _ORANGE, _GREY = "#0072B2", "#D55E00", "#767676"
 
 
 def spectrum(
     eigenvalues: npt.ArrayLike, *, trace: float | None = None, threshold: float | None = None, ax: Axes | None = None
 ) -> Axes:
-    """Plot eigenvalues by rank on a logarithmic scale.
+    """Plot eigenvalues by index on a logarithmic scale.
 
     Parameters
     ----------
@@ -56,7 +56,7 @@ def spectrum(
         label="eigenvalue",
         zorder=3,
     )
-    ax.set_xlabel("rank")
+    ax.set_xlabel("index")
     ax.set_ylabel("eigenvalue", color=_BLUE)
     ax.tick_params(axis="y", colors=_BLUE)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))

@@ -89,6 +89,10 @@ def dense(group, kind, split, options):
     return op.todense(), op @ np.eye(D), op.diagonal(), op.trace(), op @ np.linspace(-1, 1, 3 * D).reshape(D, 3)
 
 
+def gradient(group, kind, split):
+    return operator(group, kind, split).gradient()
+
+
 def same_bits(group, cache):
     op = fo.FisherMCLinearOperator(
         network(torch.float32), nn.CrossEntropyLoss(),
@@ -438,6 +442,7 @@ def sharded_refusals(group):
         attempt(lambda: op @ np.ones(op.shape[0])),
         attempt(lambda: op.sharded(torch.ones(3))),
         attempt(op.todense),
+        attempt(op.gradient),
         attempt(lambda: linalg.eigsh(op, 2)),
         attempt(lambda: linalg.crlb(fo.FisherLinearOperator(model, ce_sum, data=data, process_group=group))),
         attempt(lambda: make(model, ce, data=data, process_group=group, cache="scores")),

@@ -1,5 +1,6 @@
 """The command line, run as a user runs it."""
 
+import io
 import json
 import os
 import re
@@ -16,7 +17,8 @@ from tolerances import assert_same
 from torch import nn
 
 import fisherops as fo
-from fisherops import cli, linalg
+from fisherops import linalg
+from fisherops.app import cli
 
 MODEL = """
     import torch
@@ -64,7 +66,8 @@ OWN = ["spectrum", "--model", "model.py:make", "--data", "data.npz", "-k", "3"]
 
 
 def run(arguments, capsys):
-    status = cli.main(arguments)
+    # Progress depends on the speed of the machine, so that these tests leave it out.
+    status = cli.main([*arguments[:1], "--quiet", *arguments[1:]])
     out, err = capsys.readouterr()
     return status, out, err
 
@@ -77,20 +80,24 @@ def expected_operator(**options):
     return fo.FisherMCLinearOperator(layer, nn.CrossEntropyLoss(), data=(X, y), **options)
 
 
+# A line per ten seconds at most: what is done, how far it is, and the time.
+PROGRESS = r"(?:(?:importing matplotlib|training a small|reading the data|computing the largest eigenvalues)[^\n]* \(\d+ s\)\n)*"
+
+
 def test_the_default_job_from_a_fresh_process(tmp_path):
-    """The main job end to end: digits, training, eigsh, table, picture and JSON; nothing on stderr."""
+    """The main job end to end: digits, training, eigsh, table, picture and JSON; progress alone on stderr."""
     process = subprocess.run(
         [sys.executable, "-m", "fisherops", "spectrum", "-k", "12", "--out", str(tmp_path / "new" / "folder")],
         capture_output=True, text=True, timeout=300, check=False, cwd=tmp_path,
     )  # fmt: skip
     assert process.returncode == 0, process.stderr
-    assert process.stderr == ""
+    assert re.fullmatch(PROGRESS, process.stderr), process.stderr
     assert "held-out accuracy: 9" in process.stdout
-    assert "rank    eigenvalue  share of trace  cumulative" in process.stdout
-    assert "products in" in process.stdout
+    assert "index    eigenvalue  share of trace  cumulative" in process.stdout
+    assert re.search(r"\d s in total, of which \d+\.\d s for imports", process.stdout)
     result = json.loads((tmp_path / "new" / "folder" / "spectrum.json").read_text())
     assert result["held_out_accuracy"] > 0.95
-    assert result["data"] == 1437
+    assert result["examples"] == 1437
     values = result["eigenvalues"]
     assert len(values) == 12
     assert values == sorted(values, reverse=True)
@@ -119,7 +126,7 @@ def test_every_option_reaches_the_operator(work, capsys):
     assert result == json.loads((work / "spectrum.json").read_text())
     torch.manual_seed(0)
     with np.load("data.npz") as data:
-        X, y = data["X"].astype(np.float32), data["y"]
+        X, y = data["X"], data["y"]  # all digits of the data are used
     op = fo.FisherMCLinearOperator(
         nn.Linear(4, 3), nn.MSELoss(reduction="sum"), data=(X, y), seed=5, mc_samples=3, batch_size=8, dtype="float64"
     )
@@ -167,20 +174,20 @@ BAD = {
     "factory raises": (["--model", "model.py:broken"], None, "broken in model.py raised RuntimeError: out of luck"),
     "data alone": (["--model", ""], None, "--data was given alone: give both"),
     "k too large": (["-k", "16"], None, "-k is 16, but the model has 15 parameters: choose k ≤ 15"),
-    "k not a number": (["-k", "x"], None, "argument -k: got 'x', an integer of at least 1 is taken"),
-    "k zero": (["-k", "0"], None, "argument -k: got 0, an integer of at least 1 is taken"),
-    "tol": (["--tol", "-1"], None, "argument --tol: got '-1', a number from 0 to 1"),
-    "loss": (["--loss", "l1"], None, "argument --loss: invalid choice: 'l1'"),
+    "k not a number": (["-k", "x"], None, "argument -k: must be an integer of at least 1, got 'x'"),
+    "k zero": (["-k", "0"], None, "argument -k: must be an integer of at least 1, got '0'"),
+    "tol": (["--tol", "-1"], None, "argument --tol: must be a number from 0 to 1, got '-1'"),
+    "loss": (["--loss", "l3"], None, "argument --loss: invalid choice: 'l3'"),
     "unknown option": (["--what"], None, "unrecognized arguments: --what"),
     "device": (["--device", "nodevice"], None, "--device nodevice cannot be used"),
-    "weights missing": (["--weights", "none.pt"], None, "--weights none.pt is no file"),
+    "weights missing": (["--weights", "none.pt"], None, "--weights none.pt is not a file"),
     "weights not readable": (["--weights", "data.npz"], None, "--weights data.npz cannot be read"),
     "out is a file": (["--out", "model.py"], None, "--out model.py cannot be made"),
     "no X": ([], write("data.npz", a=X, y=Y), r"has the arrays \['a', 'y'\]: X and y are needed"),
-    "rows": ([], write("data.npz", X=X, y=Y[:3]), r"have shapes \(5, 4\) and \(3,\): they must have one row for each"),
+    "rows": ([], write("data.npz", X=X, y=Y[:3]), r"have shapes \(5, 4\) and \(3,\): they must have one row for each example"),
     "NaN": ([], write("data.npz", X=np.where(X[2:3] == X, np.nan, X), y=Y), r"X in data.npz has NaN or infinity in row 0"),
     "NaN in a later row": ([], write("data.npz", X=np.vstack([X, X[:1] + np.inf]), y=np.zeros(6, int)), "in row 5"),
-    "strings": ([], write("data.npz", X=X.astype(str), y=Y), "X in data.npz has dtype <U32: real numbers"),
+    "strings": ([], write("data.npz", X=X.astype(str), y=Y), "X in data.npz has dtype <U32: it must be real numbers"),
     "objects": ([], lambda: np.savez("data.npz", X=np.array([None] * 5), y=Y), "cannot be read as .npz: Object arrays"),
     "float classes": ([], write("data.npz", X=X, y=Y * 1.0), "--loss ce takes integer classes"),
     "no rows": ([], write("data.npz", X=X[:0], y=Y[:0]), r"shapes \(0, 4\) and \(0,\)"),
@@ -311,16 +318,16 @@ def test_trace(work, capsys):
     status, out, err = run(["trace", *OWN[1:5]], capsys)
     assert (status, err) == (0, "")
     assert "effective dimension" not in out
-    assert "frobenius norm" in out
+    assert "Frobenius norm" in out
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["solve"], "the following arguments are required: --damping"),
-        (["solve", "--damping", "0"], "argument --damping: got '0', a number above 0 is taken"),
-        (["trace", "--damping", "x"], "argument --damping: got 'x', a number above 0 is taken"),
-        (["density", "--probes", "1"], "argument --probes: got 1, an integer of at least 2 is taken"),
+        (["solve", "--damping", "0"], "argument --damping: must be a number above 0, got '0'"),
+        (["trace", "--damping", "x"], "argument --damping: must be a number above 0, got 'x'"),
+        (["density", "--probes", "1"], "argument --probes: must be an integer of at least 2, got '1'"),
         (["density", "--method", "gram"], "argument --method: invalid choice: 'gram'"),
     ],
 )
@@ -397,3 +404,374 @@ def test_an_error_of_several_processes_is_said_once(work):
     process = launch(["trace", "--model", "nothing.py:make", "--data", "data.npz"], work)
     assert process.returncode != 0
     assert process.stderr.count("error: --model: the file nothing.py does not exist") == 1
+
+
+# ---- Every option, compared with the API -----------------------------------------------------------------
+
+LIKELIHOODS = """
+    import torch
+
+    class Net(torch.nn.Module):
+        def __init__(self, size, last):
+            super().__init__()
+            torch.manual_seed(0)
+            self.body, self.head = torch.nn.Linear(3, 4), torch.nn.Linear(4, size)
+            self.last = last
+
+        def forward(self, X):
+            return self.last(self.head(self.body(X).tanh()))
+
+    def logits():
+        return Net(3, lambda z: z)
+
+    def log_probabilities():
+        return Net(3, lambda z: z.log_softmax(1))
+
+    def probabilities():
+        return Net(3, torch.sigmoid)
+
+    def mean_and_variance():
+        return Net(6, lambda z: (z[:, :3], z[:, 3:].exp()))
+
+    def distribution():
+        return Net(3, lambda z: torch.distributions.Normal(z, 1.0))
+
+    def tokens():
+        return Net(6, lambda z: z.view(-1, 3, 2))
+"""
+CLASSES, BITS, REALS = np.arange(12) % 3, np.arange(36).reshape(12, 3) % 2, np.linspace(-1, 1, 36).reshape(12, 3)
+LOSSES = {
+    "ce": ("logits", nn.CrossEntropyLoss, CLASSES),
+    "nll": ("log_probabilities", nn.NLLLoss, CLASSES),
+    "bce": ("logits", nn.BCEWithLogitsLoss, BITS),
+    "bce-probabilities": ("probabilities", nn.BCELoss, BITS),
+    "mse": ("logits", nn.MSELoss, REALS),
+    "gaussian": ("mean_and_variance", nn.GaussianNLLLoss, REALS),
+    "l1": ("logits", nn.L1Loss, REALS),
+    "smooth-l1": ("logits", nn.SmoothL1Loss, REALS),
+    "huber": ("logits", nn.HuberLoss, REALS),
+    "poisson": ("logits", nn.PoissonNLLLoss, 3 * BITS),
+    "distribution": ("distribution", lambda: None, REALS),
+}
+
+
+@pytest.fixture
+def likelihoods(work):
+    (work / "likelihoods.py").write_text(textwrap.dedent(LIKELIHOODS))
+    space = {}
+    exec(textwrap.dedent(LIKELIHOODS), space)
+
+    def prepare(factory, y):
+        X = np.random.default_rng(0).standard_normal((12, 3))
+        np.savez("data.npz", X=X, y=y)
+        return space[factory](), (X, y), ["--model", f"likelihoods.py:{factory}", "--data", "data.npz"]
+
+    return prepare
+
+
+OPERATORS = {
+    "mc": fo.FisherMCLinearOperator,
+    "exact": fo.FisherLinearOperator,
+    "empirical": fo.EmpiricalFisherLinearOperator,
+}
+
+
+@pytest.mark.parametrize("kind", OPERATORS)
+@pytest.mark.parametrize("name", LOSSES)
+def test_every_loss_and_kind(likelihoods, capsys, name, kind):
+    factory, loss, y = LOSSES[name]
+    model, data, own = likelihoods(factory, y)
+    status, out, err = run(["trace", *own, "--loss", name, "--kind", kind, "--json"], capsys)
+    assert (status, err) == (0, "")
+    result = json.loads(out)
+    op = OPERATORS[kind](model, loss(), data=data)
+    assert_same(result["trace"], op.trace(), np.float32)
+    assert (result["kind"], result["loss"], result["rows"]) == (kind, name, op.num_rows)
+    assert (result["mc_samples"], result["seed"]) == ((1, 2147483647) if kind == "mc" else (None, None))
+    assert result["reduction"] == ("sum" if name == "distribution" else "mean")
+
+
+def test_every_loss_of_the_library_has_a_name():
+    from fisherops.app.problems import LOSSES as NAMES
+    from fisherops.likelihoods.losses import SUPPORTED
+
+    assert NAMES.keys() == LOSSES.keys()
+    assert {loss.__name__ for loss in NAMES.values() if loss} == set(SUPPORTED.split(", "))
+
+
+def test_chosen_parameters(likelihoods, capsys, work):
+    _, _, own = likelihoods("logits", CLASSES)
+    status, _, err = run(["solve", *own, "--damping", "0.1", "--params", "head.*", "*.bias"], capsys)
+    assert (status, err) == (0, "")
+    with np.load("natural_gradient.npz") as found:
+        assert sorted(found.files) == ["body.bias", "head.bias", "head.weight"]
+    assert json.loads((work / "solve.json").read_text())["parameters"] == 4 + 15
+    status, _, err = run(["trace", *own, "--params", "head.*", "tail.*"], capsys)
+    assert status == 2
+    assert "--params tail.* matches no parameter; the model has body.weight, body.bias, head.weight, head.bias" in err
+
+
+def test_rows_by_example(likelihoods, capsys):
+    model, data, own = likelihoods("tokens", np.arange(24).reshape(12, 2) % 3)
+    for rows, count in (("term", 24), ("datum", 12)):
+        status, out, err = run(["trace", *own, "--rows", rows, "--mc-samples", "2", "--seed", "7", "--json"], capsys)
+        assert (status, err) == (0, "")
+        op = fo.FisherMCLinearOperator(model, nn.CrossEntropyLoss(), data=data, rows=rows, mc_samples=2, seed=7)
+        assert_same(json.loads(out)["trace"], op.trace(), np.float32)
+        assert json.loads(out)["rows"] == 2 * count
+
+
+@pytest.mark.parametrize(
+    "options", ["--cache scores --batch-size 5", "--cache none", "--cache linearization", "--max-memory 1MiB"]
+)
+def test_options_that_do_not_change_the_result(likelihoods, capsys, options):
+    model, data, own = likelihoods("logits", CLASSES)
+    status, out, err = run(["trace", *own, *options.split(), "--json"], capsys)
+    assert (status, err) == (0, "")
+    assert_same(
+        json.loads(out)["trace"], fo.FisherMCLinearOperator(model, nn.CrossEntropyLoss(), data=data).trace(), np.float32
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--kind exact --mc-samples 2", "--mc-samples does not apply to --kind exact: leave it out"),
+        ("--kind empirical --seed 2", "--seed does not apply to --kind empirical: leave it out"),
+        ("--kind exact --rows term", "--rows does not apply to --kind exact: leave it out"),
+        ("--loss distribution --reduction mean", "--reduction mean does not apply to --loss distribution"),
+        ("--max-memory much", "`max_memory` .* 'much'"),
+        ("--cache all", "argument --cache: invalid choice: 'all'"),
+        ("--kind ggn", "argument --kind: invalid choice: 'ggn'"),
+    ],
+)
+def test_options_that_do_not_apply(work, capsys, options, message):
+    status, out, err = run(["trace", *OWN[1:5], *options.split()], capsys)
+    assert (status, out) == (2, "")
+    assert re.search(message, err), err
+    assert err.count("\n") == 1
+    assert not (work / "trace.json").exists()
+
+
+# ---- Through the API alone --------------------------------------------------------------------------------
+
+
+def test_solve_with_ignored_tokens(likelihoods, capsys):
+    """The gradient has the divisor of the loss: the targets that count."""
+    y = np.arange(24).reshape(12, 2) % 3
+    y[:, 1], y[:3] = -100, -100
+    model, (X, y), own = likelihoods("tokens", y)
+    options = ["--damping", "1e-2", "--dtype", "float64", "--rtol", "1e-12", "--batch-size", "4", "--json"]
+    status, out, err = run(["solve", *own, *options], capsys)
+    assert (status, err) == (0, "")
+    model.double()
+    X, y = torch.tensor(X), torch.tensor(y)
+    nn.CrossEntropyLoss()(model(X), y).backward()
+    g = torch.cat([p.grad.flatten() for p in model.parameters()]).numpy()
+    F = fo.FisherMCLinearOperator(model, nn.CrossEntropyLoss(), data=(X, y)).todense()
+    with np.load("natural_gradient.npz") as file:
+        x = np.concatenate([file[name].ravel() for name, _ in model.named_parameters()])
+    np.testing.assert_allclose(x, np.linalg.solve(F + 1e-2 * np.eye(len(F)), g), rtol=1e-8, atol=1e-12)
+    assert json.loads(out)["gradient_norm"] == pytest.approx(np.linalg.norm(g), rel=1e-12)
+
+
+def test_solve_with_unused_parameters(work, capsys):
+    with open("model.py", "a") as file:
+        file.write("\ndef unused():\n    net = make()\n    net.extra = torch.nn.Linear(2, 2)\n    return net\n")
+    status, _, err = run(["solve", "--model", "model.py:unused", *OWN[3:5], "--damping", "0.1"], capsys)
+    assert (status, err) == (0, "")
+    with np.load("natural_gradient.npz") as found:
+        assert not found["extra.weight"].any()
+        assert found["layer.weight"].any()
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_float64_data_keep_their_digits(work, capsys, order):
+    """Seconds since 1970, in either byte order, are the same number in float32."""
+    net = """
+        import torch
+
+        class Times(torch.nn.Module):
+            def __init__(self):
+                super().__init__()
+                torch.manual_seed(0)
+                self.layer = torch.nn.Linear(1, 1)
+
+            def forward(self, X):
+                return self.layer((X - 1.7e9) / 100)
+    """
+    (work / "times.py").write_text(textwrap.dedent(net))
+    space = {}
+    exec(textwrap.dedent(net), space)
+    X = (1.7e9 + np.linspace(0, 400, 10)[:, None]).astype(f"{order}f8")
+    np.savez("data.npz", X=X, y=np.sin(X / 100).astype(f"{order}f8"))
+    options = "--loss mse --kind exact --dtype float64 --json"
+    status, out, err = run(["trace", "--model", "times.py:Times", "--data", "data.npz", *options.split()], capsys)
+    assert (status, err) == (0, "")
+    inputs = (X.astype(float) - 1.7e9) / 100
+    assert json.loads(out)["trace"] == pytest.approx(2 * np.mean(inputs**2 + 1), rel=1e-12)
+
+
+def test_one_hot_targets(work, capsys):
+    with np.load("data.npz") as data:
+        X, y = data["X"], data["y"]
+    assert run(["trace", *OWN[1:5]], capsys)[0] == 0
+    expected = json.loads((work / "trace.json").read_text())["trace"]
+    np.savez("data.npz", X=X, y=np.eye(3, dtype=int)[y])
+    status, _, err = run(["trace", *OWN[1:5]], capsys)
+    assert status == 2
+    assert err.rstrip().endswith("; y looks one-hot: pass classes, such as y.argmax(1)")
+    np.savez("data.npz", X=X, y=np.eye(3)[y])  # probabilities
+    status, _, err = run(["trace", *OWN[1:5]], capsys)
+    assert (status, err) == (0, "")
+    assert json.loads((work / "trace.json").read_text())["trace"] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["random", "profile", "colorsys", "json"])
+def test_a_model_file_named_like_a_standard_module(work, capsys, name):
+    """It does not replace the module, neither at once nor when the module is imported later; neighbors are found."""
+    (work / "models").mkdir()
+    (work / "models" / f"{name}.py").write_text("from layers_of_mine import make\n")
+    (work / "models" / "layers_of_mine.py").write_text(textwrap.dedent(MODEL))
+    path = list(sys.path)
+    before = sys.modules.pop(name, None)
+    try:
+        status, _, err = run(["trace", "--model", f"models/{name}.py:make", *OWN[3:5]], capsys)
+        assert (status, err) == (0, "")
+        assert not hasattr(__import__(name), "make")
+    finally:
+        sys.path[:] = path
+        sys.modules.pop("layers_of_mine", None)
+        if before is not None:
+            sys.modules[name] = before
+
+
+WRAPPERS = {
+    "DataParallel": lambda state: {f"module.{name}": t for name, t in state.items()},
+    "torch.compile": lambda state: {f"_orig_mod.{name}": t for name, t in state.items()},
+    "both": lambda state: {f"module._orig_mod.{name}": t for name, t in state.items()},
+    "checkpoint": lambda state: {"epoch": 3, "state_dict": state, "optimizer": {"lr": 0.1}},
+    "Lightning": lambda state: {"state_dict": {f"model.{name}": t for name, t in state.items()}},
+    "model": lambda state: {"model": {f"module.{name}": t for name, t in state.items()}},
+}
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_wrapped_weights(work, capsys, wrapper):
+    state = {"layer.weight": torch.ones(3, 4), "layer.bias": torch.arange(3.0)}
+    found = []
+    for weights in (state, WRAPPERS[wrapper](state)):
+        torch.save(weights, "weights.pt")
+        status, _, err = run(["trace", *OWN[1:5], "--weights", "weights.pt"], capsys)
+        assert (status, err) == (0, "")
+        found.append(json.loads((work / "trace.json").read_text())["trace"])
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        (
+            {"layer.weight": torch.ones(3, 4), "body.bias": torch.ones(3), "a": torch.ones(1), "b": torch.ones(1)},
+            "do not fit the model: layer.bias is missing, body.bias is not in the model, a is not in the model and 1 more",
+        ),
+        ({"layer.weight": torch.ones(2, 4), "layer.bias": torch.ones(3)}, "size mismatch for layer.weight"),
+        (torch.ones(3), "holds Tensor, not a state dict: save model.state_dict()"),
+    ],
+)
+def test_weights_that_do_not_fit(work, capsys, state, message):
+    torch.save(state, "weights.pt")
+    status, _, err = run(["trace", *OWN[1:5], "--weights", "weights.pt"], capsys)
+    assert status == 2
+    assert message in err
+    assert err.count("\n") == 1
+
+
+# ---- What is printed --------------------------------------------------------------------------------------
+
+
+def test_the_number_of_eigenvalues_is_at_most_that_of_parameters(work, capsys):
+    for options in ([], ["-k", "15"]):
+        status, out, err = run([*OWN[:5], *options], capsys)
+        assert (status, err) == (0, "")
+        assert len(json.loads((work / "spectrum.json").read_text())["eigenvalues"]) == 15
+        assert "\n   15  " in out
+
+
+def test_why_eigenvalues_are_zero(work, capsys):
+    with np.load("data.npz") as data:
+        np.savez("data.npz", X=data["X"][:4], y=data["y"][:4])
+    for command in ("spectrum", "density", "trace"):
+        status, out, err = run([command, *OWN[1:5], "--mc-samples", "2"], capsys)
+        assert (status, err) == (0, "")
+        assert "F is a sum over 8 rows, so at least 7 eigenvalues are zero\n" in out
+    assert "rank" not in out
+
+
+def test_errors_are_printed_for_estimates_only(work, capsys):
+    own = ["density", *OWN[1:5]]
+    assert "std. error" not in run(own, capsys)[1]
+    assert "std. error" in run([*own, "--method", "primal", "--probes", "4", "--steps", "5"], capsys)[1]
+
+
+@pytest.mark.parametrize(
+    ("command", "files"),
+    [
+        (["spectrum"], ["spectrum.json", "spectrum.png"]),
+        (["density"], ["density.json", "density.png"]),
+        (["solve", "--damping", "1"], ["natural_gradient.npz", "solve.json"]),
+        (["trace"], ["trace.json"]),
+    ],
+)
+def test_every_command_writes_to_out(work, capsys, command, files):
+    status, out, err = run([*command, *OWN[1:5], "--out", "new/folder"], capsys)
+    assert (status, err) == (0, "")
+    assert sorted(os.listdir("new/folder")) == files
+    assert all(f"new/folder/{file}" in out for file in files)
+    result = json.loads(Path(f"new/folder/{command[0]}.json").read_text())
+    page = (Path(__file__).parent.parent / "docs" / "reference" / "cli.md").read_text(encoding="utf-8")
+    assert [key for key in result if f"`{key}`" not in page] == []
+
+
+def test_help_names_the_defaults_and_what_is_missing(capsys):
+    page = (Path(__file__).parent.parent / "docs" / "reference" / "cli.md").read_text(encoding="utf-8")
+    for command in ("spectrum", "density", "solve", "trace"):
+        with pytest.raises(SystemExit):
+            cli.main([command, "--help"])
+        text = " ".join(capsys.readouterr().out.split())
+        assert "Only the Python API has custom likelihoods" in text
+        for option in set(re.findall(r"(?<![\w-])--?[a-z][a-z-]*(?=[ ,])", text.split("options:")[1])) - {
+            "--help",
+            "-h",
+        }:
+            assert option in page, option
+
+
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_progress_from_the_second_second_on(work, capsys, monkeypatch, is_terminal):
+    class Stream(io.StringIO):
+        def isatty(self):
+            return is_terminal
+
+    (work / "slow.py").write_text("import time\ntime.sleep(1.3)\nfrom model import make\n")
+    monkeypatch.setattr(sys, "stderr", Stream())
+    assert cli.main(["trace", "--model", "slow.py:make", *OWN[3:5], "--json"]) == 0
+    shown, line = sys.stderr.getvalue(), "loading the model and the data (1 s)"
+    assert shown.startswith(f"\r\x1b[K{line}" if is_terminal else f"{line}\n")
+    assert shown.endswith("\r\x1b[K" if is_terminal else "\n")
+    json.loads(capsys.readouterr().out)
+
+
+def test_the_demonstration_trains_with_one_thread(monkeypatch):
+    from fisherops.app import demo
+
+    monkeypatch.setattr(demo, "_EPOCHS", 2)
+    seen, before, state = [], torch.get_num_threads(), torch.get_rng_state()
+    torch.set_num_threads(2)
+    try:
+        demo.train(lambda text: seen.append((text, torch.get_num_threads())))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert seen[1:] == [("epoch 1 of 2", 1), ("epoch 2 of 2", 1)]
+    assert torch.equal(torch.get_rng_state(), state)

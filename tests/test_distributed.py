@@ -54,6 +54,13 @@ def test_the_matrix_is_that_of_one_process(size, split, request):
         np.testing.assert_allclose(trace, np.trace(F), rtol=1e-12)
 
 
+@pytest.mark.parametrize("split", ["contiguous", "nothing"])
+def test_the_gradient_is_summed_over_ranks(two, split):
+    expected = alone("exact").gradient()
+    for gradient in two.results("gradient", "exact", split):
+        np.testing.assert_allclose(gradient, expected, atol=1e-14)
+
+
 @pytest.mark.parametrize("kind", OPERATORS)
 @pytest.mark.parametrize("cache", ["auto", "scores", "factors", "linearization", "none"])
 def test_every_operator_and_form(two, kind, cache):
@@ -329,6 +336,7 @@ def test_what_sharded_parameters_do_not_allow(two):
         r"pass a DTensor of this rank's part, such as `op\.sharded\(local\)` with \d+ rows here",
         r"got shape \(3,\), and this rank has \d+ numbers",
         "F as a dense matrix would be on every rank",
+        "the gradient of sharded parameters is not supported. Compute it by `loss.backward",
         "eigenvalues alone are found, by method='dual'",
         "`op` must have whole parameters, got sharded ones",
         "use 'auto' or 'factors'",

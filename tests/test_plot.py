@@ -21,13 +21,13 @@ def texts(ax):
     return " ".join(text.get_text() for text in ax.texts)
 
 
-def test_eigenvalues_are_drawn_by_rank_on_a_log_scale():
+def test_eigenvalues_are_drawn_by_index_on_a_log_scale():
     ax = plot.spectrum([1.0, 100.0, 10.0, 0.0, -1.0])
     x, y = ax.lines[0].get_data()
     np.testing.assert_array_equal(x, [1, 2, 3])
     np.testing.assert_array_equal(y, [100, 10, 1])
     assert ax.get_yscale() == "log"
-    assert ax.get_xlabel() == "rank"
+    assert ax.get_xlabel() == "index"
     assert ax.get_ylabel() == "eigenvalue"
 
 

@@ -227,8 +227,8 @@ def natural_gradient(op: Any, grad: Any, damping: float, **options: Any) -> Any:
     op : LinearOperator
         F, symmetric and positive semi-definite, (D, D). A Fisher operator if `grad` is a list or a mapping.
     grad : array, sequence of (array or None), or mapping of str to (array or None)
-        A flat vector (D,); one array per parameter in the order of the operator's parameters, as
-        ``torch.autograd.grad(loss, params, allow_unused=True)`` returns them; or by name, such as
+        A flat vector (D,), such as ``op.gradient()``; one array per parameter in the order of the operator's
+        parameters, as ``torch.autograd.grad(loss, params, allow_unused=True)`` returns them; or by name, such as
         ``{name: p.grad for name, p in model.named_parameters()}``. None is the gradient of a parameter that the loss
         does not use.
     damping : float
