@@ -13,10 +13,11 @@ from fisherops.likelihoods.factors import DenseFactor, OutputFactor
 
 
 class Draws(Protocol):
-    """Random numbers for the loss terms of one batch; every answer has a leading axis of samples.
+    """Random numbers for the loss terms of one batch, with a leading axis of samples.
 
-    With ``sampler="counter"`` the numbers of a term are its own, whatever batch it is in, and a second call gives the
-    same numbers again: where more are needed, ask for more columns at once.
+    With ``sampler="counter"`` the numbers of a term depend on that term and on the number of the call within `sample`,
+    whatever batch the term is in. Successive calls return independent numbers, so make the same calls in the same order
+    for every batch.
     """
 
     def uniform(self, like: Tensor, samples: int) -> Tensor:
