@@ -87,7 +87,7 @@ def test_two_draws_within_a_sample_are_independent(kind, sampler):
     """The Fisher is the sum (or a fine integral) over all targets; false alarm 1e-6."""
     q, theta = kind("sum"), torch.tensor(kind.theta, dtype=torch.float64)
     log_q = lambda t: q.log_prob(t.expand(len(q.support), len(t)), q.support)
-    J = torch.autograd.functional.jacobian(log_q, theta)
+    J = torch.func.jacfwd(log_q)(theta)
     expected = N * ((J.T * log_q(theta).exp() * q.weight) @ J).numpy()
     op = constant_outputs(kind, 4000, sampler=sampler)
     V = np.concatenate([np.eye(len(theta)), np.ones((len(theta), 1))], 1)
