@@ -285,6 +285,7 @@ class FisherMCLinearOperator(FisherOperator):
 
     def _factor(self, q: Likelihood, f: Tensor, terms: Terms, draws: Draws | None) -> OutputFactor:
         assert draws is not None
+        q.check_sample(f, self._samples, CounterSampler(self._seed).batch)
         return _checked(q.scores(f, q.sample(f, self._samples, draws)), q, f, self._samples)
 
 

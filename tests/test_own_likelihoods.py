@@ -132,3 +132,123 @@ def test_many_calls_are_independent_and_the_first_is_that_of_a_single_call():
     # 42 arrays of 3,000 numbers: the largest correlation of 861 pairs.
     correlations = np.corrcoef(many.reshape(42, -1).numpy()) - np.eye(42)
     assert np.abs(correlations).max() < stats.norm.isf(1e-6 / 861) / np.sqrt(3000)
+
+
+# ---- Shapes that broadcast over terms -----------------------------------------------------------------
+
+
+class Unit(Likelihood):
+    """A normal likelihood of variance 1."""
+
+    def sample(self, f, samples, draws):
+        return f + draws.normal(f, samples)
+
+    def log_prob(self, f, y):
+        return -(y - f).square().sum(-1) / 2
+
+
+class LosesAxisOfOutputs(Unit):
+    def log_prob(self, f, y):
+        return -(y - f[..., 0]).square().sum(-1) / 2
+
+
+class LosesAxisOfTargets(Unit):
+    def log_prob(self, f, y):
+        return -(y[..., 0] - f).square().sum(-1) / 2
+
+
+class LosesAxisAndAverages(Unit):
+    def log_prob(self, f, y):
+        return -(y[..., 0] - f).square().mean(-1) / 2
+
+
+class CentersTheBatch(Unit):
+    def log_prob(self, f, y):
+        return super().log_prob(f - f.mean(-2, keepdim=True), y)
+
+
+class CentersTargets(Unit):
+    def log_prob(self, f, y):
+        return super().log_prob(f, y - y.mean(-2, keepdim=True))
+
+
+class MixesSamples(Unit):
+    def log_prob(self, f, y):
+        return super().log_prob(f, y.flip(0))
+
+
+class DrawsForOtherOutputs(Unit):
+    def sample(self, f, samples, draws):
+        return (f.exp() * draws.uniform(f, samples)[..., 0]).unsqueeze(-1)
+
+
+class DrawsAroundTheMean(Unit):
+    def sample(self, f, samples, draws):
+        return f.mean(0) + draws.normal(f, samples)
+
+
+class DrawsOneForAll(Unit):
+    def sample(self, f, samples, draws):
+        return f + draws.normal(f, samples)[:, :1]
+
+
+class DrawsByTorch(Unit):
+    def sample(self, f, samples, draws):
+        return f + torch.randn(samples, *f.shape, dtype=f.dtype)
+
+
+LOG_PROBS = [
+    LosesAxisOfOutputs, LosesAxisOfTargets, LosesAxisAndAverages, CentersTheBatch, CentersTargets, MixesSamples,
+]  # fmt: skip
+SAMPLES = [DrawsForOtherOutputs, DrawsAroundTheMean, DrawsOneForAll, DrawsByTorch]
+
+
+def mixing(kind, operator, terms=5, **options):
+    torch.manual_seed(0)
+    model = nn.Linear(2, 1).double()
+    data = (torch.randn(terms, 2).double(), torch.randn(terms, 1).double())
+    return operator(model, kind("sum"), data=data, **options)
+
+
+@pytest.mark.parametrize("terms", [2, 5])
+@pytest.mark.parametrize("kind", LOG_PROBS)
+def test_a_log_prob_that_mixes_terms_is_refused(kind, terms):
+    rule = f"`log_prob` of {kind.__name__} mixes loss terms: .*Keep the last axis of f and y"
+    for samples in (1, terms):  # some broadcast in one of these only
+        if kind is MixesSamples and samples == 1:
+            continue
+        with pytest.raises(ValueError, match=rule if samples == 1 or kind not in LOG_PROBS[:3] else "log_prob"):
+            mixing(kind, fo.FisherMCLinearOperator, terms, mc_samples=samples).trace()
+    if kind is not MixesSamples:
+        with pytest.raises(ValueError, match=rule):
+            mixing(kind, fo.EmpiricalFisherLinearOperator, terms).trace()
+
+
+@pytest.mark.parametrize("sampler", ["counter", "stream"])
+@pytest.mark.parametrize("kind", SAMPLES)
+def test_a_sample_that_mixes_terms_is_refused(kind, sampler):
+    with pytest.raises(ValueError, match=f"`sample` of {kind.__name__} mixes loss terms: .*from `draws` alone"):
+        mixing(kind, fo.FisherMCLinearOperator, mc_samples=5, sampler=sampler).trace()
+    model = nn.Linear(2, 1).double()
+    data = [(torch.randn(5, 2).double(), (torch.randn(5, 1).double(),) * 2)]
+    pair = lambda X: (model(X), model(X))
+    with pytest.raises(ValueError, match=f"`sample` of {kind.__name__} mixes"):
+        fo.FisherMCLinearOperator(
+            pair, (nn.MSELoss(), kind("sum")), list(model.parameters()), data, mc_samples=5, sampler=sampler
+        ).trace()
+
+
+def test_a_mistake_that_shows_in_later_batches_only_is_found():
+    """A batch of one term cannot mix terms."""
+    model = nn.Linear(2, 1).double()
+    data = [(torch.randn(n, 2).double(), torch.randn(n, 1).double()) for n in (1, 4)]
+    with pytest.raises(ValueError, match="`log_prob` of LosesAxisOfOutputs mixes"):
+        fo.EmpiricalFisherLinearOperator(model, LosesAxisOfOutputs("sum"), data=data).trace()
+
+
+@pytest.mark.parametrize("samples", [1, 5])
+def test_likelihoods_that_do_not_mix_terms_are_accepted(samples):
+    for operator in (fo.FisherMCLinearOperator, fo.EmpiricalFisherLinearOperator):
+        options = {"mc_samples": samples} if operator is fo.FisherMCLinearOperator else {}
+        whole = mixing(Unit, operator, **options).todense()
+        assert_same(mixing(Unit, operator, batch_size=2, **options).todense(), whole, torch.float64)
