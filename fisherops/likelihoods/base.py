@@ -272,7 +272,7 @@ def score_columns(likelihood: Any, f: Tensor, y: Any) -> Tensor:
     """
     columns = _differentiate(likelihood, f, y)
     rows, terms = slice(len(y) // 2, None), slice(len(f) // 2, None)
-    if isinstance(y, Tensor) and (len(f) > 1 or len(y) > 1):
+    if isinstance(y, Tensor) and y.shape[1:2] == f.shape[:1] and (len(f) > 1 or len(y) > 1):
         whole = columns[terms, rows]
         try:
             part = _differentiate(likelihood, f[terms], y[rows, terms])
@@ -290,9 +290,10 @@ def _is_of_library(method: Callable[..., Any]) -> bool:
 
 
 def _mixes_terms(likelihood: Any, method: str, rule: str) -> str:
+    name = getattr(likelihood, "name", type(likelihood).__name__)
     return (
-        f"`{method}` of {type(likelihood).__name__} mixes loss terms: for a part of them it returns other values than "
-        f"for all. Keep the last axis of f and y, so that their shapes do not broadcast over terms, and {rule} alone."
+        f"`{method}` of {name} mixes loss terms: for a part of them it returns other values than for all. Keep the "
+        f"last axis of f and y, so that their shapes do not broadcast over terms, and {rule} alone."
     )
 
 
