@@ -28,3 +28,19 @@ def first_line(error: BaseException) -> str:
     """Return the first line of an error's message without its full stop, or the error's name if it has none."""
     lines = str(error).strip().splitlines()
     return lines[0].rstrip(".") if lines else type(error).__name__
+
+
+def with_context(error: Exception, context: str) -> Exception:
+    """Return an error that says where it occurred, to be raised in place of `error` with ``from None``.
+
+    The library's own messages begin with the context. Errors of users' code keep type, attributes and traceback, and
+    get a note.
+    """
+    traceback = error.__traceback__
+    while traceback is not None and traceback.tb_next is not None:
+        traceback = traceback.tb_next
+    raised_in = traceback.tb_frame.f_globals.get("__name__", "") if traceback is not None else ""
+    if str(raised_in).startswith("fisherops."):
+        return type(error)(f"{context}: {error}")
+    error.add_note(f"This was raised for {context}.")
+    return error

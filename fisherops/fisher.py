@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fisherops import likelihoods
+from fisherops._checks import with_context
 from fisherops._data import Batch, Data
 from fisherops._draws import CounterDraws, CounterSampler, StreamSampler
 from fisherops._linop import TorchLinearOperator
@@ -90,6 +91,8 @@ class FisherOperator(TorchLinearOperator):
     """Whether F depends on the order of the data."""
     _samples = 1
     """M, what sums over draws are divided by."""
+    _any_loss = False
+    """Whether losses are accepted that are not a likelihood."""
 
     def __init__(
         self,
@@ -116,7 +119,7 @@ class FisherOperator(TorchLinearOperator):
             raise ValueError(f"`rows` must be 'term' or 'datum', got {rows!r}.")
         self._rows = rows
         self._needs_terms_by_datum = rows == "datum"
-        self._likelihood = likelihoods.of_loss(loss_func)
+        self._likelihood = likelihoods.of_loss(loss_func, self._any_loss)
         reshard(model_func)
         self._parameters = Parameters(select(model_func, params), as_dtype(dtype))
         self._model = as_function(model_func, self._parameters, functional=isinstance(params, Mapping))
@@ -535,8 +538,8 @@ class FisherOperator(TorchLinearOperator):
         try:
             with torch.enable_grad():  # whether a distribution depends on the parameters shows in its graph
                 return self._likelihood.terms(output, batch.y)
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"batch {batch.number}: {error}") from None
+        except Exception as error:
+            raise with_context(error, f"batch {batch.number}") from None
 
     def _read(self) -> None:
         """Read the data once."""
@@ -612,9 +615,14 @@ class _Divisors:
     """The sum over the data of what ``reduction="mean"`` divides by, for each head of the model."""
 
     def __init__(self, likelihood: Likelihood) -> None:
-        self._mean = torch.tensor([reduction == "mean" for reduction in likelihood.reductions], device="cpu")
-        self.sum = torch.zeros(len(self._mean), dtype=torch.float64, device="cpu")
+        self._likelihood = likelihood
+        self.sum = torch.zeros(len(likelihood.reductions), dtype=torch.float64, device="cpu")
         self.needed = bool(self._mean.any())
+
+    @property
+    def _mean(self) -> Tensor:
+        # Of some losses this is known when the first batch was looked at.
+        return torch.tensor([reduction == "mean" for reduction in self._likelihood.reductions], device="cpu")
 
     def add(self, terms: Terms) -> None:
         """Add those of one batch."""

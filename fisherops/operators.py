@@ -386,8 +386,13 @@ class EmpiricalFisherLinearOperator(FisherOperator):
 
     Parameters
     ----------
-    model_func, loss_func, params, data, progressbar, check_deterministic, num_data, batch_size_fn
+    model_func, params, data, progressbar, check_deterministic, num_data, batch_size_fn
         As for `FisherMCLinearOperator`.
+    loss_func : nn.Module, Likelihood, callable, mapping, tuple or None
+        As for `FisherMCLinearOperator`, or any callable of the outputs (batch, ...) and the targets that returns the
+        mean or the sum of the losses of single examples, such as ``nn.KLDivLoss(reduction="batchmean")`` or a function.
+        Each example is then one term, g is the gradient of the loss of this example alone, and c is the number of
+        examples for a mean. That examples are not coupled is checked in every batch.
     dtype, batch_size, cache, max_memory, spill, process_group
         As for `FisherMCLinearOperator`.
     rows : {"term", "datum"}
@@ -403,6 +408,8 @@ class EmpiricalFisherLinearOperator(FisherOperator):
     F. Kunstner, L. Balles, P. Hennig, Limitations of the empirical Fisher approximation for natural gradient descent,
     NeurIPS 2019.
     """
+
+    _any_loss = True
 
     def _factor(self, q: Likelihood, f: Tensor, terms: Terms, draws: Draws | None) -> OutputFactor:
         factor = _checked(q.scores(f, q.observed(terms)), q, f, 1)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fisherops._checks import with_context
 from fisherops.likelihoods.base import Draws, Likelihood, Terms
 from fisherops.likelihoods.factors import Combined, OutputFactor
 
@@ -55,8 +56,8 @@ class Heads(Likelihood):
         for (key, head), part, target in zip(self._heads.items(), self._parts(output), targets, strict=True):
             try:
                 terms.append(head.terms(part, target))
-            except (TypeError, ValueError) as error:
-                raise type(error)(f"head {key!r}: {error}") from None
+            except Exception as error:
+                raise with_context(error, f"head {key!r}") from None
         return Terms(None, [float(own.divisor) for own in terms], terms)
 
     def scale(self, f: Tensor, terms: Terms, c: Tensor) -> Tensor:
