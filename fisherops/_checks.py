@@ -30,17 +30,17 @@ def first_line(error: BaseException) -> str:
     return lines[0].rstrip(".") if lines else type(error).__name__
 
 
-def with_context(error: Exception, context: str) -> Exception:
-    """Return an error that says where it occurred, to be raised in place of `error` with ``from None``.
+def with_context(error: Exception, context: str) -> Exception | None:
+    """Return the library's own error with a text in front that says where it occurred.
 
-    The library's own messages begin with the context. Errors of users' code keep type, attributes and traceback, and
-    get a note.
+    None if the error is not the library's: it gets a note, and must be raised again as it is, with its type,
+    attributes, traceback and cause.
     """
     traceback = error.__traceback__
     while traceback is not None and traceback.tb_next is not None:
         traceback = traceback.tb_next
-    raised_in = traceback.tb_frame.f_globals.get("__name__", "") if traceback is not None else ""
-    if str(raised_in).startswith("fisherops."):
+    module = str(traceback.tb_frame.f_globals.get("__name__", "")) if traceback is not None else ""
+    if module.startswith("fisherops.") and type(error) in (TypeError, ValueError):
         return type(error)(f"{context}: {error}")
     error.add_note(f"This was raised for {context}.")
-    return error
+    return None

@@ -539,7 +539,9 @@ class FisherOperator(TorchLinearOperator):
             with torch.enable_grad():  # whether a distribution depends on the parameters shows in its graph
                 return self._likelihood.terms(output, batch.y)
         except Exception as error:
-            raise with_context(error, f"batch {batch.number}") from None
+            if (own := with_context(error, f"batch {batch.number}")) is not None:
+                raise own from None
+            raise
 
     def _read(self) -> None:
         """Read the data once."""

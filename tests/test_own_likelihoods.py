@@ -252,3 +252,47 @@ def test_likelihoods_that_do_not_mix_terms_are_accepted(samples):
         options = {"mc_samples": samples} if operator is fo.FisherMCLinearOperator else {}
         whole = mixing(Unit, operator, **options).todense()
         assert_same(mixing(Unit, operator, batch_size=2, **options).todense(), whole, torch.float64)
+
+
+# ---- Exceptions ---------------------------------------------------------------------------------------
+
+
+class UnusualError(ValueError):
+    """An error that cannot be made of a message alone."""
+
+    def __init__(self, code, where):
+        super().__init__(code, where)
+        self.code = code
+
+
+@pytest.mark.parametrize("as_head", [False, True])
+@pytest.mark.parametrize(
+    "error", [UnusualError(7, "here"), KeyError("field"), RuntimeError("shape"), AssertionError(), TypeError("x"),
+              NotImplementedError("later"), IndexError("range")],
+    ids=lambda error: type(error).__name__,
+)  # fmt: skip
+@pytest.mark.parametrize("method", ["flatten", "terms", "sample", "log_prob", "exact"])
+def test_exceptions_of_a_likelihood_keep_type_traceback_and_cause(method, error, as_head):
+    cause = OSError("file")
+
+    def raises(*_):
+        error.__notes__ = []
+        raise error from cause
+
+    q = type("Raises", (Unit,), {method: raises})("sum")
+    model = nn.Linear(2, 1).double()
+    X, y = torch.randn(5, 2).double(), torch.randn(5, 1).double()
+    operator = fo.FisherLinearOperator if method == "exact" else fo.FisherMCLinearOperator
+    with pytest.raises(type(error)) as raised:
+        if as_head:
+            params = list(model.parameters())
+            operator(lambda X: {"a": model(X)}, {"a": q}, params, [(X, {"a": y})]).trace()
+        else:
+            operator(model, q, data=(X, y)).trace()
+    assert raised.value is error
+    assert raised.value.__cause__ is cause
+    assert raised.traceback[-1].name == "raises"
+    if method == "terms":
+        notes = "\n".join(error.__notes__)
+        assert "batch 0" in notes
+        assert ("head 'a'" in notes) is as_head

@@ -9,6 +9,7 @@ import torch.distributions as td
 from families import FAMILIES, make_problem, positive
 from tolerances import assert_same
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fisherops as fo
 
@@ -430,3 +431,44 @@ def test_a_distribution_without_validate_args(kind):
 def test_what_is_refused_of_unknown_classes(make, operator, error, message):
     with pytest.raises(error, match=message):
         from_linear(lambda z: make(z[:, 0]), torch.randn(N), operator).trace()
+
+
+# ---- Memory ------------------------------------------------------------------------------------------------
+
+
+class Largest(TorchDispatchMode):
+    """Notes the bytes of the largest tensor that an operation returns."""
+
+    nbytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for t in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(t, torch.Tensor):
+                self.nbytes = max(self.nbytes, t.untyped_storage().nbytes())
+        return result
+
+
+@pytest.mark.parametrize("method", ["todense", "trace", "diagonal"])
+@pytest.mark.xfail(strict=True, reason="landing 3: (d + d²)² numbers per term of MultivariateNormal are listed at once")
+def test_multivariate_normal_of_two_parameters_is_not_written_out(method):
+    """An AR(1) time series of d values, with the information of Slepian and Bangs; 107 MB today."""
+    d = 60
+    t = torch.arange(d, dtype=torch.float64)
+    theta = {"phi": torch.tensor(0.6, dtype=torch.float64), "log": torch.tensor(0.1, dtype=torch.float64)}
+    covariance = lambda p: p["log"].exp() * p["phi"] ** (t[:, None] - t).abs() / (1 - p["phi"] ** 2)
+    model = lambda p, X: td.MultivariateNormal(
+        torch.zeros(len(X), d, dtype=torch.float64), covariance_matrix=covariance(p).expand(len(X), d, d)
+    )
+    data = (torch.zeros(1, 1), torch.zeros(1, d, dtype=torch.float64))
+    op = fo.FisherLinearOperator(model, None, theta, data, max_memory="8MiB")
+    op @ np.ones(2)
+    with Largest() as largest:
+        actual = getattr(op, method)()
+    values = torch.stack(list(theta.values()))
+    dC = torch.func.jacfwd(lambda v: covariance({"phi": v[0], "log": v[1]}))(values).movedim(-1, 0)
+    A = torch.linalg.solve(covariance(theta), dC)
+    F = 0.5 * torch.einsum("aij,bji->ab", A, A).numpy()
+    expected = {"todense": F, "trace": np.trace(F), "diagonal": np.diag(F)}[method]
+    np.testing.assert_allclose(actual, expected, rtol=1e-8, atol=1e-8 * np.abs(F).max())
+    assert largest.nbytes <= 2**24

@@ -57,7 +57,9 @@ class Heads(Likelihood):
             try:
                 terms.append(head.terms(part, target))
             except Exception as error:
-                raise with_context(error, f"head {key!r}") from None
+                if (own := with_context(error, f"head {key!r}")) is not None:
+                    raise own from None
+                raise
         return Terms(None, [float(own.divisor) for own in terms], terms)
 
     def scale(self, f: Tensor, terms: Terms, c: Tensor) -> Tensor:

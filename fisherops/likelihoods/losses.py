@@ -108,7 +108,7 @@ def of_loss(loss_func: object, any_loss: bool = False) -> Likelihood:
     if module is not None:
         raise NotImplementedError(
             f"`loss_func` must be a loss module for this operator, got the function {name}. Pass "
-            f"`nn.{module.__name__}()` with the same options."
+            f"`nn.{module.__name__}()` with the same options. {_others()}"
         )
     for known, reason in _REASONS.items():
         if isinstance(loss_func, known):
