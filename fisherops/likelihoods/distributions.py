@@ -12,8 +12,9 @@ from torch import Tensor
 
 from fisherops.likelihoods.base import Draws, Likelihood, Terms, checked_targets, refuse
 from fisherops.likelihoods.factors import OutputFactor
+from fisherops.likelihoods.named import Structure
 from fisherops.likelihoods.rebuilding import in_support
-from fisherops.likelihoods.structures import Structure, structure_of
+from fisherops.likelihoods.structures import structure_of
 
 
 class DistributionLikelihood(Likelihood):
