@@ -85,7 +85,7 @@ class StreamSampler:
 
 
 class CounterSampler:
-    """Draws that are a function of (seed, datum, term, sample, class) alone.
+    """Draws that are a function of (seed, datum, term, sample, class) and of the number of the call alone.
 
     So they do not depend on how the data are split or ordered, nor on the device, and the first m of M samples are the
     samples of m. All are inverse distribution functions of Philox's uniform numbers.
@@ -105,14 +105,18 @@ class CounterSampler:
 
 
 class CounterDraws:
-    """The draws of one batch; its terms are ordered by datum."""
+    """The draws of one batch; its terms are ordered by datum.
+
+    Calls are numbered: a likelihood that asks for two arrays gets independent ones.
+    """
 
     def __init__(self, key: tuple[int, int], index: Tensor, head: int = 0) -> None:
         self._key, self._index, self._head = key, index, head
+        self._calls, self._generated_calls = 0, 0
 
     def again(self) -> CounterDraws:
-        """Return the draws from their beginning, where they always are."""
-        return self
+        """Return the draws from their beginning."""
+        return CounterDraws(self._key, self._index, self._head)
 
     def normal(self, like: Tensor, samples: int) -> Tensor:
         """Draw standard normal numbers (samples, T, C) of the dtype of `like` (T, C)."""
@@ -141,7 +145,9 @@ class CounterDraws:
         """Draw by a function that uses torch's global generator, seeded for each datum."""
         zero = torch.zeros_like(self._index)
         # A counter that `uniform` does not use: its last word counts pairs of classes.
-        high, low, *_ = _philox.words((self._index, zero, zero + self._head, zero + 0xFFFFFFFF), self._key)
+        key = _key_of_call(self._key, self._generated_calls)
+        self._generated_calls += 1
+        high, low, *_ = _philox.words((self._index, zero, zero + self._head, zero + 0xFFFFFFFF), key)
         seeds = ((high << 31) ^ low).tolist()
         drawn = []
         with fixed_randomness(f.device, 0) as generators:
@@ -167,8 +173,22 @@ class CounterDraws:
             )
         sample = torch.arange(samples, device=device)[:, None, None] + (self._head << _SAMPLE_BITS)
         pair = torch.arange(-(-C // 2), device=device)
-        numbers = torch.stack(_philox.uniform((datum, term, sample, pair), self._key), -1)
+        key = _key_of_call(self._key, self._calls)
+        self._calls += 1
+        numbers = torch.stack(_philox.uniform((datum, term, sample, pair), key), -1)
         return numbers.expand(samples, T, -(-C // 2), 2).flatten(2)[..., :C]
+
+
+def _key_of_call(key: tuple[int, int], call: int) -> tuple[int, int]:
+    """Return the key of a call within `Likelihood.sample`: the first has the seed's, each other one a word of it.
+
+    All four words of a counter number something else already, so the call is in the counter of a key.
+    """
+    if call == 0:
+        return key
+    ones = torch.tensor(_philox.MASK, device="cpu")
+    high, low, *_ = (int(word) for word in _philox.words((ones.new_tensor(call), ones, ones, ones), key))
+    return high, low
 
 
 def _check_rate(rate: Tensor) -> None:

@@ -71,6 +71,8 @@ class FisherOperator(TorchLinearOperator):
     _needs_targets = False
     _samples = 1
     """M, what sums over draws are divided by."""
+    _any_loss = False
+    """Whether losses are accepted that are not a likelihood."""
 
     @opaque
     def __init__(
@@ -98,7 +100,7 @@ class FisherOperator(TorchLinearOperator):
             raise ValueError(f"`rows` must be 'term' or 'datum', got {rows!r}.")
         self._rows = rows
         self._needs_terms_by_datum = rows == "datum"
-        self._problem = Problem(model_func, loss_func, params, dtype=dtype)
+        self._problem = Problem(model_func, loss_func, params, dtype=dtype, any_loss=self._any_loss)
         self._loss_name, self._num_data = _name_of_loss(loss_func), num_data
         self._ranks = ranks_of(process_group, self._problem.device)
         self._sharding = None
@@ -717,9 +719,14 @@ class _Divisors:
     """The sum over the data of what ``reduction="mean"`` divides by, for each head of the model."""
 
     def __init__(self, likelihood: Likelihood) -> None:
-        self._mean = torch.tensor([reduction == "mean" for reduction in likelihood.reductions], device="cpu")
-        self.sum = torch.zeros(len(self._mean), dtype=torch.float64, device="cpu")
+        self._likelihood = likelihood
+        self.sum = torch.zeros(len(likelihood.reductions), dtype=torch.float64, device="cpu")
         self.needed = bool(self._mean.any())
+
+    @property
+    def _mean(self) -> Tensor:
+        # Of some losses this is known when the first batch was looked at.
+        return torch.tensor([reduction == "mean" for reduction in self._likelihood.reductions], device="cpu")
 
     def add(self, terms: Terms) -> None:
         """Add those of one batch."""

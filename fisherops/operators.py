@@ -297,6 +297,7 @@ class FisherMCLinearOperator(FisherOperator):
 
     def _factor(self, q: Likelihood, f: Tensor, terms: Terms, draws: Draws | None) -> OutputFactor:
         assert draws is not None
+        q.check_sample(f, self._samples, CounterSampler(self._seed).batch)
         return _checked(q.scores(f, q.sample(f, self._samples, draws)), q, f, self._samples)
 
 
@@ -388,17 +389,24 @@ class EmpiricalFisherLinearOperator(FisherOperator):
 
     .. math::
 
-        F = \frac{1}{c} \sum_{n,t} w_{nt}\, g_{nt}\, g_{nt}^\top,
-        \qquad g_{nt} = J_{nt}^\top s(y_{nt}),
+        F = \frac{1}{c} \sum_{n,t} g_{nt}\, g_{nt}^\top,
+        \qquad g_{nt} = w_{nt}\, J_{nt}^\top s(y_{nt}),
 
-    with the scores at the observed targets in place of an expectation over the model's own. It is the second moment of
-    the gradients of single loss terms (of single data for ``rows="datum"``), and in general neither the Fisher nor an
-    approximation of it. Label smoothing and soft targets change s.
+    with g the gradient of a loss term at its observed target, before ``reduction="mean"`` divides by c. For
+    ``rows="datum"`` g is the gradient of an example, the sum over its terms. F is the second moment of these gradients,
+    and in general neither the Fisher nor an approximation of it. Class weights, ``weight`` and ``pos_weight`` multiply
+    gradients, so w enters F squared; in the other two operators w is the weight of an observation. Label smoothing and
+    soft targets change s.
 
     Parameters
     ----------
-    model_func, loss_func, params, data, progressbar, check_deterministic, num_data, batch_size_fn
+    model_func, params, data, progressbar, check_deterministic, num_data, batch_size_fn
         As for `FisherMCLinearOperator`.
+    loss_func : nn.Module, Likelihood, callable, mapping, tuple or None
+        As for `FisherMCLinearOperator`, or any callable of the outputs (batch, ...) and the targets that returns the
+        mean or the sum of the losses of single examples, such as ``nn.KLDivLoss(reduction="batchmean")`` or a function.
+        Each example is then one term, g is the gradient of the loss of this example alone, and c is the number of
+        examples for a mean. That examples are not coupled is checked in every batch.
     dtype, batch_size, cache, max_memory, spill, process_group
         As for `FisherMCLinearOperator`.
     rows : {"term", "datum"}
@@ -417,9 +425,12 @@ class EmpiricalFisherLinearOperator(FisherOperator):
 
     _kind = "'empirical'"
     _needs_targets = True
+    _any_loss = True
 
     def _factor(self, q: Likelihood, f: Tensor, terms: Terms, draws: Draws | None) -> OutputFactor:
-        return _checked(q.scores(f, q.observed(terms)), q, f, 1)
+        factor = _checked(q.scores(f, q.observed(terms)), q, f, 1)
+        # Rows are multiplied by √w later, as those of an observation of weight w; a gradient has w itself.
+        return factor.scaled(q.scale(f, terms, torch.ones(len(q.reductions), dtype=torch.float64, device="cpu")))
 
 
 def _seed(seed: int) -> int:

@@ -118,14 +118,9 @@ def gauss_newton(model, loss, params, data):
 
 
 def empirical_fisher(model, loss, params, data, rows="term"):
-    """Σ w s sᵀ by the gradients of torch's own loss for single terms (or sums of them over single data).
-
-    A term of weight w has the gradient w s, so it is divided by √w; w is the ratio of the traces of the term's Hessian
-    with and without weights.
-    """
-    plain = type(loss)(reduction="sum")
-    weighted = copy.deepcopy(loss)
-    weighted.reduction = "sum"
+    """Σ g gᵀ by the gradients of torch's own loss for single terms (or sums of them over single data)."""
+    summed = copy.deepcopy(loss)
+    summed.reduction = "sum"
     F, divisor = 0.0, 0.0
     for X, y in data:
         for i in range(len(X)):
@@ -134,26 +129,12 @@ def empirical_fisher(model, loss, params, data, rows="term"):
             targets = target.reshape(-1) if target.ndim == f.ndim - 1 else flatten(loss, target)
             total = 0.0
             for t in range(len(terms)):
-                g = observed_score(weighted, plain, terms[t : t + 1], targets[t : t + 1])
-                row = gradient((terms[t : t + 1] * g).sum(), params).double().numpy()
+                row = gradient(summed(terms[t : t + 1], targets[t : t + 1]), params).double().numpy()
                 F = F + np.outer(row, row) if rows == "term" else F
                 total = total + row
                 divisor += mean_divisor(loss, targets[t : t + 1], terms[t])
             F = F + np.outer(total, total) if rows == "datum" else F
     return F / divisor if loss.reduction == "mean" else F
-
-
-def observed_score(weighted, plain, f, y):
-    """Return √w s of a single term."""
-    f = f.detach().requires_grad_()
-    g = torch.autograd.grad(weighted(f, y), f)[0]
-    H = torch.autograd.functional.hessian(lambda u: weighted(u, y), f.detach()).reshape(f.numel(), -1).diagonal()
-    hard = y if not y.is_floating_point() or isinstance(plain, nn.MSELoss) else torch.zeros_like(y)
-    if isinstance(plain, nn.CrossEntropyLoss):
-        hard = torch.zeros(1, dtype=torch.long)
-    B = torch.autograd.functional.hessian(lambda u: plain(u, hard), f.detach()).reshape(f.numel(), -1).diagonal()
-    w = (H / B).reshape(f.shape)
-    return torch.where(w > 0, g / w.sqrt(), 0).detach()
 
 
 def mean_divisor(loss, y, f):

@@ -472,7 +472,6 @@ def test_the_variance_of_the_continuous_bernoulli_is_the_integral(f):
     ("make", "y", "message"),
     [
         (lambda t: td.ContinuousBernoulli(logits=t + 40), 0.5, "accurate for logits up to 30, got 40.0: limit"),
-        (lambda t: td.Binomial(10**6, probs=(t - 40).sigmoid()), 3.0, "torch computes Binomial with probabilities of at least"),
         (lambda t: td.Gamma(0.01 + 0 * t, 1.0), 0.5, "draws of Gamma vanish in float64 unless its concentration is at least 0.02"),
         (lambda t: td.Poisson((t + 40).exp()), 3.0, r"counts can be drawn for Poisson rates above 0 and below 2\*\*53"),
     ],

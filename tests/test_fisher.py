@@ -294,7 +294,10 @@ def test_precisions_that_cannot_be_taken(case):
         (nn.KLDivLoss(), "is KLDivLoss, which stands for no likelihood: its targets are distributions"),
         (nn.CTCLoss(), "is CTCLoss, which stands for no likelihood: it sums over alignments"),
         (nn.HingeEmbeddingLoss(), "is HingeEmbeddingLoss, which is not supported"),
-        (nn.functional.cross_entropy, "is function, which is not supported"),
+        (
+            nn.functional.cross_entropy,
+            r"must be a loss module for this operator, got the function cross_entropy. Pass `nn.CrossEntropyLoss\(\)`",
+        ),
         ("mse", "is str, which is not supported"),
     ],
 )

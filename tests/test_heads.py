@@ -134,11 +134,9 @@ def test_summed_rows_are_one_for_each_datum(problem):
         outputs, total = model(X[n : n + 1]), 0
         for i, (key, loss) in enumerate(losses.items()):
             target = y[key][n : n + 1]
-            if i == 0:  # √w · gradient without weights, over the mean's divisor
-                w = loss.weight[target]
-                total = total + (w / loss.weight[y[key]].sum()).sqrt() * nn.functional.cross_entropy(
-                    outputs[key], target
-                )
+            if i == 0:  # the gradient of the summed loss, over the root of the mean's divisor
+                summed = nn.CrossEntropyLoss(loss.weight, reduction="sum")(outputs[key], target)
+                total = total + summed / loss.weight[y[key]].sum().sqrt()
             else:
                 total = total + loss(outputs[key], target)
         rows.append(torch.cat([g.reshape(-1) for g in torch.autograd.grad(total, list(model.parameters()))]))

@@ -256,12 +256,13 @@ def test_the_empirical_fisher_has_torchs_gradients(name):
         if loss is None:
             rows.append(oracle.gradient(-output.log_prob(target).sum(), params))
             continue
-        if any(getattr(loss, name, None) is not None for name in ("weight", "pos_weight")):
-            return  # weights are those of observations: see the tests of weighted losses
         summed = with_reduction(loss, "sum")
         value = summed(*output[:1], target, *output[1:]) if isinstance(output, tuple) else summed(output, target)
         rows.append(oracle.gradient(value, params))
-        divisor += target.numel()
+        counts = torch.ones_like(target, dtype=torch.float64)
+        if isinstance(loss, nn.CrossEntropyLoss | nn.NLLLoss):
+            counts = (target != loss.ignore_index) * (1.0 if loss.weight is None else loss.weight[target])
+        divisor += float(counts.sum())
     G = torch.stack(rows).numpy()
     expected = G.T @ G / (divisor if loss is not None and loss.reduction == "mean" else 1)
     assert_same(op.todense(), expected, torch.float64)

@@ -5,6 +5,7 @@ from collections import UserDict
 import numpy as np
 import pytest
 import torch
+from curvlinops import EFLinearOperator
 from curvlinops import FisherMCLinearOperator as Peer
 from models import LOSSES, make_case
 from tolerances import assert_same
@@ -62,3 +63,19 @@ def test_other_default_arguments_are_the_peers():
     ours = fo.FisherMCLinearOperator(case.model, case.loss, case.params, case.data, sampler="stream")
     v = torch.ones(case.D, dtype=case.dtype)
     assert_same((ours @ v).numpy(), (peer @ v).numpy(force=True), case.dtype)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("name", ["plain", "class weights", "weight", "pos_weight"])
+def test_the_empirical_fisher_is_the_peers(name, reduction):
+    weights = torch.tensor([0.1, 1.0, 5.0], dtype=torch.float64)
+    case = make_case("dense", "ce" if name in ("plain", "class weights") else "bce", sizes=(7,))
+    option = {} if name == "plain" else {"pos_weight" if name == "pos_weight" else "weight": weights}
+    loss = type(case.loss)(**option, reduction=reduction)
+    ours = fo.EmpiricalFisherLinearOperator(case.model, loss, data=case.data)
+    theirs = (EFLinearOperator(case.model, loss, case.params, case.data) @ torch.eye(case.D).double()).numpy(force=True)
+    if name == "class weights" and reduction == "mean":
+        # The peer multiplies the gradients of the mean by the number of terms N, and the result by 1/N; with c = Σ w
+        # for the divisor of the loss, its matrix is N/c² Σ w² s sᵀ in place of 1/c Σ w² s sᵀ.
+        theirs *= float(weights[case.data[0][1]].sum()) / 7
+    assert_same(ours.todense(), theirs, torch.float64)

@@ -13,10 +13,11 @@ from fisherops.likelihoods.factors import DenseFactor, OutputFactor
 
 
 class Draws(Protocol):
-    """Random numbers for the loss terms of one batch; every answer has a leading axis of samples.
+    """Random numbers for the loss terms of one batch, with a leading axis of samples.
 
-    With ``sampler="counter"`` the numbers of a term are its own, whatever batch it is in, and a second call gives the
-    same numbers again: where more are needed, ask for more columns at once.
+    With ``sampler="counter"`` the numbers of a term depend on that term and on the number of the call within `sample`,
+    whatever batch the term is in. Successive calls return independent numbers, so make the same calls in the same order
+    for every batch.
     """
 
     def uniform(self, like: Tensor, samples: int) -> Tensor:
@@ -180,6 +181,28 @@ class Likelihood(ABC):
 
     # ---- What the library asks for; a subclass need not know ------------------------------------
 
+    def check_sample(self, f: Tensor, samples: int, draws_of: Callable[[Tensor], Draws]) -> None:
+        """Raise ValueError unless the targets of a term are drawn from its own outputs and numbers alone.
+
+        Shapes that broadcast by mistake mix the terms without an error. Here: the draws of half of the terms must be
+        those of all of them; ``draws_of(index)`` returns the numbers of terms.
+        """
+        if len(f) < 2 or _is_of_library(self.sample):
+            return
+        terms = torch.arange(len(f), device=f.device)
+        half = terms[len(f) // 2 :]
+        whole = self.sample(f, samples, draws_of(terms))
+        if not isinstance(whole, Tensor) or whole.shape[:2] != (samples, len(f)):
+            return  # of other kinds, or refused for its shape
+        try:
+            part = self.sample(f[half], samples, draws_of(half))
+            # An argument next to a boundary may be rounded to either side of it.
+            mixed = not torch.isclose(whole[:, half], part, rtol=1e-3, equal_nan=True).double().mean() > 0.99
+        except (RuntimeError, IndexError) as error:
+            raise ValueError(_mixes_terms(self, "sample", "draw a term from its own f and from `draws`")) from error
+        if mixed:
+            raise ValueError(_mixes_terms(self, "sample", "draw a term from its own f and from `draws`"))
+
     def bind(self, output: Any) -> Likelihood:
         """Return the likelihood for one batch, where the model's output has a structure that must be known."""
         return self
@@ -251,7 +274,39 @@ def refuse(rule: str, values: Tensor, wrong: Tensor, mend: str) -> None:
 
 
 def score_columns(likelihood: Any, f: Tensor, y: Any) -> Tensor:
-    """Differentiate −log q by f, (T, R, C) for f (T, C) and targets (R, T, ...)."""
+    """Differentiate −log q by f, (T, R, C) for f (T, C) and targets (R, T, ...).
+
+    The scores of half of the terms and targets are computed a second time, without the others: shapes that broadcast by
+    mistake mix them without an error.
+    """
+    columns = _differentiate(likelihood, f, y)
+    rows, terms = slice(len(y) // 2, None), slice(len(f) // 2, None)
+    if isinstance(y, Tensor) and y.shape[1:2] == f.shape[:1] and (len(f) > 1 or len(y) > 1):
+        whole = columns[terms, rows]
+        try:
+            part = _differentiate(likelihood, f[terms], y[rows, terms])
+            tolerance = torch.finfo(f.dtype).eps ** 0.5
+            mixed = ((whole - part).abs() > tolerance * (whole.abs() + part.abs() + whole.abs().mean())).any()
+        except (RuntimeError, IndexError, ValueError) as error:
+            raise ValueError(_mixes_terms(likelihood, "log_prob", "compute a term from its own f and y")) from error
+        if mixed:
+            raise ValueError(_mixes_terms(likelihood, "log_prob", "compute a term from its own f and y"))
+    return columns
+
+
+def _is_of_library(method: Callable[..., Any]) -> bool:
+    return str(getattr(method, "__module__", "")).startswith("fisherops.")
+
+
+def _mixes_terms(likelihood: Any, method: str, rule: str) -> str:
+    name = getattr(likelihood, "name", type(likelihood).__name__)
+    return (
+        f"`{method}` of {name} mixes loss terms: for a part of them it returns other values than for all. Keep the "
+        f"last axis of f and y, so that their shapes do not broadcast over terms, and {rule} alone."
+    )
+
+
+def _differentiate(likelihood: Any, f: Tensor, y: Any) -> Tensor:
     R = len(y)
     with torch.enable_grad():
         point = f.detach().expand(R, *f.shape).clone().requires_grad_()

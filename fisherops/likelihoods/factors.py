@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from math import sqrt
 
 import torch
 from torch import Tensor
@@ -167,6 +168,45 @@ class CategoricalRoot(OutputFactor):
 
     def scaled(self, scale: Tensor) -> CategoricalRoot:
         return CategoricalRoot(self._p, self._scale * scale[:, :1])
+
+
+class NormalRoot(OutputFactor):
+    """The root of the Fisher of a multivariate normal in its mean and its Cholesky factor L (T, d, d).
+
+    With A = L⁻¹ dL, lower triangular, the metric is ‖L⁻¹ dμ‖² + 2 Σ_i A_ii² + Σ_{i>j} A_ij².
+    """
+
+    def __init__(self, L: Tensor, scale: Tensor | None = None) -> None:
+        self._L = L
+        self._scale = L.new_ones(1, 1) if scale is None else scale
+        d = L.shape[-1]
+        self._weights = torch.ones_like(L[0]).tril().fill_diagonal_(sqrt(2))
+        self.blocks, self.outputs = len(L), d + d * d
+        self.rank = self.outputs
+
+    def apply(self, W: Tensor) -> Tensor:
+        mean, rest = self._split(W)
+        U = torch.linalg.solve_triangular(self._L.mT, torch.cat([mean, self._weights * rest], -1), upper=True)
+        return self._join(U[..., :1], U[..., 1:].tril()) * self._scale
+
+    def adjoint(self, U: Tensor) -> Tensor:
+        mean, rest = self._split(U * self._scale)
+        W = torch.linalg.solve_triangular(self._L, torch.cat([mean, rest.tril()], -1), upper=False)
+        return self._join(W[..., :1], self._weights * W[..., 1:])
+
+    def columns(self) -> Tensor:
+        eye = torch.eye(self.rank, dtype=self._L.dtype, device=self._L.device)
+        return self.apply(eye.unsqueeze(1).expand(self.rank, self.blocks, self.rank)).transpose(0, 1)
+
+    def scaled(self, scale: Tensor) -> NormalRoot:
+        return NormalRoot(self._L, self._scale * scale)
+
+    def _split(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        d = self._L.shape[-1]
+        return x[..., :d].unsqueeze(-1), x[..., d:].unflatten(-1, (d, d))
+
+    def _join(self, mean: Tensor, rest: Tensor) -> Tensor:
+        return torch.cat([mean.squeeze(-1), rest.flatten(-2)], -1)
 
 
 class Combined(OutputFactor):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from math import gcd
 from typing import Any
 
@@ -70,6 +70,10 @@ class Heads(Likelihood):
     def sample(self, f: Tensor, samples: int, draws: Draws) -> list[Any]:
         parts = zip(self._heads.values(), self._split(f), strict=True)
         return [head.sample(part, samples, draws.head(number)) for number, (head, part) in enumerate(parts)]
+
+    def check_sample(self, f: Tensor, samples: int, draws_of: Callable[[Tensor], Draws]) -> None:
+        for head, part in zip(self._heads.values(), self._split(f), strict=True):
+            head.check_sample(part, samples, draws_of)
 
     def log_prob(self, f: Tensor, y: Any) -> Tensor:
         raise NotImplementedError("heads have terms of different kinds")

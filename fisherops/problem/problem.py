@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Any
@@ -50,6 +51,8 @@ class Problem:
         As of the operators.
     dtype : dtype or None
         Compute precision.
+    any_loss : bool
+        Whether losses are accepted that are not a likelihood.
 
     Attributes
     ----------
@@ -66,9 +69,11 @@ class Problem:
         Whether the parameters are divided among processes (FSDP2), so that there is reverse mode only.
     """
 
-    def __init__(self, model_func: Any, loss_func: Any, params: Any = None, *, dtype: Any = None) -> None:
-        self._loss_func = loss_func
-        self.likelihood: Likelihood = likelihoods.of_loss(loss_func)
+    def __init__(
+        self, model_func: Any, loss_func: Any, params: Any = None, *, dtype: Any = None, any_loss: bool = False
+    ) -> None:
+        self._make_likelihood = functools.partial(likelihoods.of_loss, loss_func, any_loss)
+        self.likelihood: Likelihood = self._make_likelihood()
         reshard(model_func)
         self.parameters = Parameters(select(model_func, params), as_dtype(dtype))
         self.sharded = any(map(is_sharded, self.parameters.tensors.values()))
@@ -90,7 +95,7 @@ class Problem:
         structure, loss = self._seen
         self._seen = self.version.structure, self.version.loss
         if self.version.loss != loss:
-            self.likelihood = likelihoods.of_loss(self._loss_func)
+            self.likelihood = self._make_likelihood()
         if self.version.structure != structure:
             self._forget()
         return number
