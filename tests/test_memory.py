@@ -49,8 +49,17 @@ print(peak() - before, op.plan.nbytes, result.nbytes)
 
 
 @needs_proc
-@pytest.mark.parametrize(("size", "K"), [(4096, 1), (128, 200)])
-@pytest.mark.parametrize("cache", ["auto", "scores", "linearization", "none"])
+@pytest.mark.parametrize(
+    ("cache", "size", "K"),
+    [
+        *[(cache, 4096, 1) for cache in ("auto", "scores", "linearization", "none")],
+        *[(cache, 128, 200) for cache in ("auto", "scores", "none")],
+        pytest.param(
+            "linearization", 128, 200,
+            marks=pytest.mark.xfail(strict=True, reason="landing 3: memory of products with a linearization"),
+        ),
+    ],
+)  # fmt: skip
 def test_the_peak_of_a_process(cache, size, K):
     """Beside max_memory: a batch of 64 data at work, and for batches that are not kept three arrays like the result."""
     max_memory = 60 * MIB  # of 700 MB of rows for the larger data set
@@ -65,7 +74,7 @@ def test_the_peak_of_a_process(cache, size, K):
     peak, kept, result = map(int, run.stdout.split())
     assert (kept > 0) == (cache != "none")
     assert kept <= max_memory
-    assert peak <= max_memory + 3 * result + 150 * MIB
+    assert peak <= max_memory + 3 * result + 60 * MIB
 
 
 @needs_proc
