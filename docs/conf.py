@@ -239,6 +239,8 @@ html_title = f"fisherops {release}"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_show_sphinx = False
+# Pages without a section have no navigation to show.
+html_sidebars = {"faq": [], "glossary": [], "changelog": []}
 html_context = {"repository": REPOSITORY}
 copybutton_exclude = ".linenos, .gp, .go"
 html_theme_options = {
