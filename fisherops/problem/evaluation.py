@@ -16,6 +16,7 @@ from torch.func import jvp, vmap
 from fisherops import _torch
 from fisherops._checks import first_line
 from fisherops._memory import is_memory_error
+from fisherops._tree import copied
 from fisherops.problem.calls import Calls, Kernels, Recorder, Use
 from fisherops.problem.rules import RULES
 
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
     from fisherops.problem.problem import Problem
 
 Result = TypeVar("Result")
+
+# Of the random numbers that every evaluation sees.
+SEED = 1
 
 
 class Mode(NamedTuple):
@@ -271,6 +275,47 @@ class Evaluation:
                 if error.disagrees:
                     raise
                 self.build_graph(MODES[0])
+
+    def compare_with_plain(self) -> None:
+        """Compare the gradient of a random sum of the outputs with that of the user's own parameters by `model(X)`.
+
+        A custom function may reach parameters past the values that are put in their place: for instance by a module
+        that it evaluates again in its backward pass.
+
+        Raises
+        ------
+        NotImplementedError
+            If they differ.
+        """
+        problem = self.problem
+        tensors = problem.parameters.tensors
+        own = {n: t for n, t in tensors.items() if t.requires_grad and t.is_leaf and not t._backward_hooks}
+        unreached = own.keys() - self.reached
+        if not own or problem.model.converts or not (self.custom_functions or unreached):
+            return
+        generator = torch.Generator(device=self.outputs.device).manual_seed(0)
+        u = torch.randn(self.outputs.shape, dtype=self.outputs.dtype, device=self.outputs.device, generator=generator)
+        with problem.isolated(), _torch.fixed_randomness(problem.device, SEED), torch.enable_grad(), self.kernels():
+            output = problem.model.plain(copied(self.X))
+            if output is None:
+                return
+            f = problem.likelihood.flatten(output).to(u.dtype)
+            try:
+                plain = torch.autograd.grad(f, list(own.values()), u, allow_unused=True)
+            except RuntimeError:  # what cannot be differentiated by the user says nothing
+                return
+        problem.version.absorb()
+        ours = problem.parameters.split(self.vjp(u[None]))
+        for (name, p), gradient in zip(own.items(), plain, strict=True):
+            expected = torch.zeros_like(p) if gradient is None else gradient.to_dense()
+            difference = float((ours[name][0] - expected).norm())
+            if not difference <= self.facts.tolerance * float(expected.norm()) + 1e-12 * float(u.norm()):
+                raise NotImplementedError(
+                    f"the gradient of parameter {name!r} is not that of plain `model(X)`: the model reaches it past "
+                    "the values that are put in its place, such as by a custom autograd function that evaluates a "
+                    f"module again in its backward pass ({', '.join(sorted(self.custom_functions)) or 'none seen'}). "
+                    "Use an implementation that torch differentiates through, or leave the parameter out of `params`."
+                )
 
     def linearize(self) -> bool:
         """Keep the derivative of u ↦ Jᵀu, so that J v needs no evaluation of the model; say whether there is one."""

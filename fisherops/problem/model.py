@@ -42,6 +42,10 @@ class ModelFunction:
         """Return all tensors that the model is known to use."""
         raise NotImplementedError
 
+    def plain(self, X: Any) -> Any:  # noqa: ARG002 (only those that can override it)
+        """Evaluate the model with the user's own parameters, as the user does; None if it holds none."""
+        return None
+
     def watched(self) -> list[Any]:
         """Return the objects that evaluations read, as far as they are known."""
         raise NotImplementedError
@@ -135,6 +139,10 @@ class _ModuleFunction(ModelFunction):
             return t.to(self._dtype) if converts and t.is_floating_point() else t
 
         with _Restoring(self._module.modules(), substitute) as self.substitutes:
+            return self._module(X)
+
+    def plain(self, X: Any) -> Any:
+        with _Restoring(self._module.modules()):
             return self._module(X)
 
     @property
@@ -234,6 +242,10 @@ class _ClosureFunction(ModelFunction):
     def __init__(self, function: Callable[[Any], Any], parameters: Parameters) -> None:
         super().__init__()
         self._function, self._parameters = function, parameters
+
+    def plain(self, X: Any) -> Any:
+        with _Restoring(self._called, called=self._called):
+            return self._function(X)
 
     def tensors(self) -> list[Tensor]:
         return list(self._parameters.tensors.values())

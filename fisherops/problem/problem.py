@@ -15,13 +15,13 @@ from fisherops._sharding import is_sharded, reshard
 from fisherops._tree import leaves, map_arrays
 from fisherops.likelihoods import Likelihood
 from fisherops.problem.calls import Calls, Kernels
-from fisherops.problem.evaluation import MODES, Evaluation, GraphFacts
+from fisherops.problem.evaluation import MODES, SEED, Evaluation, GraphFacts
 from fisherops.problem.model import as_function
 from fisherops.problem.parameters import Parameters, as_dtype, select
 from fisherops.problem.version import Version
 
-# Evaluations see these random numbers; a check for randomness compares with others.
-_SEED, _OTHER_SEED = 1, 2
+# A check for randomness compares with these random numbers.
+_OTHER_SEED = 2
 
 
 class Facts:
@@ -115,7 +115,7 @@ class Problem:
         with self.isolated():
             return Evaluation(self, self.parameters.point() if point is None else point, X, records)
 
-    def call(self, point: Mapping[str, Tensor], X: Any, seed: int = _SEED) -> Any:
+    def call(self, point: Mapping[str, Tensor], X: Any, seed: int = SEED) -> Any:
         """Return the model's output at a point; every evaluation sees the same random numbers."""
         if self.clones_inputs:
             X = map_arrays(Tensor.clone, X)
@@ -131,7 +131,7 @@ class Problem:
             _advise(error, X)
             raise
 
-    def flat(self, point: Mapping[str, Tensor], X: Any, seed: int = _SEED) -> Tensor:
+    def flat(self, point: Mapping[str, Tensor], X: Any, seed: int = SEED) -> Tensor:
         """Return the outputs at a point, (T, C), in the compute precision."""
         return self.likelihood.flatten(self.call(point, X, seed)).to(self.parameters.dtype)
 
@@ -152,7 +152,7 @@ class Problem:
         # With a graph, because models may differentiate inside.
         with torch.enable_grad():
             own = map_arrays(Tensor.clone, X)
-            with _torch.fixed_randomness(self.device, _SEED):
+            with _torch.fixed_randomness(self.device, SEED):
                 output = self._evaluated(point, own)
             writes = any(t._version > 0 for t in leaves(own))
             f = self.likelihood.flatten(output).detach()
