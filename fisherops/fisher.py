@@ -545,7 +545,7 @@ class FisherOperator(TorchLinearOperator):
             X = copied(batch.X)
             with noting(f"batch {batch.number}"):
                 evaluation = self._problem.evaluate(X, point, records=self._cache != "linearization")
-                if self._checked and not reached:
+                if not reached:
                     evaluation.compare_with_plain()
             reached |= evaluation.reached
             terms = self._terms(evaluation.output, batch)

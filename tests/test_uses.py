@@ -277,12 +277,6 @@ MODULES = {
 
 CASES = DENSE | CALLS | MODULES
 # Uses whose rows need a loop over examples today, where neither vmap nor, for EmbeddingBag, J v is possible.
-NO_LOOP = {
-    **dict.fromkeys(
-        ("experts, routed", "bilinear", "ragged", "weight_norm", "PReLU", "PReLU, one"), ("factors", "scores")
-    ),
-    "EmbeddingBag": ("auto", "factors", "scores"),
-}
 
 
 def rows_by_loops(model, parameters, X, y):
@@ -303,16 +297,10 @@ def rows_by_loops(model, parameters, X, y):
     return torch.stack(rows).numpy()
 
 
-LOOP = pytest.mark.xfail(
-    strict=True, raises=NotImplementedError, reason="landing 3: rows that need a loop over examples"
-)
-
-
 def cases():
     for name in CASES:
         for cache in ("auto", "factors", "scores"):
-            marks = [LOOP] if cache in NO_LOOP.get(name, ()) else []
-            yield pytest.param(name, cache, marks=marks, id=f"{name}-{cache}")
+            yield pytest.param(name, cache, id=f"{name}-{cache}")
 
 
 @pytest.mark.filterwarnings("ignore::fisherops.PlanWarning", "ignore:There is a performance drop")

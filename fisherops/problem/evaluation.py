@@ -374,10 +374,14 @@ class Evaluation:
         largest = 0.0
         # A custom function may be wrong for one datum only, which one number seldom shows.
         for _ in range(_PROBES if self.custom_functions else 1):
-            v = random((parameters.numel, 1))
+            u, v = random((1, *self.outputs.shape)), random((parameters.numel, 1))
+            gradient = self.vjp(u)
+            if self.custom_functions:  # that of a parameter with small gradients counts as much as the others
+                for start, stop in parameters.spans.values():
+                    size = gradient[start:stop].norm()
+                    v[start:stop] *= torch.where(size > 0, 1 / size, torch.ones_like(size))
             Jv = self._jvp(v, mode)
-            u = random(Jv.shape)
-            forward, reverse = float((u * Jv).sum()), float((self.vjp(u) * v).sum())
+            forward, reverse = float((u * Jv).sum()), float((gradient * v).sum())
             scale = float(Jv.norm()) or abs(reverse)
             difference = abs(forward - reverse) / scale if scale != 0 else 0.0
             largest = difference if isnan(difference) else max(largest, difference)

@@ -106,9 +106,9 @@ class MaterializedBatch:
         count, length = self._dense.shape
         total = torch.zeros_like(V)
         if len(V) == 1 and count < _FEW_ROWS and length > _LONG and V.device.type == "cpu":
-            v, w, own = V[0], W[0], total[0]
+            w, own = W[0], total[0]
             for n, row in enumerate(self._dense):
-                w[n] += torch.dot(row, v)
+                w[n] += times_transposed(row[None], V)[0, 0]
                 own.addcmul_(row, w[n])
             return total
         cached, least = (8 * _CACHED_BYTES, _MANY_ROWS) if takes_onednn(V) else (_CACHED_BYTES, 2)
