@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import random
+import sys
 import threading
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -171,6 +172,8 @@ def elementary_attention() -> Any:
 
 def eager() -> Any:
     """Evaluate compiled models by their Python code, which the modes of a build can see."""
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and importing it takes seconds
+        return nullcontext()
     try:
         return torch.compiler.set_stance("force_eager")
     except (AttributeError, RuntimeError):  # inside of a compiled function the stance cannot be changed
