@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.func import vjp, vmap
 
+from fisherops._memory import is_memory_error
 from fisherops.problem.calls import Use, tensors_in
 from fisherops.problem.evaluation import Evaluation, derivative_not_finite
 from fisherops.scores.batch import MaterializedBatch, Span
@@ -222,6 +223,8 @@ class RowsBuilder:
             try:
                 found[number] = self._rows_of(use, names, b, second, None if known is None else known[number])
             except Exception as error:  # a rule that does not fit this call says less than differentiation
+                if is_memory_error(error):
+                    raise
                 text = str(error) if isinstance(error, UnknownUseError) else f"{type(error).__name__}: {error}"
                 reason = f"operation {use.call.name} ({text.splitlines()[0][:80]})" if text else use.call.name
                 unknown |= dict.fromkeys(names, reason)
