@@ -753,7 +753,9 @@ def _name_of_loss(loss_func: Any) -> str:
         return f"{{{', '.join(f'{key!r}: {_name_of_loss(loss)}' for key, loss in loss_func.items())}}}"
     if isinstance(loss_func, tuple | list):
         return f"({', '.join(map(_name_of_loss, loss_func))})"
-    return f"{type(loss_func).__name__}({loss_func.reduction!r})"
+    name = getattr(loss_func, "__name__", type(loss_func).__name__)
+    reduction = getattr(loss_func, "reduction", None)
+    return name if reduction is None else f"{name}({reduction!r})"
 
 
 def _one_ahead(items: Iterable[Item]) -> Iterator[Item]:
