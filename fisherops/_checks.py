@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -32,13 +34,24 @@ def first_line(error: BaseException) -> str:
     return lines[0].rstrip(".") if lines else type(error).__name__
 
 
+def warn(message: str, category: type[Warning] = UserWarning) -> None:
+    """Warn at the line of the caller outside of this package; wrappers of torch may lie between."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and str(frame.f_globals.get("__name__", "")).partition(".")[0] in (
+        "fisherops",
+        "torch",
+    ):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, category, stacklevel=level - 1)
+
+
 @contextmanager
 def noting(where: str) -> Iterator[None]:
     """Add a note that names the place to exceptions of the user's model, whose type and traceback stay."""
     try:
         yield
     except Exception as error:
-        error.add_note(f"Raised for {where}.")
+        _note(error, where)
         raise
 
 
@@ -55,5 +68,11 @@ def prefixing(where: str) -> Iterator[None]:
         if module.startswith("fisherops.") and type(error) in (TypeError, ValueError):
             error.args = (f"{where}: {error}",)
         else:
-            error.add_note(f"Raised for {where}.")
+            _note(error, where)
         raise
+
+
+def _note(error: Exception, where: str) -> None:
+    note = f"Raised for {where}."
+    if note not in getattr(error, "__notes__", ()):
+        error.add_note(note)

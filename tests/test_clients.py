@@ -326,10 +326,10 @@ ARCHITECTURES = {
     "T5": (
         "T5ForConditionalGeneration",
         {**TOKENS, "d_model": 8, "d_kv": 4, "d_ff": 12, "num_layers": 2, "num_heads": 2, "decoder_start_token_id": 0},
-        "translation", False,
+        "translation", True,
     ),
     "Mamba": (
-        "MambaForCausalLM", {**TOKENS, "hidden_size": 8, "num_hidden_layers": 2, "state_size": 4}, "language", False
+        "MambaForCausalLM", {**TOKENS, "hidden_size": 8, "num_hidden_layers": 2, "state_size": 4}, "language", True
     ),
     "ViT": ("ViTForImageClassification", {**SMALL, "image_size": 8, "patch_size": 4, "num_labels": 3}, "images", False),
     "ConvNext": (

@@ -415,7 +415,6 @@ def test_data_with_indices_may_come_in_another_order_in_any_pass(kind, cache):
 
 @pytest.mark.parametrize("kind", ["exact", "empirical"])
 @pytest.mark.parametrize("cache", ["auto", "linearization", "none"])
-@pytest.mark.xfail(strict=True, reason="landing 4: a shuffled loader is refused although F does not depend on it")
 def test_a_shuffled_loader_is_fine_where_nothing_depends_on_the_order(kind, cache):
     model, batches = small_model(), small_data()
     X, y = (torch.cat(parts) for parts in zip(*batches, strict=True))

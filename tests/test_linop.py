@@ -55,7 +55,7 @@ def test_it_is_a_scipy_linear_operator(op):
     assert aslinearoperator(op) is op
     assert op.ndim == 2
     assert op.shape == (31, 31)
-    assert "31x31" in repr(op)
+    assert "D=31" in repr(op)
 
 
 def test_a_fisher_is_its_own_transpose_and_adjoint(op):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fisherops import _arrays
+from fisherops._checks import warn
 from fisherops._linop import TorchLinearOperator, _Damped, _Scaled, _Sum
 from fisherops.fisher import FisherOperator
 from fisherops.linalg._results import Bounds
@@ -117,10 +117,9 @@ def crlb(op: Any, of: Any = None, *, method: str = "auto") -> Bounds:
     if method not in METHODS:
         raise ValueError(f"`method` must be 'auto', 'dual' or 'dense', got {method!r}.")
     if any(isinstance(fisher, FisherMCLinearOperator) for fisher in fishers):
-        warnings.warn(
+        warn(
             "the inverse of a Monte-Carlo Fisher is not a Cramér-Rao bound, and its error is that of the draws. Use "
-            "FisherLinearOperator, the exact Fisher.",
-            stacklevel=3,
+            "FisherLinearOperator, the exact Fisher."
         )
     A, names = _functions(fishers[0], of)
     if not names:
@@ -132,9 +131,8 @@ def crlb(op: Any, of: Any = None, *, method: str = "auto") -> Bounds:
     covariance, digits, basis, nullity, lost = _bounds(B, A, noise, float("inf") if single else _GAP)
     if lost:
         advice = "Pass dtype='float64' to the operator" if single else "Use parameters that are less correlated"
-        warnings.warn(
-            f"the information about {lost} of {len(A)} directions is lost to rounding, so no bound is known. {advice}.",
-            stacklevel=3,
+        warn(
+            f"the information about {lost} of {len(A)} directions is lost to rounding, so no bound is known. {advice}."
         )
     directions = _name_directions(fishers[0], basis, nullity)
     deviation = np.sqrt(np.diag(covariance))

@@ -258,8 +258,9 @@ class RowsBuilder:
         derived = self._derived(use, names, Z, form.view, form.split)
         g, o, i = derived.shape
         A, B = A.reshape(*A.shape[:2], g, i), B.reshape(*B.shape[:3], g, o)
-        squares = A.square().sum((2, 3), dtype=torch.float64) * B.square().sum((2, 3, 4), dtype=torch.float64)
-        return _Found(derived, Factors(A, B), math.sqrt(float(squares.sum())), arrangement)
+        # Before sums over positions, in which b may cancel, such as of biases that a softmax does not see.
+        magnitude = float(b.norm()) * float(A.square().sum((2, 3)).max()) ** 0.5
+        return _Found(derived, Factors(A, B), magnitude, arrangement)
 
     def _derived(self, use: Use, names: tuple[str, ...], Z: Tensor, view: Tensor, split: tuple[int, int]) -> Derived:
         if not names:
@@ -485,7 +486,7 @@ class _Second:
             self._gradients = self._builder._gradients(self._edges, U)
         b1 = torch.einsum("q...,q->...", by_position(b), mix)
         b2 = by_position(self._gradients[_edge_of(use)])[0]
-        return measure(sizes, b1.flatten(1), b2.flatten(1), N)
+        return measure(sizes, b1.reshape(len(b1), -1), b2.reshape(len(b2), -1), N)
 
 
 class _NormalForm:
