@@ -529,7 +529,10 @@ def test_checkpoints_of_others_are_refused(tmp_path):
             lambda: linalg.eigsh(op, 4, method="primal", checkpoint=path),
             "must belong to this problem, but its k is 3, and here it is 4",
         ),
-        (lambda: linalg.eigsh(op, 3, "SA", method="primal", checkpoint=path), "largest is True there and False here"),
+        (
+            lambda: linalg.eigsh(op, 3, "SA", method="primal", checkpoint=path),
+            "its largest is True, and here it is False",
+        ),
         (lambda: linalg.eigsh(op, 3, method="primal", v0=b, checkpoint=path), "its checksum of v0 is"),
         (lambda: linalg.eigsh(1.01 * op, 3, method="primal", checkpoint=path), "the operator differs"),
         (
