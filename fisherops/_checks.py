@@ -36,13 +36,10 @@ def first_line(error: BaseException) -> str:
 
 def warn(message: str, category: type[Warning] = UserWarning) -> None:
     """Warn at the line of the caller outside of this package; wrappers of torch may lie between."""
-    frame, level = sys._getframe(1), 2
-    while frame.f_back is not None and str(frame.f_globals.get("__name__", "")).partition(".")[0] in (
-        "fisherops",
-        "torch",
-    ):
+    own, frame, level = ("fisherops", "torch"), sys._getframe(1), 2
+    while frame.f_back is not None and str(frame.f_globals.get("__name__", "")).partition(".")[0] in own:
         frame, level = frame.f_back, level + 1
-    warnings.warn(message, category, stacklevel=level - 1)
+    warnings.warn(message, category, stacklevel=level)
 
 
 @contextmanager

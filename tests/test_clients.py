@@ -36,7 +36,7 @@ CE = nn.CrossEntropyLoss
 
 
 def by_definition(data, params, weight=None):
-    """Return Σ w Jᵀ (diag p − p pᵀ) J, Σ w s sᵀ and Σ w, by a backward pass for each logit of each term.
+    """Return Σ w Jᵀ (diag p − p pᵀ) J, Σ w² s sᵀ and Σ w, by a backward pass for each logit of each term.
 
     `data` are pairs of one datum's logits (T, C), with a graph, and its targets (T,).
     """
@@ -48,7 +48,7 @@ def by_definition(data, params, weight=None):
             w = 1.0 if weight is None else weight[target].double()
             exact = exact + w * J.T @ (p.diag() - p.outer(p)) @ J
             s = J.T @ (p - nn.functional.one_hot(target, len(p)))
-            empirical = empirical + w * s.outer(s)
+            empirical = empirical + w**2 * s.outer(s)
             c += float(w)
     return exact.numpy(), empirical.numpy(), c
 
