@@ -71,6 +71,14 @@ class Use:
     source: GradientEdge | None = None
     """Where D is in the graph; None if nothing flows back to it."""
 
+    def stand_in(self, leaf: Tensor | None = None) -> Tensor:
+        """Return a tensor like D without memory of its own, as a view of one like a parameter if it is given."""
+        value = self.value
+        if leaf is None:
+            return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+        memory = torch.empty(leaf.numel(), dtype=leaf.dtype, device="meta")
+        return memory.as_strided(value.shape, value.stride(), value.storage_offset() - leaf.storage_offset())
+
     @property
     def is_generic(self) -> bool:
         """Whether only the derivative of the call itself is known."""

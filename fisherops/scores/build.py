@@ -114,7 +114,7 @@ class RowsBuilder:
     def _elements_of_factors(self, use: Use, form: str) -> int | None:
         """Predict the elements that a use takes as factors, or None if its rows are held dense."""
         if use.index is not None:
-            return use.index().numel() * (self._q * use.value[0].numel() + 2)
+            return use.index().numel() * (self._q * math.prod(use.value.shape[1:]) + 2)
         axes = _axes_of(use)
         if axes is None:
             return None
@@ -236,7 +236,7 @@ class RowsBuilder:
     ) -> _Found:
         """Return the rows of one use from b (q, ...)."""
         with torch.enable_grad():
-            Z = use.value.detach().requires_grad_()
+            Z = self._copy_of(use, names).requires_grad_()
             D = use.through(Z)
         if use.is_generic:  # one entry of the leading axis of the call at a time
             M = b.shape[1]
@@ -262,12 +262,25 @@ class RowsBuilder:
         magnitude = float(b.norm()) * float(A.square().sum((2, 3)).max()) ** 0.5
         return _Found(derived, Factors(A, B), magnitude, arrangement)
 
+    def _copy_of(self, use: Use, names: tuple[str, ...]) -> Tensor:
+        """Return D without its history; only its place in memory if the parameters are sharded, which is freed."""
+        if not self._evaluation.problem.sharded:
+            return use.value.detach()
+        leaf = self._leaves[names[0]]
+        if len(names) > 1 or (use.value is not leaf and use.value._base is not leaf):
+            raise UnknownUseError("it is computed from sharded parameters")
+        return use.stand_in(leaf)
+
     def _derived(self, use: Use, names: tuple[str, ...], Z: Tensor, view: Tensor, split: tuple[int, int]) -> Derived:
         if not names:
             raise UnknownUseError("no parameter is behind its value")
         leaves = [self._leaves[name] for name in names]
+        if self._evaluation.problem.sharded:
+            leaves = [torch.empty(leaves[0].shape, dtype=leaves[0].dtype, device="meta")]
         if len(names) == 1 and Strided.fits(leaves[0], view):
             return Strided(names[0], leaves[0].detach(), view.detach(), split)
+        if self._evaluation.problem.sharded:
+            raise UnknownUseError("it is no view of a sharded parameter")
         is_leaf = len(names) == 1 and use.value is leaves[0]
         o, i = split
         shape = math.prod(view.shape[:o]), math.prod(view.shape[o:i]), math.prod(view.shape[i:])
@@ -576,7 +589,7 @@ def _axes_of(use: Use) -> tuple[int, int, int, int] | None:
     of_a, of_D, out = use.letters
     if use.a is None or (isinstance(use.a, Tensor) and use.a.ndim == 0):
         of_a = ()
-    sizes = dict(zip(of_D, use.through(use.value.detach()).shape, strict=True))
+    sizes = dict(zip(of_D, use.through(use.stand_in()).shape, strict=True))
     shape = dict(zip(out, use.call.shape, strict=True)) if len(out) == len(use.call.shape) else {}
     g = math.prod(n for c, n in sizes.items() if c in of_a and c in out)
     o = math.prod(n for c, n in sizes.items() if c in out and c not in of_a)
@@ -589,20 +602,23 @@ def _axes_of(use: Use) -> tuple[int, int, int, int] | None:
 def _rows_of_call(use: Use, b: Tensor) -> Tensor:
     """Return the rows (M, q, d) of a use known by its derivative only, for the M entries of the leading axis."""
     call, D, M = use.call, use.value, b.shape[1]
-    data = [t for t in tensors_in((call.args, call.kwargs)) if t is not D and t.ndim and len(t) == M]
+    if not D.untyped_storage().nbytes():  # sharded, and freed: enough for what is linear in it, which is compared
+        D = torch.zeros(D.shape, dtype=D.dtype, device=D.device)
+    data = [t for t in tensors_in((call.args, call.kwargs)) if t is not use.value and t.ndim and len(t) == M]
     if not data:
         raise UnknownUseError("no argument has its leading axis")
 
     def put(x: Any, table: Mapping[int, Tensor]) -> Any:
         if isinstance(x, Tensor):
-            return table.get(id(x), x)
+            freed = x.numel() and x.layout is torch.strided and not x.untyped_storage().nbytes()
+            return table.get(id(x), x.new_zeros(x.shape) if freed else x)
         if isinstance(x, tuple | list):
             return [put(y, table) for y in x]
         return x
 
     def one(xs: tuple[Tensor, ...], own: Tensor) -> Tensor:
         def h(d: Tensor) -> Tensor:
-            table = {id(t): x[None] for t, x in zip(data, xs, strict=True)} | {id(D): d}
+            table = {id(t): x[None] for t, x in zip(data, xs, strict=True)} | {id(use.value): d}
             out = call.func(*put(call.args, table), **{k: put(v, table) for k, v in call.kwargs.items()})
             return out if isinstance(out, Tensor) else out[0]
 
