@@ -5,6 +5,7 @@ import os
 import pickle
 import signal
 import time
+import types
 
 import numpy as np
 import scipy.sparse.linalg as sla
@@ -227,8 +228,8 @@ def disagree(group, what):
 def fail(group, how):
     """Fail on the last rank, in one way or another, while the others wait for it."""
     last = dist.get_rank(group) == dist.get_world_size(group) - 1
-    model, faulty = network(), []
-    model.register_forward_hook(lambda *_: 1 / 0 if faulty else None)
+    model, fault = network(), types.SimpleNamespace(there=False)
+    model.register_forward_hook(lambda *_: 1 / 0 if fault.there else None)
     op = fo.FisherMCLinearOperator(
         model, loss(), data=parts(group, "contiguous"), process_group=group, cache="none", check_deterministic=False
     )
@@ -242,7 +243,7 @@ def fail(group, how):
             time.sleep(12)
             return "slept"
         if last and how == "error":
-            faulty.append(True)
+            fault.there = True
         op @ v
     except Exception as error:
         return type(error).__name__, str(error), time.monotonic() - started

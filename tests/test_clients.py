@@ -331,7 +331,7 @@ ARCHITECTURES = {
     "Mamba": (
         "MambaForCausalLM", {**TOKENS, "hidden_size": 8, "num_hidden_layers": 2, "state_size": 4}, "language", True
     ),
-    "ViT": ("ViTForImageClassification", {**SMALL, "image_size": 8, "patch_size": 4, "num_labels": 3}, "images", False),
+    "ViT": ("ViTForImageClassification", {**SMALL, "image_size": 8, "patch_size": 4, "num_labels": 3}, "images", True),
     "ConvNext": (
         "ConvNextForImageClassification",
         {"num_stages": 2, "hidden_sizes": [4, 8], "depths": [1, 1], "num_labels": 3},

@@ -22,9 +22,14 @@ MODULES = [module.name for module in pkgutil.walk_packages(fisherops.__path__, "
 
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
 DOCTESTED = [
+    "fisherops.fisher",
     "fisherops.likelihoods.base",
+    "fisherops.likelihoods.density",
     "fisherops.linalg.bounds",
+    "fisherops.linalg.density",
     "fisherops.linalg.eigen",
+    "fisherops.linalg.estimates",
+    "fisherops.linalg.solve",
     "fisherops.operators",
 ]
 TUTORIALS = sorted((ROOT / "docs" / "tutorials").glob("*.py"))

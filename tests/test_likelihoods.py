@@ -186,6 +186,14 @@ def test_the_test_finds_a_scale_that_is_ten_percent_off(name):
     assert abs(z_score(1.1 * forms, expected)) > LIMIT
 
 
+@pytest.mark.parametrize("name", list(EXACT)[::6])
+def test_the_test_finds_a_scale_that_is_two_percent_off(name):
+    """With more draws, for some of all kinds."""
+    forms, expected = quadratic_forms(name, draws=4_000_000)
+    assert abs(z_score(forms, expected)) <= LIMIT
+    assert abs(z_score(1.02 * forms, expected)) > LIMIT
+
+
 def test_the_test_finds_a_wrong_class_weight():
     wrong = nn.CrossEntropyLoss(torch.tensor([0.5, 2.0, 1.0], dtype=torch.float64))
     assert abs(z_score(*quadratic_forms("CrossEntropyLoss with weights", operator_loss=wrong, draws=2_000_000))) > LIMIT
