@@ -40,6 +40,8 @@ class Call:
     """Where the gradient by its output is to be had."""
     shape: torch.Size | None = None
     """Of the output."""
+    derived: frozenset[int] = frozenset()
+    """Identities of the derived values among its arguments."""
     below: list[Any] = field(default_factory=list)
     """Nodes of the data that it was given, where a walk through the graph goes on."""
 
@@ -163,7 +165,7 @@ class Recorder:
         data = [t for t in given if self.is_data(t)]
         if not values or not data:
             return self._plain(func, name, args, kwargs, values, data, kernels)
-        call = Call(func, name, args, kwargs)
+        call = Call(func, name, args, kwargs, derived=frozenset(map(id, values)))
         rule = self._rules.get(name)
         uses = rule(call, self) if rule and torch.is_grad_enabled() and not _is_python(func) else None
         if uses is None or not {id(v) for v in values} <= {id(use.value) for use in uses}:

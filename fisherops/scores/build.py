@@ -604,7 +604,7 @@ def _rows_of_call(use: Use, b: Tensor) -> Tensor:
     call, D, M = use.call, use.value, b.shape[1]
     if not D.untyped_storage().nbytes():  # sharded, and freed: enough for what is linear in it, which is compared
         D = torch.zeros(D.shape, dtype=D.dtype, device=D.device)
-    data = [t for t in tensors_in((call.args, call.kwargs)) if t is not use.value and t.ndim and len(t) == M]
+    data = [t for t in tensors_in((call.args, call.kwargs)) if id(t) not in call.derived and t.ndim and len(t) == M]
     if not data:
         raise UnknownUseError("no argument has its leading axis")
 

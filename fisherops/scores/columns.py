@@ -158,7 +158,7 @@ class Factors(Columns):
             if g == 1:
                 product = times_transposed(H.reshape(len(w) * o, NT), self._A[0].T).view(len(w), g, o, i)
             else:
-                product = torch.matmul(H.view(len(w), g, o, NT), self._A)
+                product = torch.matmul(H.reshape(len(w), g, o, NT), self._A)
             if out is None:
                 return product
             out[start : start + len(w)] = product
