@@ -1,6 +1,6 @@
 """Counts of calls, kernels, lines and imports: what a reader and a product go through, independent of the load.
 
-Each count has the number of commit b2cece1, above which it must not grow, and the target of the redesign. A change that
+Each count has a number above which it must not grow, and the target of the redesign. A change that
 needs more says so by raising the number here.
 """
 
@@ -23,24 +23,26 @@ import fisherops as fo
 
 ROOT = Path(fo.__file__).parent
 
-# In words of the measured quantity: the number of b2cece1, the target, and the landing that reaches it. The numbers of
+# In words of the measured quantity: the number that must not grow, the target, and the landing that reaches it. Those of
+# b2cece1 were 127, 61, 13, 129; 897, 29; 777, 110, 16; 5505, 11649; 41, 733; 2, 21. Problem, Version and uses by calls
+# (landings 2 and 3) raised them; the forms of F that they make superfluous go with landing 4. The numbers of
 # a first product are those without the determinism check; with it they are 1,033 calls.
 COUNTS = {
     "calls of a warm product": (127, 35, 4),
-    "functions of a warm product": (61, 25, 4),
-    "files of a warm product": (13, 9, 4),
-    "kernels of a warm product": (129, 90, 4),
-    "calls of a constructor and first product": (897, 350, 4),
-    "files of a constructor and first product": (29, 18, 4),
-    "calls of eigsh": (777, 250, 6),
-    "functions of eigsh": (110, 70, 6),
-    "files of eigsh": (16, 10, 6),
-    "lines of the core": (5505, 2500, 4),
-    "lines of the package": (11649, 9200, 7),
-    "methods of the largest class": (41, 20, 4),
-    "lines of the largest file": (733, 350, 7),
-    "modules in import cycles": (2, 0, 7),
-    "files that mention ranks": (21, 2, 5),
+    "functions of a warm product": (70, 25, 4),
+    "files of a warm product": (15, 9, 4),
+    "kernels of a warm product": (153, 90, 4),
+    "calls of a constructor and first product": (2400, 350, 4),
+    "files of a constructor and first product": (34, 18, 4),
+    "calls of eigsh": (720, 250, 6),
+    "functions of eigsh": (124, 70, 6),
+    "files of eigsh": (18, 10, 6),
+    "lines of the core": (7080, 2500, 4),
+    "lines of the package": (15600, 9200, 7),
+    "methods of the largest class": (49, 20, 4),
+    "lines of the largest file": (830, 350, 7),
+    "modules in import cycles": (4, 0, 7),
+    "files that mention ranks": (23, 2, 5),
 }
 
 # What the core is not: public constructors, likelihoods, linear algebra, processes, the command line, conversions, data
@@ -50,7 +52,7 @@ PERIPHERY = (
     "operators.py", "cli.py", "plot.py", "optim.py", "data.py", "draws.py",
     "__init__.py", "__main__.py", "_arrays.py", "_torch.py", "_checks.py", "_demo.py", "_launch.py",
     "_matmul.py", "_memory.py", "_philox.py", "_problem.py", "_randomness.py", "_sums.py", "_tree.py",
-    "scores/lazy.py", "scores/rows.py", "scores/store.py", "scores/uses.py",
+    "scores/lazy.py", "scores/rows.py", "scores/store.py", "problem/calls.py", "problem/rules.py",
     "app/", "approximate/", "likelihoods/", "linalg/", "parallel/", "scores/uses/",
 )
 # fmt: on
