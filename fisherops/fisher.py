@@ -622,7 +622,9 @@ class FisherOperator(TorchLinearOperator):
     def _terms(self, output: Any, batch: Batch, needs_targets: bool = False) -> Terms:
         # Whether a distribution depends on the parameters shows in its graph.
         with prefixing(f"batch {batch.number}"), torch.enable_grad():
-            if batch.y is None and (needs_targets or self._needs_targets):
+            if batch.y is None and needs_targets:
+                raise ValueError("the targets y must be given for the gradient of the loss, got None. Pass (X, y).")
+            if batch.y is None and self._needs_targets:
                 raise ValueError(
                     f"the targets y must be given for {type(self).__name__}, got None. Pass (X, y), or use "
                     "FisherMCLinearOperator or FisherLinearOperator, which most losses need no targets for."

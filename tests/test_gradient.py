@@ -206,6 +206,12 @@ def test_weights_of_the_loss_that_changed():
     assert not np.allclose(op.gradient(), before)
 
 
+def test_the_gradient_needs_targets():
+    op = fo.FisherLinearOperator(nn.Linear(4, 3), nn.CrossEntropyLoss(), data=(torch.randn(6, 4), None))
+    with pytest.raises(ValueError, match="targets y must be given for the gradient of the loss, got None"):
+        op.gradient()
+
+
 # ---- repr ------------------------------------------------------------------------------------------------
 
 
