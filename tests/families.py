@@ -1,5 +1,6 @@
 """Every supported loss and distribution, as a model of two parameters-to-outputs layers, with targets to go with it."""
 
+import copy
 from dataclasses import dataclass
 
 import torch
@@ -158,4 +159,4 @@ def make_problem(name, N=6, seed=0):
         torch.manual_seed(seed)
         output = model(X)
         y = output.sample() if family.loss is None else family.targets(output, g)
-    return model, family.loss, X, y
+    return model, copy.deepcopy(family.loss), X, y

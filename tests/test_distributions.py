@@ -54,7 +54,7 @@ def test_float32(name):
     single = Model(FAMILIES[name])
     single.load_state_dict(model.state_dict())
     single.float()
-    loss = loss if loss is None else type(loss).float(loss)
+    loss = loss if loss is None else loss.float()
     y = y.float() if y.is_floating_point() else y
     for operator in OPERATORS:
         if operator is fo.FisherLinearOperator and not FAMILIES[name].exact:
