@@ -119,6 +119,11 @@ class Data:
         """Whether the examples were read in another order, or batches with indices were not compared."""
         self._source = _as_source(source, batch_size)
 
+    @property
+    def is_stored(self) -> bool:
+        """Whether batches are read from a list, so that no random numbers can change them."""
+        return type(self._source) in (list, tuple)
+
     def batches(self, description: str) -> Generator[Batch]:
         """Read all batches once.
 

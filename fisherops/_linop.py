@@ -1,8 +1,9 @@
 """The SciPy contract and the algebra of operators, written once, in torch.
 
-A subclass says how it multiplies (:meth:`TorchLinearOperator._apply`) and what its transpose is; every
-public way to multiply is here. The public methods of SciPy convert their input to NumPy before any
-private hook sees it, so they are all overridden, and so are its composites.
+A subclass says how it multiplies (:meth:`TorchLinearOperator._mul`) and what its transpose is; every public way to
+multiply is here, with the one check that results are finite. Inside, vectors are rows: (K, N). The public methods of
+SciPy convert their input to NumPy before any private hook sees it, so they are all overridden, and so are its
+composites.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import functools
 import operator
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import numpy as np
@@ -26,7 +27,7 @@ from fisherops._sharding import is_sharded
 # Shapes that products take: with one vector, with a matrix, with either.
 _SHAPES = {True: "({0},) or ({0}, 1)", False: "({0}, K)", None: "({0},) or ({0}, K)"}
 
-# Columns that `todense` multiplies at a time.
+# Rows of the identity that are multiplied at a time.
 _BLOCK = 256
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -65,7 +66,7 @@ def as_damping(damping: Any, dtype: torch.dtype = torch.float64) -> float:
 
 
 def check_result(result: Tensor, *inputs: Tensor) -> Tensor:
-    """Return a result if it is finite, or an input is not."""
+    """Return a result that leaves if it is finite, or an input is not."""
     # The sum is finite if all entries are, unless it overflows, which the second test settles.
     if not result.sum().isfinite() and not result.isfinite().all() and all(x.isfinite().all() for x in inputs):
         raise FloatingPointError(
@@ -76,10 +77,18 @@ def check_result(result: Tensor, *inputs: Tensor) -> Tensor:
     return result
 
 
+def identity(n: int, dtype: torch.dtype, device: torch.device) -> Iterator[Tensor]:
+    """List the identity in blocks of rows (K, n)."""
+    for start in range(0, n, _BLOCK):
+        rows = torch.zeros(min(_BLOCK, n - start), n, dtype=dtype, device=device)
+        rows.diagonal(start).fill_(1)
+        yield rows
+
+
 class TorchLinearOperator(LinearOperator):
     """A SciPy linear operator that computes in torch.
 
-    Subclasses implement ``_apply`` and, unless they are symmetric, ``_transpose``.
+    Subclasses implement ``_mul`` and, unless they are symmetric, ``_transpose``.
 
     Parameters
     ----------
@@ -88,7 +97,7 @@ class TorchLinearOperator(LinearOperator):
     dtype : torch.dtype
         Compute precision.
     device : torch.device
-        Where ``_apply`` gets its input and leaves its result.
+        Where ``_mul`` gets its input and leaves its result.
     """
 
     # Reflected products (`ndarray @ op`) must reach this class instead of NumPy's loops.
@@ -103,18 +112,18 @@ class TorchLinearOperator(LinearOperator):
 
     # ---- What a subclass says -----------------------------------------------------------------
 
-    def _apply(self, V: Tensor) -> Tensor:
-        """Multiply with columns.
+    def _mul(self, V: Tensor) -> Tensor:
+        """Multiply with vectors.
 
         Parameters
         ----------
         V : torch.Tensor
-            (N, K) with K ≥ 1, in the operator's dtype and on its device; only to be read.
+            (K, N) with K ≥ 1, in the operator's dtype and on its device; only to be read.
 
         Returns
         -------
         torch.Tensor
-            (M, K), shared with nobody.
+            (K, M), shared with nobody.
         """
         raise NotImplementedError
 
@@ -227,13 +236,13 @@ class TorchLinearOperator(LinearOperator):
                 "`x.toarray()`."
             )
         X, leave = _arrays.enter(x)
-        if is_sharded(X):
-            self._check_shape(X, name, vector)
-            return self._times(X.unsqueeze(1)).squeeze(1) if X.ndim == 1 else self._times(X)
         self._check_shape(X, name, vector, rows)
-        columns = X.unsqueeze(1) if X.ndim == 1 else X.T if rows else X
-        Y = self._times(columns.to(self.device).resolve_conj().resolve_neg())
-        return leave(Y.squeeze(1) if X.ndim == 1 else Y.T if rows else Y)
+        V = X.unsqueeze(0) if X.ndim == 1 else X if rows else X.T
+        if is_sharded(X):
+            Y = self.multiply(V)
+            return Y.squeeze(0) if X.ndim == 1 else Y.T
+        Y = self.multiply(V.to(self.device).resolve_conj().resolve_neg())
+        return leave(Y.squeeze(0) if X.ndim == 1 else Y if rows else Y.T)
 
     def _check_shape(self, X: Tensor, name: str, vector: bool | None = None, rows: bool = False) -> None:
         N = self.shape[1]
@@ -247,16 +256,28 @@ class TorchLinearOperator(LinearOperator):
                 f"{expected.format(N)}, got {tuple(X.shape)}."
             )
 
+    def multiply(self, V: Tensor) -> Tensor:
+        """Multiply with torch vectors (K, N) of any dtype: (K, M) in the operator's dtype, complex ones in parts.
+
+        Raises
+        ------
+        FloatingPointError
+            If the result is not finite although `V` is, or the operator's dtype cannot represent `V`.
+        """
+        return check_result(self._times(V), V)
+
+    def times_columns(self, V: Tensor) -> Tensor:
+        """As `multiply`, with vectors that are columns: (N, K) → (M, K)."""
+        return self.multiply(V.T).T
+
     def _times(self, V: Tensor) -> Tensor:
-        """Multiply with a torch matrix of any dtype: its columns in the operator's dtype, complex ones in parts."""
-        M, K = self.shape[0], V.shape[1]
+        """Multiply with vectors (K, N) of any dtype, as a part of another operator."""
         if V.is_complex() and not self.torch_dtype.is_complex:
-            parts = self._times(torch.cat([V.real, V.imag], dim=1))
-            return torch.complex(parts[:, :K].contiguous(), parts[:, K:].contiguous())
-        if K == 0:
-            return torch.zeros(M, 0, dtype=self.torch_dtype, device=self.device)
-        own = self._narrowed(V)
-        return check_result(self._apply(own).to(self.torch_dtype), V)
+            real, imaginary = self._times(torch.cat([V.real, V.imag])).split(len(V))
+            return torch.complex(real.contiguous(), imaginary.contiguous())
+        if len(V) == 0:
+            return torch.zeros(0, self.shape[0], dtype=self.torch_dtype, device=self.device)
+        return self._mul(self._narrowed(V)).to(self.torch_dtype)
 
     def _narrowed(self, V: Tensor) -> Tensor:
         """Convert vectors to the operator's dtype, which must be able to represent them."""
@@ -267,13 +288,9 @@ class TorchLinearOperator(LinearOperator):
     def todense(self) -> np.ndarray[Any, Any]:
         """Return the matrix as a NumPy array of shape (M, N); costs N products."""
         M, N = self.shape
-        blocks = [torch.zeros(M, 0, dtype=self.torch_dtype)]
-        for start in range(0, N, _BLOCK):
-            width = min(_BLOCK, N - start)
-            identity = torch.zeros(N, width, dtype=self.torch_dtype, device=self.device)
-            identity.diagonal(-start)[:width] = 1
-            blocks.append(self._times(identity).cpu())
-        return torch.cat(blocks, dim=1).numpy()
+        blocks = [torch.zeros(0, M, dtype=self.torch_dtype)]
+        blocks += [self.multiply(rows).cpu() for rows in identity(N, self.torch_dtype, self.device)]
+        return torch.cat(blocks).T.contiguous().numpy()
 
     def toarray(self) -> np.ndarray[Any, Any]:
         """Return the matrix as a NumPy array of shape (M, N), as `todense` does; the name is that of sparse arrays."""
@@ -365,14 +382,14 @@ class TorchLinearOperator(LinearOperator):
 
 
 class Transposed(TorchLinearOperator):
-    """The transpose of an operator that has a method for it (``_apply_transposed``)."""
+    """The transpose of an operator that has a method for it (``_mul_t``)."""
 
     def __init__(self, A: Any) -> None:
         super().__init__((A.shape[1], A.shape[0]), A.torch_dtype, A.device)
         self._A = A
 
-    def _apply(self, V: Tensor) -> Tensor:
-        result: Tensor = self._A._apply_transposed(V)
+    def _mul(self, V: Tensor) -> Tensor:
+        result: Tensor = self._A._mul_t(V)
         return result
 
     def _transpose(self) -> TorchLinearOperator:
@@ -389,7 +406,7 @@ class _Sum(TorchLinearOperator):
         super().__init__(A.shape, torch.promote_types(A.torch_dtype, B.torch_dtype), _same_device(A, B))
         self._A, self._B = A, B
 
-    def _apply(self, V: Tensor) -> Tensor:
+    def _mul(self, V: Tensor) -> Tensor:
         return self._A._times(V) + self._B._times(V)
 
     def _transpose(self) -> TorchLinearOperator:
@@ -407,7 +424,7 @@ class _Scaled(TorchLinearOperator):
         super().__init__(A.shape, dtype.to_complex() if isinstance(alpha, complex) else dtype, A.device)
         self._A, self._alpha = A, alpha
 
-    def _apply(self, V: Tensor) -> Tensor:
+    def _mul(self, V: Tensor) -> Tensor:
         return self._A._times(V).mul_(self._alpha)
 
     def _transpose(self) -> TorchLinearOperator:
@@ -426,7 +443,7 @@ class _Damped(TorchLinearOperator):
         super().__init__(A.shape, A.torch_dtype, A.device)
         self._A, self.damping = A, damping
 
-    def _apply(self, V: Tensor) -> Tensor:
+    def _mul(self, V: Tensor) -> Tensor:
         return self._A._times(V).add_(V, alpha=self.damping)
 
     def _transpose(self) -> TorchLinearOperator:
@@ -448,7 +465,7 @@ class _Product(TorchLinearOperator):
         super().__init__((A.shape[0], B.shape[1]), dtype, _same_device(A, B))
         self._A, self._B = A, B
 
-    def _apply(self, V: Tensor) -> Tensor:
+    def _mul(self, V: Tensor) -> Tensor:
         return self._A._times(self._B._times(V))
 
     def _transpose(self) -> TorchLinearOperator:
@@ -467,7 +484,7 @@ class _Power(TorchLinearOperator):
         super().__init__(A.shape, A.torch_dtype, A.device)
         self._A, self._p = A, p
 
-    def _apply(self, V: Tensor) -> Tensor:
+    def _mul(self, V: Tensor) -> Tensor:
         if self._p == 0:
             return V.clone()  # a result never shares the memory of its input
         for _ in range(self._p):
@@ -499,9 +516,9 @@ class _Foreign(TorchLinearOperator):
         super().__init__(A.shape, partner, device)
         self._A, self._partner = A, partner
 
-    def _apply(self, V: Tensor) -> Tensor:
+    def _mul(self, V: Tensor) -> Tensor:
         # Copies both ways: a foreign operator may write to what it is given, and IdentityOperator returns it.
-        result = np.array(self._A.matmat(np.array(V.cpu().numpy())), dtype=self.dtype)
+        result = np.array(self._A.matmat(np.array(V.cpu().numpy().T, order="C")).T, dtype=self.dtype, order="C")
         return torch.from_numpy(result).to(self.device)
 
     def _transpose(self) -> TorchLinearOperator:

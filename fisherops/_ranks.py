@@ -88,7 +88,7 @@ class Alone:
         return 0
 
     def checksum(self, V: Tensor) -> int:  # noqa: ARG002
-        """Return a number by which different vectors are told apart, where there is something to compare them with."""
+        """Return a number by which different vectors (K, n) are told apart, where there are others to compare with."""
         return 0
 
     # ---- Made of these ------------------------------------------------------------------------
@@ -100,7 +100,7 @@ class Alone:
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Return the sum over all ranks; the tensor may be overwritten."""
-        return self.begin_sum(tensor).value()
+        return tensor
 
 
 class Ranks(Alone):
@@ -196,6 +196,9 @@ class Ranks(Alone):
             self.broken = True
             raise RankError(f"the ranks do not do the same: {_difference(said)}.")
 
+    def sum(self, tensor: Tensor) -> Tensor:
+        return self.begin_sum(tensor).value()
+
     def begin_sum(self, tensor: Tensor) -> PendingSum:
         self._compare()
         # Two numbers are rounded once when they are added; a sum of more is made in float64, or it would lose digits.
@@ -237,9 +240,13 @@ class Ranks(Alone):
         return self._operators
 
     def checksum(self, V: Tensor) -> int:
-        bits = V.contiguous().view(torch.int32 if V.itemsize == 4 else torch.int64)
-        by_column = bits.sum(0, dtype=torch.int64)
-        return int((by_column * torch.arange(1, V.shape[1] + 1, device=V.device)).sum())
+        # Weighted by place, so that the same numbers in another order are other vectors.
+        places = torch.arange(1, V.shape[1] + 1, device=V.device)
+        total = 0
+        for k, v in enumerate(V, 1):
+            bits = v.contiguous().view(torch.int32 if v.itemsize == 4 else torch.int64)
+            total += k * int((bits * places).sum())
+        return total
 
     def _group(self, t: Tensor) -> Any:
         return self._cpu if t.device.type == "cpu" else self._gpu

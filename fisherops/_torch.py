@@ -22,6 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 # Torch's random state, forward-mode level and kernel flags belong to the process, not to a thread.
 _LOCK = threading.RLock()
+_depth = 0  # of `isolated`, by the thread that has the lock
 
 
 # ---- Tensors ----------------------------------------------------------------------------------
@@ -121,8 +122,17 @@ def isolated(device: torch.device) -> Iterator[None]:
     The global random numbers are fixed inside and restored afterwards; inference mode and autocasting of the caller do
     not reach in; other threads wait.
     """
-    with _LOCK, fixed_randomness(device, 0), own_precision(device), _unvalidated_distributions():
-        yield
+    global _depth
+    with _LOCK:
+        if _depth:
+            yield
+            return
+        _depth += 1
+        try:
+            with fixed_randomness(device, 0), own_precision(device), _unvalidated_distributions():
+                yield
+        finally:
+            _depth -= 1
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The three Fisher operators: which vectors make the output factor."""
+"""The three Fisher operators of a model and its data."""
 
 from __future__ import annotations
 
@@ -6,18 +6,123 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
 
 from fisherops import _arrays
 from fisherops._checks import integer
-from fisherops._draws import CounterSampler, StreamSampler
-from fisherops._linop import check_result, opaque
+from fisherops._data import Data
+from fisherops._linop import opaque
+from fisherops._memory import as_bytes, as_folder
+from fisherops._ranks import ranks_of
+from fisherops.distributed import with_indices
 from fisherops.fisher import FisherOperator
-from fisherops.likelihoods import Draws, Likelihood, OutputFactor, Terms
+from fisherops.problem import Problem
+from fisherops.score_matrix import ScoreMatrix
+from fisherops.scores import CACHES, Empirical, Exact, Kind, MonteCarlo, Plan
+from fisherops.scores.reader import Reader, name_of_loss
 
 
-class FisherMCLinearOperator(FisherOperator):
+class ModelFisherOperator(FisherOperator):
+    """F of one model and one data set; subclasses choose the output factor."""
+
+    @opaque
+    def __init__(
+        self,
+        kind: Kind,
+        model_func: Any,
+        loss_func: Any,
+        params: Any,
+        data: Any,
+        progressbar: bool,
+        check_deterministic: bool,
+        num_data: int | None,
+        batch_size_fn: Callable[[Any], int] | None,
+        *,
+        rows: str = "term",
+        dtype: Any,
+        batch_size: int | None,
+        cache: str,
+        max_memory: int | str | None,
+        spill: Any,
+        process_group: Any,
+    ) -> None:
+        if cache not in CACHES:
+            raise ValueError(f"`cache` must be one of {', '.join(map(repr, CACHES))}, got {cache!r}.")
+        if rows not in ("term", "datum"):
+            raise ValueError(f"`rows` must be 'term' or 'datum', got {rows!r}.")
+        problem = Problem(model_func, loss_func, params, dtype=dtype, any_loss=kind.any_loss)
+        ranks = ranks_of(process_group, problem.device)
+        if problem.sharded and cache not in ("auto", "factors"):
+            raise NotImplementedError(
+                f"cache={cache!r} cannot be had where the parameters are sharded: use 'auto' or 'factors'."
+            )
+        own = Data(
+            with_indices(data, ranks),
+            device=problem.device,
+            dtype=problem.parameters.dtype,
+            convert=problem.model.converts,
+            batch_size=batch_size,
+            batch_size_fn=batch_size_fn,
+            num_data=num_data,
+            verify=check_deterministic,
+            order=kind.order,
+            progressbar=progressbar,
+            ranks=ranks,
+        )
+        self._loss_name, self._num_data, self._cache_name = name_of_loss(loss_func), num_data, cache
+        reader = Reader(
+            problem, own, kind, name=type(self).__name__, rows=rows, checks=check_deterministic, ranks=ranks
+        )
+        memory = as_bytes(max_memory, problem.device)
+        scores = ScoreMatrix(reader, cache=cache, max_memory=memory, spill=as_folder(spill), ranks=ranks)
+        super().__init__(scores)
+
+    def __repr__(self) -> str:
+        N, ranks = self._G.num_data or self._num_data, self.ranks
+        data = "number of examples unknown before the first pass" if N is None else f"{N:,} examples"
+        if ranks.size > 1:
+            data += f" on rank {ranks.rank} of {ranks.size}"
+        return (
+            f"<{type(self).__name__}: D={self.shape[0]}, kind={self._G.kind.description}, loss={self._loss_name}, "
+            f"{data}, {self.device}, {self.dtype.name}, cache={self._cache_name!r}>"
+        )
+
+    @property
+    def plan(self) -> Plan:
+        """What is cached between products, its memory and why; made by a pass over the data if there was none."""
+        return self._G.plan
+
+    @opaque
+    def gradient(self) -> np.ndarray[Any, Any]:
+        """Return the gradient of the loss over the whole data set as a NumPy array of shape (D,).
+
+        The gradient is at the observed targets for all three operators, in the compute precision. Its divisor is that
+        of F: with ``reduction="mean"`` the loss is the mean over the whole data set, however it is split into batches.
+        With ``loss_func=None`` it is the gradient of the summed negative log-likelihood. Parameters that the model does
+        not use have zeros.
+
+        Raises
+        ------
+        NotImplementedError
+            If the parameters are sharded.
+        FloatingPointError
+            If a derivative is NaN or infinite.
+
+        Examples
+        --------
+        >>> import torch, fisherops as fo
+        >>> X, y = torch.ones(10, 1), torch.ones(10, 1)
+        >>> model = torch.nn.Linear(1, 1)
+        >>> _ = [p.data.fill_(1.0) for p in model.parameters()]
+        >>> op = fo.FisherLinearOperator(model, torch.nn.MSELoss(), data=(X, y))
+        >>> op.gradient().round(3)
+        array([2., 2.], dtype=float32)
+        """
+        return self._G.gradient().cpu().numpy()
+
+
+class FisherMCLinearOperator(ModelFisherOperator):
     r"""The Monte-Carlo Fisher information matrix of a model as a SciPy ``LinearOperator``.
 
     .. math::
@@ -179,12 +284,11 @@ class FisherMCLinearOperator(FisherOperator):
         spill: Any = None,
         process_group: Any = None,
     ) -> None:
-        self._seed = _seed(seed)
-        self._samples = integer("mc_samples", mc_samples, 1)
+        kind = MonteCarlo(integer("mc_samples", mc_samples, 1), _seed(seed), stream=sampler == "stream")
         if sampler not in ("counter", "stream"):
             raise ValueError(f"`sampler` must be 'counter' or 'stream', got {sampler!r}.")
-        self._order = "fixed" if sampler == "stream" else "index"
         super().__init__(
+            kind,
             model_func,
             loss_func,
             params,
@@ -201,17 +305,6 @@ class FisherMCLinearOperator(FisherOperator):
             spill=spill,
             process_group=process_group,
         )
-        self._needs_terms_by_datum = rows == "datum" or sampler == "counter"
-        self._kind = f"'mc', mc_samples={self._samples}"
-
-    def _identity(self) -> dict[str, Any]:
-        return {**super()._identity(), "seed": self._seed, "sampler": "stream" if self._order == "fixed" else "counter"}
-
-    def _start_sampler(self) -> StreamSampler | CounterSampler:
-        if self._order != "fixed":
-            return CounterSampler(self._seed)
-        # Ranks must not draw the same numbers; the golden ratio spreads their seeds.
-        return StreamSampler((self._seed + 0x9E3779B97F4A7C15 * self._ranks.rank) % 2**64, self.device)
 
     @opaque
     def resample(self, seed: int) -> FisherMCLinearOperator:
@@ -229,16 +322,8 @@ class FisherMCLinearOperator(FisherOperator):
             linearized model is kept, both share it; rows depend on the draws and are made anew.
         """
         other = copy.copy(self)
-        other._seed = _seed(seed)
-        other._number = self._ranks.number()
-        with self._step("resampling", seed=seed):
-            keeper = None
-            if self._keeper is not None and self._version == self._problem.look():
-                with self._problem.isolated(), torch.no_grad():
-                    keeper = self._keeper.redrawn(other, other._start_sampler())
-            # All ranks share what was learnt, or none does.
-            shared = all(self._ranks.share(keeper is not None))
-            other._keeper, other._version = (keeper, self._version) if shared else (None, -1)
+        assert isinstance(self._G.kind, MonteCarlo)
+        other._G = self._G.redrawn(self._G.kind.with_seed(_seed(seed)))
         return other
 
     @opaque
@@ -273,7 +358,8 @@ class FisherMCLinearOperator(FisherOperator):
         ValueError
             If M = 1, or the shape does not fit.
         """
-        if self._samples < 2:
+        M = self._G.kind.samples
+        if M < 2:
             raise ValueError(
                 "the standard error is estimated from the spread of the samples, and mc_samples is 1: use mc_samples=2 "
                 "or more."
@@ -282,26 +368,17 @@ class FisherMCLinearOperator(FisherOperator):
         self._check_shape(x, "standard_error")
         if x.is_complex():
             raise TypeError("the standard error of a quadratic form takes a real vector, got a complex one.")
-        V = self._narrowed((x if x.ndim == 2 else x.unsqueeze(1)).to(self.device))
-        if V.shape[1] == 0:
-            return leave(V[0].clone())
-        with self._pass("standard error", read=self._scores, **self._marks(V)) as batches:
-            forms = (scores.apply(V).double().square().view(-1, self._samples, V.shape[1]) for scores in batches)
-            moments = (torch.stack([own.var(1).sum(0), own.square().mean(1).sum(0)]) for own in forms)
-            sums = self._sum(moments, 2, V.shape[1], dtype=torch.float64)
-        variance, second = check_result(sums, V) * self._samples
+        V = self._narrowed((x.T if x.ndim == 2 else x.unsqueeze(0)).to(self.device))
+        if len(V) == 0:
+            return leave(V[:, 0].clone())
+        variance, second = self._G.moments_of_forms(V) * M
         # Samples that agree differ by rounding only, because kernels round equal rows in different ways.
         agree = variance.sqrt() <= 16 * torch.finfo(self.torch_dtype).eps * second.sqrt()
         error = torch.where(agree & (second > 0), torch.nan, variance.sqrt())
         return float(error) if x.ndim == 1 else leave(error.to(self.torch_dtype))
 
-    def _factor(self, q: Likelihood, f: Tensor, terms: Terms, draws: Draws | None) -> OutputFactor:
-        assert draws is not None
-        q.check_sample(f, self._samples, CounterSampler(self._seed).batch)
-        return _checked(q.scores(f, q.sample(f, self._samples, draws)), q, f, self._samples)
 
-
-class FisherLinearOperator(FisherOperator):
+class FisherLinearOperator(ModelFisherOperator):
     r"""The exact (type-I) Fisher information matrix of a model as a SciPy ``LinearOperator``.
 
     .. math::
@@ -342,8 +419,6 @@ class FisherLinearOperator(FisherOperator):
            [2., 2.]], dtype=float32)
     """
 
-    _kind = "'exact'"
-
     def __init__(
         self,
         model_func: Any,
@@ -364,6 +439,7 @@ class FisherLinearOperator(FisherOperator):
     ) -> None:
         # Without `rows`: the terms of a datum are independent, so its joint likelihood has the same Fisher.
         super().__init__(
+            Exact(),
             model_func,
             loss_func,
             params,
@@ -380,11 +456,8 @@ class FisherLinearOperator(FisherOperator):
             process_group=process_group,
         )
 
-    def _factor(self, q: Likelihood, f: Tensor, terms: Terms, draws: Draws | None) -> OutputFactor:
-        return _checked(q.exact(f), q, f, None)
 
-
-class EmpiricalFisherLinearOperator(FisherOperator):
+class EmpiricalFisherLinearOperator(ModelFisherOperator):
     r"""The empirical Fisher matrix of a model as a SciPy ``LinearOperator``.
 
     .. math::
@@ -423,31 +496,44 @@ class EmpiricalFisherLinearOperator(FisherOperator):
     NeurIPS 2019.
     """
 
-    _kind = "'empirical'"
-    _needs_targets = True
-    _any_loss = True
-
-    def _factor(self, q: Likelihood, f: Tensor, terms: Terms, draws: Draws | None) -> OutputFactor:
-        factor = _checked(q.scores(f, q.observed(terms)), q, f, 1)
-        # Rows are multiplied by √w later, as those of an observation of weight w; a gradient has w itself.
-        return factor.scaled(q.scale(f, terms, torch.ones(len(q.reductions), dtype=torch.float64, device="cpu")))
+    def __init__(
+        self,
+        model_func: Any,
+        loss_func: Any,
+        params: Any = None,
+        data: Any = None,
+        progressbar: bool = False,
+        check_deterministic: bool = True,
+        num_data: int | None = None,
+        batch_size_fn: Callable[[Any], int] | None = None,
+        *,
+        rows: str = "term",
+        dtype: Any = None,
+        batch_size: int | None = None,
+        cache: str = "auto",
+        max_memory: int | str | None = None,
+        spill: Any = None,
+        process_group: Any = None,
+    ) -> None:
+        super().__init__(
+            Empirical(),
+            model_func,
+            loss_func,
+            params,
+            data,
+            progressbar,
+            check_deterministic,
+            num_data,
+            batch_size_fn,
+            rows=rows,
+            dtype=dtype,
+            batch_size=batch_size,
+            cache=cache,
+            max_memory=max_memory,
+            spill=spill,
+            process_group=process_group,
+        )
 
 
 def _seed(seed: int) -> int:
     return integer("seed", seed, -(2**63), 2**64 - 1)
-
-
-def _checked(factor: OutputFactor, q: Likelihood, f: Tensor, samples: int | None) -> OutputFactor:
-    """Return a factor if it is for these outputs and has one vector for each sample."""
-    name = type(q).__name__
-    if factor.blocks * factor.outputs != f.numel():
-        raise ValueError(
-            f"{name} returned an output factor of {factor.blocks} blocks of {factor.outputs} for outputs "
-            f"{tuple(f.shape)}: it must have one block for each row."
-        )
-    if samples is not None and len(q.reductions) == 1 and factor.rank != samples:
-        raise ValueError(
-            f"{name} returned {factor.rank} vectors for each term and there are {samples} samples: `sample` must "
-            "return targets with a leading axis of samples, (samples, T, ...)."
-        )
-    return factor

@@ -232,7 +232,7 @@ class Watch(TorchLinearOperator):
         super().__init__((D, D), dtype, torch.device("cpu"))
         self.addresses = []
 
-    def _apply(self, V):
+    def _mul(self, V):
         self.addresses.append(V.data_ptr())
         return 2 * V
 

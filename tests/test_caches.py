@@ -32,7 +32,7 @@ KINDS = {
 
 def differentiated():
     """Let operators that keep nothing, and are used the first time within, always go by J v and Jᵀu."""
-    return mock.patch("fisherops.scores.plan._FEW_VECTORS", 0)
+    return mock.patch("fisherops.scores.cache._FEW_VECTORS", 0)
 
 
 def check(model, loss, data, kind="mc", caches=CACHES, dtype=torch.float64, **options):
@@ -357,8 +357,8 @@ def test_fewer_columns_where_memory_is_short(monkeypatch, cache, message):
     widths = []
 
     def short(self, V, product=MaterializedBatch.product):
-        widths.append(V.shape[1])
-        if V.shape[1] > limit:
+        widths.append(len(V))
+        if len(V) > limit:
             raise error(message)
         return product(self, V)
 
@@ -481,12 +481,12 @@ def test_products_with_many_columns():
     case = make_case("dense", "ce", sizes=(40, 20))
     plain = fo.FisherMCLinearOperator(case.model, case.loss, data=case.data, cache="none")
     V = np.random.default_rng(0).standard_normal((case.D, 1000))
-    with differentiated(), mock.patch("fisherops.fisher._CHUNK_BYTES", 2**16):
+    with differentiated(), mock.patch("fisherops.score_matrix._CHUNK_BYTES", 2**16):
         expected = plain @ V
     for cache in ("auto", "none"):
         op = fo.FisherMCLinearOperator(case.model, case.loss, data=case.data, cache=cache)
         assert_same(op @ V, expected, case.dtype)
-        with mock.patch("fisherops.fisher._CHUNK_BYTES", 2**16):
+        with mock.patch("fisherops.score_matrix._CHUNK_BYTES", 2**16):
             assert_same(op @ V, expected, case.dtype)
 
 

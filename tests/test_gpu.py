@@ -130,7 +130,7 @@ def test_cupy_and_torch_share_memory_at_the_door(cp):
         def __init__(self):
             super().__init__((D, D), torch.float32, torch.device("cuda", torch.cuda.current_device()))
 
-        def _apply(self, V):
+        def _mul(self, V):
             self.address = V.data_ptr()
             return 2 * V
 

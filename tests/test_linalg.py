@@ -505,7 +505,7 @@ def test_results_are_of_the_library_of_the_input():
 @contextlib.contextmanager
 def interrupted_after(monkeypatch, products):
     """Raise KeyboardInterrupt at some product of any Fisher."""
-    original, count = fo.fisher.FisherOperator._apply, [0]
+    original, count = fo.fisher.FisherOperator._mul, [0]
 
     def apply(self, V):
         count[0] += 1
@@ -514,7 +514,7 @@ def interrupted_after(monkeypatch, products):
         return original(self, V)
 
     with monkeypatch.context() as patch:
-        patch.setattr(fo.fisher.FisherOperator, "_apply", apply)
+        patch.setattr(fo.fisher.FisherOperator, "_mul", apply)
         yield
 
 

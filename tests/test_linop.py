@@ -25,11 +25,11 @@ class Matrix(TorchLinearOperator):
         super().__init__(tuple(A.shape), A.dtype, A.device)
         self.A = A
 
-    def _apply(self, V):
-        return self.A @ V
+    def _mul(self, V):
+        return V @ self.A.T
 
-    def _apply_transposed(self, V):
-        return self.A.T @ V
+    def _mul_t(self, V):
+        return V @ self.A
 
     def _transpose(self):
         return Transposed(self)

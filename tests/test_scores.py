@@ -43,7 +43,7 @@ def data_for(model, *shape, n=4):
 
 
 def mode(op):
-    return op._problem.mode.name
+    return op._G.problem.mode.name
 
 
 @pytest.mark.parametrize(
@@ -402,12 +402,12 @@ def test_products_with_dense_rows_by_every_kernel(monkeypatch, dtype, count, len
     places = {"first": (0, 1000), "none": (1000, 1000 + gap), "last": (1000 + gap, length + gap)}
     held = MaterializedBatch(G, spans, [], count, places if gap else {"all": (0, length)})
     whole = torch.cat([G[:, :1000], G.new_zeros(count, gap), G[:, 1000:]], 1).double()
-    V = torch.randn(length + gap, K, dtype=dtype, generator=generator)
-    W = torch.randn(count, K, dtype=dtype, generator=generator)
+    V = torch.randn(K, length + gap, dtype=dtype, generator=generator)
+    W = torch.randn(K, count, dtype=dtype, generator=generator)
     for result, factors in (
-        (held.apply(V), (whole, V)),
-        (held.apply_transposed(W), (whole.T, W)),
-        (held.product(V), (whole.T, whole, V)),
+        (held.apply(V).T, (whole, V.T)),
+        (held.apply_t(W).T, (whole.T, W.T)),
+        (held.product(V).T, (whole.T, whole, V.T)),
     ):
         expected, bound = factors[-1].double(), factors[-1].double().abs()
         for factor in reversed(factors[:-1]):

@@ -176,7 +176,7 @@ def test_files_are_closed_and_read_once_for_many_columns(tmp_path):
     loads = []
     load = spilling.SpilledScores.load
     with (
-        mock.patch("fisherops.fisher._CHUNK_BYTES", 1),
+        mock.patch("fisherops.score_matrix._CHUNK_BYTES", 1),
         mock.patch.object(spilling.SpilledScores, "load", lambda self: loads.append(self) or load(self)),
     ):
         op @ np.ones((op.shape[0], 40))
@@ -199,7 +199,7 @@ def test_a_fork_does_not_remove_the_files(tmp_path):
     _, op = build(tmp_path)
     v = np.ones(op.shape[0], "f4")
     expected = op @ v
-    finalizer = op._keeper._spill.close
+    finalizer = op._G._cache._spill.close
     with mock.patch("os.getpid", return_value=-1):
         finalizer()
     np.testing.assert_array_equal(op @ v, expected)

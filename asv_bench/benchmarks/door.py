@@ -11,9 +11,9 @@ class Nothing(TorchLinearOperator):
 
     def __init__(self, D):
         super().__init__((D, D), torch.float32, torch.device("cpu"))
-        self._result = torch.ones(D, 1)
+        self._result = torch.ones(1, D)
 
-    def _apply(self, V):
+    def _mul(self, V):
         return self._result
 
 

@@ -46,7 +46,7 @@ class Checkpoint:
         if isinstance(op, FisherOperator):
             self._identity["checksum of the parameters"] = op.parameter_checksum
         self._numbers = {name: np.asarray(value, dtype=float) for name, value in options.items()}
-        self._numbers["the operator"] = (probe.T @ op._times(probe)).double().cpu().numpy()
+        self._numbers["the operator"] = (probe.T @ op.times_columns(probe)).double().cpu().numpy()
         self._ranks = op.ranks
         with self._ranks.step("checkpoint"):
             if self._ranks.rank == 0:

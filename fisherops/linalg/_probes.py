@@ -45,7 +45,7 @@ def spectral_sums(
     for _ in range(probes):
         # In all directions alike: random signs would show no variance at all for a diagonal F.
         z = torch.randn(D, generator=generator, dtype=torch.float64, device="cpu").to(A.device, A.torch_dtype)
-        nodes, weights = quadrature(lambda v: A._times(v[:, None])[:, 0], z, steps)
+        nodes, weights = quadrature(lambda v: A.times_columns(v[:, None])[:, 0], z, steps)
         sums.append(D * np.tensordot(weights, function(nodes.clip(min=0)), 1))
     samples = np.asarray(sums, dtype=float)
     return samples.mean(0), samples.std(0, ddof=1) / probes**0.5

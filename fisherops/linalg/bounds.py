@@ -15,7 +15,7 @@ from fisherops._linop import TorchLinearOperator, _Damped, _Scaled, _Sum
 from fisherops.fisher import FisherOperator
 from fisherops.linalg._results import Bounds
 from fisherops.linalg._ways import METHODS, dense_matrix, outside_of_autocast
-from fisherops.operators import FisherMCLinearOperator
+from fisherops.scores import MonteCarlo
 
 _NAMED_DIRECTIONS, _NAMED_ENTRIES = 10, 4
 
@@ -116,7 +116,7 @@ def crlb(op: Any, of: Any = None, *, method: str = "auto") -> Bounds:
         raise ValueError("a singular F is told from a regular one by its eigenvalues: use method='dual' or 'dense'.")
     if method not in METHODS:
         raise ValueError(f"`method` must be 'auto', 'dual' or 'dense', got {method!r}.")
-    if any(isinstance(fisher, FisherMCLinearOperator) for fisher in fishers):
+    if any(isinstance(fisher.kind, MonteCarlo) for fisher in fishers):
         warn(
             "the inverse of a Monte-Carlo Fisher is not a Cramér-Rao bound, and its error is that of the draws. Use "
             "FisherLinearOperator, the exact Fisher."
@@ -149,6 +149,9 @@ def _parts(op: Any, factor: float) -> Iterator[tuple[TorchLinearOperator | None,
     elif isinstance(op, _Damped):
         yield from _parts(op._A, factor)
         yield None, factor * op.damping
+    elif isinstance(op, FisherOperator) and op.shift:
+        yield op.undamped, factor
+        yield None, factor * op.shift
     else:
         yield op, factor
 

@@ -257,7 +257,7 @@ def _dense(A: TorchLinearOperator, way: str, k: int, largest: bool, vectors: boo
 
 def _lift(A: FisherOperator, U: Tensor) -> Tensor:
     """Return the orthonormal eigenvectors of F for those of G Gᵀ, in ascending order."""
-    V: Tensor = A.scores.T._times(U.to(A.torch_dtype))
+    V: Tensor = A.scores.T.times_columns(U.to(A.torch_dtype))
     if not V.shape[1]:
         return V
     inner = V.T @ V
@@ -320,7 +320,7 @@ def _primal(
     bar.update(space.products)
 
     def multiply(v: Tensor) -> Tensor:
-        product = A._times(v[:, None])[:, 0]
+        product = A.times_columns(v[:, None])[:, 0]
         bar.update()
         return product
 
@@ -376,7 +376,7 @@ def _finish(
     values = values.to(A.device)
     values = check_result(values.to(A.torch_dtype), values)
     if vectors and product:
-        residuals = A._times(V).addcmul_(V, values, value=-1).norm(dim=0, dtype=torch.float64)
+        residuals = A.times_columns(V).addcmul_(V, values, value=-1).norm(dim=0, dtype=torch.float64)
         products += V.shape[1]
     return Eigenpairs(
         leave(values),

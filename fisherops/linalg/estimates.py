@@ -97,11 +97,11 @@ def trace(op: Any, *, probes: int = PROBES, seed: int = _SEED) -> Estimate:
     D, third = A.shape[0], integer("probes", probes, 6) // 3
     if third >= D:
         return Estimate(float(np.trace(A.todense())), 0.0, "dense")
-    Q = torch.linalg.qr(A._times(rademacher(A, third, seed)))[0]
-    caught = float((Q * A._times(Q)).sum(dtype=torch.float64))
+    Q = torch.linalg.qr(A.times_columns(rademacher(A, third, seed)))[0]
+    caught = float((Q * A.times_columns(Q)).sum(dtype=torch.float64))
     Z = rademacher(A, third, seed + 1)
     Z = Z - Q @ (Q.T @ Z)
-    samples = (Z * A._times(Z)).sum(0, dtype=torch.float64)
+    samples = (Z * A.times_columns(Z)).sum(0, dtype=torch.float64)
     return Estimate(caught + float(samples.mean()), float(samples.std()) / third**0.5, "primal")
 
 
@@ -151,7 +151,7 @@ def diagonal(op: Any, *, like: Any = None, probes: int = PROBES, seed: int = _SE
         exact = torch.as_tensor(A.diagonal(), device=A.device)
         return Estimate(leave(exact), leave(torch.zeros_like(exact)), "rows")
     Z = rademacher(A, integer("probes", probes, 2), seed)
-    samples = Z * A._times(Z)
+    samples = Z * A.times_columns(Z)
     return Estimate(leave(samples.mean(1)), leave(samples.std(1) / probes**0.5), "primal")
 
 
@@ -197,7 +197,9 @@ def frobenius_norm(op: Any, *, method: str = "auto", probes: int = PROBES, seed:
     way = choose(A, method, products=EXACT * probes, dense_flops=0.0)
     if way != "primal":
         return Estimate(float(dense_matrix(A, way).norm()), 0.0, way)
-    samples = A._times(rademacher(A, integer("probes", probes, 2), seed)).norm(dim=0, dtype=torch.float64).square()
+    samples = (
+        A.times_columns(rademacher(A, integer("probes", probes, 2), seed)).norm(dim=0, dtype=torch.float64).square()
+    )
     mean, error = float(samples.mean()), float(samples.std()) / probes**0.5
     return Estimate(mean**0.5, error / (2 * mean**0.5) if mean > 0 else 0.0, "primal")
 

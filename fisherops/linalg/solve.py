@@ -162,7 +162,7 @@ def solve(
         X, R, iterations = _refined(A, B, damping, inverse, targets)
     norms = reached = _norms(R)
     if isinstance(inverse, _Pseudoinverse):
-        reached = _norms(A._times(R)) / max(inverse.largest, torch.finfo(B.dtype).tiny)
+        reached = _norms(A.times_columns(R)) / max(inverse.largest, torch.finfo(B.dtype).tiny)
     return _solution(X, norms, bool((reached <= targets).all()), iterations, way, leave, single)
 
 
@@ -383,7 +383,8 @@ class DampedInverse(TorchLinearOperator):
                 else f"`damping` must make F + λI positive definite to rounding, got {damping:g}. Pass a larger one."
             )
 
-    def _apply(self, V: Tensor) -> Tensor:
+    def _mul(self, V: Tensor) -> Tensor:
+        V = V.T
         with quiet():
             if self.method == "primal":
                 solution = solve(self._op, V, self.damping, method="primal", rtol=self._rtol, maxiter=self._maxiter)
@@ -396,7 +397,7 @@ class DampedInverse(TorchLinearOperator):
                 targets = targets.maximum(rounding.minimum(_LEAST_DIGITS * _norms(V)))
                 solution = Solution(X, norms, steps, bool((norms <= targets).all()), self.method)
             product: Tensor = _converged(solution).x
-        return product
+        return product.T
 
     def direct(self, V: Tensor) -> Tensor:
         """Multiply by the factor alone, without refinement."""
@@ -407,8 +408,8 @@ class DampedInverse(TorchLinearOperator):
             return torch.cholesky_solve(V.double(), self._factor).to(V.dtype)
         assert isinstance(op, FisherOperator)
         scores = op.scores
-        inner: Tensor = torch.cholesky_solve(scores._times(V).double(), self._factor).to(V.dtype)
-        return V.sub(scores.T._times(inner)).div_(self.damping)
+        inner: Tensor = torch.cholesky_solve(scores.times_columns(V).double(), self._factor).to(V.dtype)
+        return V.sub(scores.T.times_columns(inner)).div_(self.damping)
 
 
 class _Pseudoinverse:
@@ -425,9 +426,9 @@ class _Pseudoinverse:
 
     def direct(self, V: Tensor) -> Tensor:
         """Multiply F⁺."""
-        W = V if self._way == "dense" else self._op.scores._times(V)
+        W = V if self._way == "dense" else self._op.scores.times_columns(V)
         W = (self._U @ (self._inverse[:, None] * (self._U.T @ W.double()))).to(V.dtype)
-        result: Tensor = W if self._way == "dense" else self._op.scores.T._times(W)
+        result: Tensor = W if self._way == "dense" else self._op.scores.T.times_columns(W)
         return result
 
 
@@ -436,12 +437,12 @@ def _refined(
 ) -> tuple[Tensor, Tensor, int]:
     """Solve directly, and again for the residual as long as that helps."""
     X = inverse.direct(B)
-    R = B - A._times(X).add_(X, alpha=damping)
+    R = B - A.times_columns(X).add_(X, alpha=damping)
     for step in range(_REFINEMENTS):
         if bool((_norms(R) <= targets).all()):
             return X, R, step
         better = X + inverse.direct(R)
-        left = B - A._times(better).add_(better, alpha=damping)
+        left = B - A.times_columns(better).add_(better, alpha=damping)
         improved = _norms(left) < _norms(R)
         if not bool(improved.any()):
             return X, R, step
@@ -476,7 +477,7 @@ def _conjugate_gradients(
     precondition = _preconditioner(A, damping, M)
 
     def multiply(V: Tensor) -> Tensor:
-        return A._times(V).add_(V, alpha=damping)
+        return A.times_columns(V).add_(V, alpha=damping)
 
     file = (
         None
@@ -558,7 +559,7 @@ def _preconditioner(A: TorchLinearOperator, damping: float, M: Any) -> Callable[
     operator = as_operator(M)
     if operator.shape != A.shape:
         raise ValueError(f"`M` must have the shape of the operator, {A.shape}, got {operator.shape}.")
-    return lambda R: operator._times(R.to(operator.device)).to(R)
+    return lambda R: operator.times_columns(R.to(operator.device)).to(R)
 
 
 _SINGULAR = (

@@ -277,6 +277,10 @@ class Calls(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if getattr(func, "__name__", None) == "__get__":  # most attributes are no tensors
+            out = func(*args)
+            if not isinstance(out, Tensor):
+                return out
         out = self._recorder.record(func, args, kwargs or {}, kernels=False)
         self._recorder.settle()
         return out

@@ -307,7 +307,6 @@ class Evaluation:
                 plain = torch.autograd.grad(f, list(own.values()), u, allow_unused=True)
             except RuntimeError:  # what cannot be differentiated by the user says nothing
                 return
-        problem.version.absorb()
         ours = problem.parameters.split(self.vjp(u[None]))
         for (name, p), gradient in zip(own.items(), plain, strict=True):
             expected = torch.zeros_like(p) if gradient is None else gradient.to_dense()
@@ -339,15 +338,15 @@ class Evaluation:
         return False
 
     def jvp(self, V: Tensor) -> Tensor:
-        """Multiply J with columns: (D, K) → (K, T, C)."""
+        """Multiply J: (K, D) → (K, T, C)."""
         if not self.reached:
-            return self.outputs.new_zeros(V.shape[1], *self.outputs.shape)
+            return self.outputs.new_zeros(len(V), *self.outputs.shape)
         return self._jvp(V, self.facts.mode or self.problem.mode)
 
     def vjp(self, U: Tensor) -> Tensor:
-        """Multiply Jᵀ: (K, T, C) → (D, K)."""
+        """Multiply Jᵀ: (K, T, C) → (K, D)."""
         if not self.reached:
-            return U.new_zeros(self.problem.parameters.numel, len(U))
+            return U.new_zeros(len(U), self.problem.parameters.numel)
         f, leaves = self._graph
         gradients = self._batched_grad([f], leaves, [U])
         return self.problem.parameters.join(dict(zip(self.point, gradients, strict=True)))
@@ -374,12 +373,12 @@ class Evaluation:
         largest = 0.0
         # A custom function may be wrong for one datum only, which one number seldom shows.
         for _ in range(_PROBES if self.custom_functions else 1):
-            u, v = random((1, *self.outputs.shape)), random((parameters.numel, 1))
+            u, v = random((1, *self.outputs.shape)), random((1, parameters.numel))
             gradient = self.vjp(u)
             if self.custom_functions:  # that of a parameter with small gradients counts as much as the others
                 for start, stop in parameters.spans.values():
-                    size = gradient[start:stop].norm()
-                    v[start:stop] *= torch.where(size > 0, 1 / size, torch.ones_like(size))
+                    size = gradient[:, start:stop].norm()
+                    v[:, start:stop] *= torch.where(size > 0, 1 / size, torch.ones_like(size))
             Jv = self._jvp(v, mode)
             forward, reverse = float((u * Jv).sum()), float((gradient * v).sum())
             scale = float(Jv.norm()) or abs(reverse)

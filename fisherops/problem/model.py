@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -323,7 +324,7 @@ class _Restoring:
         for module in self._modules:
             self._known.add(module)
             for holder in _holders(vars(module)):
-                self._before.append((holder, dict(holder) if isinstance(holder, dict) else list(holder)))
+                self._keep(holder)
             if isinstance(module, torch.jit.ScriptModule):  # whose tensors are held elsewhere
                 self._before += [(own, dict(own.items())) for own in (module._parameters, module._buffers)]
         for holder, before in self._before:
@@ -348,7 +349,7 @@ class _Restoring:
         own = vars(module)
         for holder in _holders(own):
             if holder is not own["_parameters"] and holder is not own["_buffers"]:
-                self._before.append((holder, dict(holder) if isinstance(holder, dict) else list(holder)))
+                self._keep(holder)
         buffers = own["_buffers"]
         for name, t in list(buffers.items()):
             if t is not None:
@@ -373,25 +374,39 @@ class _Restoring:
                 for name, value in before.items():
                     holder[name] = value
             elif isinstance(before, dict):
-                present = [*holder.keys(), *map(id, holder.values())]
-                if present != [*before.keys(), *map(id, before.values())]:
+                if (
+                    len(holder) != len(before)
+                    or not all(map(operator.is_, holder.values(), before.values()))
+                    or (holder.keys() != before.keys())
+                ):
                     holder.clear()
                     holder.update(before)
-            elif list(map(id, holder)) != list(map(id, before)):
+            elif len(holder) != len(before) or not all(map(operator.is_, holder, before)):
                 holder[:] = before
+
+    def _keep(self, holder: Any) -> None:
+        self._before.append((holder, dict(holder) if isinstance(holder, dict) else list(holder)))
 
 
 def _holders(own: dict[str, Any]) -> list[Any]:
     """List the mappings and lists in which a module keeps things: its attributes, and those among these."""
     found: list[Any] = [own]
-    seen = {id(own)}
+    seen: set[int] = set()
     for holder in found:
         for key, value in holder.items() if isinstance(holder, dict) else enumerate(holder):
-            if isinstance(value, dict | list) and key not in BOOKKEEPING and id(value) not in seen:
+            if (
+                isinstance(value, _HOLDERS)
+                and key not in BOOKKEEPING
+                and value is not own
+                and id(value) not in seen
+                and len(value) <= LONG
+            ):
                 seen.add(id(value))
-                if len(value) <= LONG:
-                    found.append(value)
+                found.append(value)
     return found
+
+
+_HOLDERS = (dict, list)
 
 
 class _Substitution(TorchFunctionMode):

@@ -79,18 +79,16 @@ class Parameters:
         return {name: t.clone() if t.is_inference() else t for name, t in point.items()}
 
     def split(self, V: Tensor) -> dict[str, Tensor]:
-        """Split columns (D, K) into one tensor (K, ...) for each parameter; views where possible."""
-        rows = V.T.contiguous()
-        parts = torch.split(rows, self._sizes, dim=1)
+        """Split vectors (K, D) into one tensor (K, ...) for each parameter; views where possible."""
+        parts = torch.split(V, self._sizes, dim=1)
         return {
-            name: part.view(len(part), *shape) for (name, shape), part in zip(self.shapes.items(), parts, strict=True)
+            name: part.reshape(len(part), *shape)
+            for (name, shape), part in zip(self.shapes.items(), parts, strict=True)
         }
 
     def join(self, parts: Mapping[str, Tensor]) -> Tensor:
-        """Join tensors (K, ...) into columns (D, K)."""
-        return torch.cat(
-            [parts[name].flatten(1) if s else parts[name][:, None] for name, s in self.shapes.items()], 1
-        ).T
+        """Join tensors (K, ...) into vectors (K, D)."""
+        return torch.cat([parts[name].flatten(1) if s else parts[name][:, None] for name, s in self.shapes.items()], 1)
 
 
 def select(model_func: Any, params: Any) -> dict[str, Tensor]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -80,6 +80,8 @@ class Problem:
         self.model = as_function(model_func, self.parameters, functional=isinstance(params, Mapping))
         self.clones_inputs = True
         """Whether inputs are copied for each evaluation, because the model may write into them."""
+        # Calls of `isolated` that are under way, and whether the model was evaluated in them.
+        self._depth, self._was_called = 0, False
         self._forget()
         self.version = Version(self.model.watched, loss_func)
         self._seen = self.version.structure, self.version.loss
@@ -106,9 +108,18 @@ class Problem:
         self.front: type[Calls | Kernels] = Calls
         self.hides = False
 
-    def isolated(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def isolated(self) -> Iterator[None]:
         """Evaluate inside as if nothing else ran in the process, and leave no trace."""
-        return _torch.isolated(self.device)
+        with _torch.isolated(self.device):
+            self._depth += 1
+            try:
+                yield
+            finally:
+                self._depth -= 1
+                if self._was_called and not self._depth:
+                    self._was_called = False
+                    self.version.absorb()
 
     def evaluate(self, X: Any, point: Mapping[str, Tensor] | None = None, records: bool = True) -> Evaluation:
         """Evaluate the model on the inputs of a batch with a graph: at the present parameters, or at a point."""
@@ -120,11 +131,10 @@ class Problem:
         if self.clones_inputs:
             X = map_arrays(Tensor.clone, X)
         with _torch.fixed_randomness(self.device, seed):
-            output = self._evaluated(point, X)
-        self.version.absorb()
-        return output
+            return self._evaluated(point, X)
 
     def _evaluated(self, point: Mapping[str, Tensor], X: Any) -> Any:
+        self._was_called = True
         try:
             return self.model(point, X)
         except Exception as error:

@@ -1,23 +1,30 @@
 """The score matrix G, batch by batch: one file for each way to hold it.
 
-Every form offers the same for one batch: ``product`` (GᵀG V), ``apply`` (G V), ``apply_transposed`` (Gᵀ W), ``rows``,
-with the rows of G ordered by block of the output factor and then by vector.
+Every form of a batch offers the same, with vectors as rows: ``product`` (GᵀG V), ``apply`` (G V), ``apply_t`` (Gᵀ W),
+``diagonal`` and ``rows``, with the rows of G ordered by block of the output factor and then by vector.
 """
 
 from fisherops.scores.batch import MaterializedBatch
 from fisherops.scores.build import PlanWarning
-from fisherops.scores.plan import CACHES, Keeper, Plan, Scores, compute
-from fisherops.scores.recompute import RecomputedScores
+from fisherops.scores.cache import CACHES, BatchScores, Cache, compute
+from fisherops.scores.kinds import Empirical, Exact, FactorOf, Kind, MonteCarlo
+from fisherops.scores.lazy import LazyBatch
+from fisherops.scores.plan import Plan
 from fisherops.scores.spill import InOrder
 
 __all__ = [
     "CACHES",
+    "BatchScores",
+    "Cache",
+    "Empirical",
+    "Exact",
+    "FactorOf",
     "InOrder",
-    "Keeper",
+    "Kind",
+    "LazyBatch",
     "MaterializedBatch",
+    "MonteCarlo",
     "Plan",
     "PlanWarning",
-    "RecomputedScores",
-    "Scores",
     "compute",
 ]

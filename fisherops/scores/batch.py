@@ -82,6 +82,12 @@ class MaterializedBatch:
         """Where the rows are."""
         return self._dense.device
 
+    def scale(self, factor: float) -> None:
+        """Multiply G by a number, in place."""
+        self._dense.mul_(factor)
+        for _, columns in self._blocks:
+            columns.scale(factor)
+
     @property
     def description(self) -> str:
         """What is held, in words."""
@@ -92,14 +98,13 @@ class MaterializedBatch:
     # ---- Products -----------------------------------------------------------------------------
 
     def product(self, V: Tensor) -> Tensor:
-        """Multiply GᵀG: (D, K) → (D, K), reading dense rows once."""
-        V = V.T.contiguous()
+        """Multiply GᵀG: (K, D) → (K, D), reading dense rows once."""
         W = self._apply_blocks(V)
         result = self._zeroed(V)
         if self._spans:
             self._scatter(self._dense_product(self._dense_columns(V), W), result)
         self._transpose_blocks(W, result)
-        return result.T
+        return result
 
     def _dense_product(self, V: Tensor, W: Tensor) -> Tensor:
         """Add the dense rows' product with V to W, and multiply their transpose with it."""
@@ -124,21 +129,19 @@ class MaterializedBatch:
         return total
 
     def apply(self, V: Tensor) -> Tensor:
-        """Multiply G: (D, K) → (N · q, K)."""
-        V = V.T.contiguous()
+        """Multiply G: (K, D) → (K, N · q)."""
         W = self._apply_blocks(V)
         if self._spans:
             W += times_transposed(self._dense_columns(V), self._dense)
-        return W.T
+        return W
 
-    def apply_transposed(self, W: Tensor) -> Tensor:
-        """Multiply Gᵀ: (N · q, K) → (D, K)."""
-        W = W.T.contiguous()
+    def apply_t(self, W: Tensor) -> Tensor:
+        """Multiply Gᵀ: (K, N · q) → (K, D)."""
         result = self._zeroed(W)
         if self._spans:
             self._scatter(times_transposed(W, self._dense.T), result)
         self._transpose_blocks(W, result)
-        return result.T
+        return result
 
     def _apply_blocks(self, V: Tensor) -> Tensor:
         W = V.new_zeros(len(V), len(self._dense))

@@ -311,7 +311,7 @@ class RowsBuilder:
         if coarse:  # reverse mode is linear but for rounding, which so is measured
             w = torch.cat([w, w.sum(0, keepdim=True)])
         cotangents = self._factor.apply(w.view(len(w), self._factor.blocks, self._factor.rank))
-        sums = e.vjp(cotangents.reshape(len(w), *f.shape)).T
+        sums = torch.cat([e.vjp(u.reshape(1, *f.shape)) for u in cotangents])
         if not sums.isfinite().all() and f.isfinite().all() and vectors.isfinite().all():
             raise derivative_not_finite()
         truth = dict(zip(self._leaves, sums.split([leaf.numel() for leaf in self._leaves.values()], 1), strict=True))

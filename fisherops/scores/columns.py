@@ -50,10 +50,14 @@ class Columns(ABC):
     def gram(self, other: Columns) -> Tensor | None:
         """Multiply with the transpose of columns of the same parameters, (N · q, N' · q'), or None if only rows can."""
 
+    def scale(self, factor: float) -> None:
+        """Multiply by a number, in place."""
+        self.tensors[-1].mul_(factor)
+
     @property
     @abstractmethod
     def tensors(self) -> tuple[Tensor, ...]:
-        """What is held."""
+        """What is held; in the last of them the columns are linear."""
 
     @property
     def nbytes(self) -> int:

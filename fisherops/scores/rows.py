@@ -184,7 +184,7 @@ def _by_backward(evaluation: Evaluation, columns: Tensor, start: int, stop: int)
         index = torch.arange(begin, min(begin + at_once, stop), device=columns.device)
         U = columns.new_zeros(len(index), B, P)
         U[torch.arange(len(index), device=columns.device), index // R] = columns[index // R, index % R]
-        blocks.append(evaluation.vjp(U.reshape(len(index), *evaluation.outputs.shape)).T)
+        blocks.append(evaluation.vjp(U.reshape(len(index), *evaluation.outputs.shape)))
     return torch.cat(blocks)
 
 
@@ -196,7 +196,7 @@ def _matches(
     weights = torch.zeros(B * R, dtype=block.dtype, device=block.device)
     weights[start:stop] = torch.linspace(1, 2, stop - start, dtype=block.dtype, device=block.device)
     U = torch.einsum("brp,br->bp", columns, weights.view(B, R))
-    whole = evaluation.vjp(U.reshape(1, *evaluation.outputs.shape))[:, 0]
+    whole = evaluation.vjp(U.reshape(1, *evaluation.outputs.shape))[0]
     spans = evaluation.problem.parameters.spans
     plain = torch.cat([whole[slice(*spans[name])] for name in names])
     difference = (weights[start:stop] @ block - plain).norm()

@@ -168,11 +168,6 @@ class InOrder(list[Any]):
                 self[number + 1].read_ahead()
             yield loaded(present)
 
-    @property
-    def in_files(self) -> bool:
-        """Whether some are in files, which should not be read more often than once."""
-        return any(isinstance(self[number], SpilledScores) for number in range(len(self)))
-
 
 def loaded(scores: Any) -> Any:
     """Return G of a batch that may be in a file."""

@@ -1,0 +1,169 @@
+"""Which vectors make the output factor S: drawn, closed-form or observed scores."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fisherops._draws import CounterDraws, CounterSampler, StreamSampler
+from fisherops.likelihoods import Draws, Likelihood, OutputFactor, Terms
+from fisherops.problem import Evaluation
+
+Sampler = CounterSampler | StreamSampler
+
+
+class Kind(ABC):
+    """Which Fisher it is."""
+
+    description: str
+    """As `repr` of an operator gives it."""
+    order = "any"
+    """Which order of the examples G depends on, see `Data`."""
+    needs_targets = False
+    any_loss = False
+    """Whether losses are accepted that are not a likelihood."""
+    samples = 1
+    """M, what sums over draws are divided by."""
+    by_datum = False
+    """Whether terms must belong to data in equal numbers, for the draws."""
+
+    def sampler(self, rank: int, device: torch.device) -> Sampler | None:
+        """Return the sampler for one pass over the data of a rank, if any is needed."""
+        return None
+
+    @abstractmethod
+    def factor(self, q: Likelihood, f: Tensor, terms: Terms, draws: Draws | None) -> OutputFactor:
+        """Return S for flattened outputs (T, C), without the weights of observations and normalization."""
+
+    def identity(self) -> dict[str, Any]:
+        """Return what must be the same on all ranks."""
+        return {"mc_samples": self.samples}
+
+
+class MonteCarlo(Kind):
+    """Scores at targets drawn from the model: M of them for each term."""
+
+    by_datum = True
+
+    def __init__(self, samples: int, seed: int, stream: bool) -> None:
+        self.samples, self.seed, self._stream = samples, seed, stream
+        self.order = "fixed" if stream else "index"
+        self.by_datum = not stream
+        self.description = f"'mc', mc_samples={samples}"
+
+    def sampler(self, rank: int, device: torch.device) -> Sampler:
+        if not self._stream:
+            return CounterSampler(self.seed)
+        # Ranks must not draw the same numbers; the golden ratio spreads their seeds.
+        return StreamSampler((self.seed + 0x9E3779B97F4A7C15 * rank) % 2**64, device)
+
+    def factor(self, q: Likelihood, f: Tensor, terms: Terms, draws: Draws | None) -> OutputFactor:
+        assert draws is not None
+        q.check_sample(f, self.samples, CounterSampler(self.seed).batch)
+        return _checked(q.scores(f, q.sample(f, self.samples, draws)), q, f, self.samples)
+
+    def with_seed(self, seed: int) -> MonteCarlo:
+        """Return the same with other draws."""
+        return MonteCarlo(self.samples, seed, self._stream)
+
+    def identity(self) -> dict[str, Any]:
+        return {**super().identity(), "seed": self.seed, "sampler": "stream" if self._stream else "counter"}
+
+
+class Exact(Kind):
+    """A closed-form square root of the Fisher of the outputs."""
+
+    description = "'exact'"
+
+    def factor(self, q: Likelihood, f: Tensor, terms: Terms, draws: Draws | None) -> OutputFactor:
+        return _checked(q.exact(f), q, f, None)
+
+
+class Empirical(Kind):
+    """Scores at the observed targets."""
+
+    description = "'empirical'"
+    needs_targets = any_loss = True
+
+    def factor(self, q: Likelihood, f: Tensor, terms: Terms, draws: Draws | None) -> OutputFactor:
+        factor = _checked(q.scores(f, q.observed(terms)), q, f, 1)
+        # Rows are multiplied by √w later, as those of an observation of weight w; a gradient has w itself.
+        return factor.scaled(q.scale(f, terms, torch.ones(len(q.reductions), dtype=torch.float64, device="cpu")))
+
+
+@dataclass(frozen=True)
+class FactorOf:
+    """What the output factor of one batch is made from, beside the outputs.
+
+    Attributes
+    ----------
+    kind : Kind
+    likelihood : Likelihood
+    y : object
+        The targets.
+    output : object
+        What the model returned.
+    terms : Terms
+        What the targets say for this output.
+    size : int
+        Number of data.
+    index : torch.Tensor
+        The place of each datum in the data set.
+    draws : StreamSampler, CounterDraws or None
+    c : torch.Tensor
+        What each head is divided by.
+    sums : bool
+        Whether the vectors of the terms of a datum are summed.
+    """
+
+    kind: Kind
+    likelihood: Likelihood
+    y: Any
+    output: Any
+    terms: Terms
+    size: int
+    index: Tensor
+    draws: StreamSampler | CounterDraws | None
+    c: Tensor
+    sums: bool
+
+    def __call__(self, evaluation: Evaluation, compressed: bool = True) -> OutputFactor:
+        """Return S for the present outputs: √(w/c) times the vectors, at most as many as outputs if compressed."""
+        q, f = self.likelihood.bind(evaluation.output), evaluation.outputs
+        terms = self.terms
+        if evaluation.output is not self.output:  # other kernels round differently
+            with torch.enable_grad():
+                terms = self.likelihood.terms(evaluation.output, self.y)
+        draws = self.draws.again() if self.draws is not None else None
+        factor = self.kind.factor(q, f, terms, draws).scaled(q.scale(f, terms, self.c * self.kind.samples))
+        if self.sums:
+            factor = factor.summed(factor.blocks // self.size)
+        return factor.compressed() if compressed else factor
+
+    def redrawn(self, kind: Kind, sampler: Sampler | None) -> FactorOf:
+        """Return the same for other draws."""
+        return replace(self, kind=kind, draws=None if sampler is None else sampler.batch(self.index))
+
+    def divided(self, c: Tensor) -> FactorOf:
+        """Return the same with another divisor."""
+        return replace(self, c=c)
+
+
+def _checked(factor: OutputFactor, q: Likelihood, f: Tensor, samples: int | None) -> OutputFactor:
+    """Return a factor if it is for these outputs and has one vector for each sample."""
+    name = type(q).__name__
+    if factor.blocks * factor.outputs != f.numel():
+        raise ValueError(
+            f"{name} returned an output factor of {factor.blocks} blocks of {factor.outputs} for outputs "
+            f"{tuple(f.shape)}: it must have one block for each row."
+        )
+    if samples is not None and len(q.reductions) == 1 and factor.rank != samples:
+        raise ValueError(
+            f"{name} returned {factor.rank} vectors for each term and there are {samples} samples: `sample` must "
+            "return targets with a leading axis of samples, (samples, T, ...)."
+        )
+    return factor

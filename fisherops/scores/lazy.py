@@ -1,0 +1,82 @@
+"""The rows of G through J and the output factor, computed anew for each batch and each product."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import Tensor
+
+from fisherops.problem.evaluation import Evaluation
+from fisherops.scores.build import CannotHoldError, RowsBuilder
+from fisherops.scores.kinds import FactorOf, Kind, Sampler
+from fisherops.scores.rows import list_rows
+
+
+class LazyBatch:
+    """G = Sᵀ J of one batch, where neither J nor G is kept, or J as a linearization.
+
+    Its rows are ordered by block of S and then by vector: (B · R) × D.
+
+    Parameters
+    ----------
+    evaluation : Evaluation
+    factor_of : FactorOf
+        What S is made from.
+    compressed : bool
+        Whether S has at most as many vectors as outputs.
+    """
+
+    columns = 32
+    """Vectors that are differentiated together; each holds the activations of a batch."""
+
+    def __init__(self, evaluation: Evaluation, factor_of: FactorOf, compressed: bool = True) -> None:
+        self._evaluation, self._factor_of, self._compressed = evaluation, factor_of, compressed
+        self.factor = factor_of(evaluation, compressed)
+        """S."""
+
+    @property
+    def count(self) -> int:
+        """Number of rows."""
+        return self.factor.blocks * self.factor.rank
+
+    def redrawn(self, kind: Kind, sampler: Sampler | None) -> LazyBatch:
+        """Return the same for other draws."""
+        return LazyBatch(self._evaluation, self._factor_of.redrawn(kind, sampler))
+
+    def divide(self, c: Tensor) -> None:
+        """Take another divisor c of each head, in place."""
+        self._factor_of = self._factor_of.divided(c)
+        self.factor = self._factor_of(self._evaluation, self._compressed)
+
+    def product(self, V: Tensor) -> Tensor:
+        """Multiply GᵀG: (K, D) → (K, D)."""
+        return self.apply_t(self.apply(V))
+
+    def apply(self, V: Tensor) -> Tensor:
+        """Multiply G: (K, D) → (K, B · R)."""
+        factor = self.factor
+        U = self._evaluation.jvp(V).reshape(len(V), factor.blocks, factor.outputs)
+        return factor.adjoint(U).flatten(1)
+
+    def apply_t(self, W: Tensor) -> Tensor:
+        """Multiply Gᵀ: (K, B · R) → (K, D)."""
+        factor = self.factor
+        U = factor.apply(W.reshape(len(W), factor.blocks, factor.rank))
+        return self._evaluation.vjp(U.reshape(len(W), *self._evaluation.outputs.shape))
+
+    def diagonal(self) -> Tensor:
+        """Return the squared norms of the columns, (D,)."""
+        if self._evaluation.reached and not self._evaluation.custom_functions:
+            try:
+                # As many backward passes as a datum has rows, where `rows` may need one for each row of the batch.
+                builder = RowsBuilder(self._evaluation, self.factor, self._factor_of.size)
+                if builder.nbytes("factors") <= 2 * self._evaluation.saved_bytes():
+                    return builder.build("factors")[0].diagonal()
+            except CannotHoldError:
+                pass
+        blocks = (rows.square().sum(0) for rows in self.rows())
+        return sum(blocks, self._evaluation.outputs.new_zeros(self._evaluation.problem.parameters.numel))
+
+    def rows(self) -> Iterator[Tensor]:
+        """List G in blocks of rows (r, D)."""
+        return list_rows(self._evaluation, self.factor.columns(), self._factor_of.size)
