@@ -196,7 +196,7 @@ class TorchLinearOperator(LinearOperator):
         if isinstance(x, LinearOperator):
             return _Product(self, as_torch_operator(x, self.device, self.torch_dtype))
         alpha = _arrays.scalar(x)
-        return self._product(x, "@") if alpha is None else _Scaled(self, alpha)
+        return self._product(x, "@") if alpha is None else self._scaled(alpha)
 
     def rdot(self, x: Any) -> Any:
         """Multiply from the left, `x @ op`.
@@ -214,7 +214,7 @@ class TorchLinearOperator(LinearOperator):
         if isinstance(x, LinearOperator):
             return _Product(as_torch_operator(x, self.device, self.torch_dtype), self)
         alpha = _arrays.scalar(x)
-        return self.T._product(x, "rdot", rows=True) if alpha is None else _Scaled(self, alpha)
+        return self.T._product(x, "rdot", rows=True) if alpha is None else self._scaled(alpha)
 
     _rdot = rdot  # the name up to SciPy 1.17
 
@@ -336,15 +336,15 @@ class TorchLinearOperator(LinearOperator):
                 f"the divisor of an operator must be a scalar, got {type(alpha).__name__}. For an inverse use "
                 "`fisherops.linalg.solve` or `inv`."
             )
-        return _Scaled(self, 1.0 / value)
+        return self._scaled(1.0 / value)
 
     def __neg__(self) -> TorchLinearOperator:
-        return _Scaled(self, -1)
+        return self._scaled(-1)
 
     def __add__(self, other: Any) -> Any:
         if not isinstance(other, LinearOperator):
             return _refuse_sum(other)
-        return _Sum(self, as_torch_operator(other, self.device, self.torch_dtype))
+        return self._plus(as_torch_operator(other, self.device, self.torch_dtype))
 
     def __sub__(self, other: Any) -> Any:
         if not isinstance(other, LinearOperator):
@@ -362,6 +362,12 @@ class TorchLinearOperator(LinearOperator):
                 "solver, such as `scipy.sparse.linalg.cg(op.damped(1e-3), b)`."
             )
         return _Power(self, p)
+
+    def _scaled(self, alpha: Any) -> TorchLinearOperator:
+        return _Scaled(self, alpha)
+
+    def _plus(self, other: TorchLinearOperator) -> TorchLinearOperator:
+        return _Sum(self, other)
 
     def damped(self, damping: Any) -> TorchLinearOperator:
         """Return ``op + damping · I``.

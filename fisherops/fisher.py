@@ -13,27 +13,28 @@ from fisherops._ranks import Alone
 from fisherops._sharding import Sharding
 from fisherops.score_matrix import Kept, ScoreMatrix
 from fisherops.scores import Kind
+from fisherops.stacked import StackedScores
 
 
 class FisherOperator(TorchLinearOperator):
-    """GᵀG + shift · I, symmetric and positive semi-definite.
+    """GᵀG + shift · I, symmetric and positive semi-definite; its positive multiples and sums are of this class too.
 
     Parameters
     ----------
-    scores : ScoreMatrix
+    scores : ScoreMatrix or StackedScores
         G.
     shift : float
         λ ≥ 0.
     """
 
-    def __init__(self, scores: ScoreMatrix, shift: float = 0.0) -> None:
+    def __init__(self, scores: ScoreMatrix | StackedScores, shift: float = 0.0) -> None:
         D = scores.parameters.numel
         super().__init__((D, D), scores.torch_dtype, scores.device)
         self._G, self.shift = scores, shift
 
     @property
     @opaque
-    def scores(self) -> ScoreMatrix:
+    def scores(self) -> ScoreMatrix | StackedScores:
         """The score matrix G, F = GᵀG, as an operator (rows, D): :class:`fisherops.score_matrix.ScoreMatrix`.
 
         Always the same object. Its first product reads the data if nothing is cached.
@@ -83,10 +84,20 @@ class FisherOperator(TorchLinearOperator):
         """GᵀG alone."""
         return FisherOperator(self._G) if self.shift else self
 
+    def _scaled(self, alpha: Any) -> TorchLinearOperator:
+        if isinstance(alpha, complex) or not 0 < alpha < float("inf") or self.sharding is not None:
+            return super()._scaled(alpha)
+        return FisherOperator(StackedScores([(alpha * a, G) for a, G in self._G.parts]), alpha * self.shift)
+
+    def _plus(self, other: TorchLinearOperator) -> TorchLinearOperator:
+        if not isinstance(other, FisherOperator) or not StackedScores.fits(self._G, other._G):
+            return super()._plus(other)
+        return FisherOperator(StackedScores(self._G.parts + other._G.parts), self.shift + other.shift)
+
     @property
-    def kind(self) -> Kind:
+    def kinds(self) -> frozenset[Kind]:
         """Which vectors make the rows of G."""
-        return self._G.kind
+        return self._G.kinds
 
     def sharded(self, local: Tensor) -> Any:
         """Return a vector of this operator from each rank's own part of it, where the parameters are sharded (FSDP2).
@@ -137,7 +148,7 @@ class FisherOperator(TorchLinearOperator):
     @property
     def reductions(self) -> tuple[str, ...]:
         """The reduction, "mean" or "sum", of each head of the loss."""
-        return tuple(self._G.problem.likelihood.reductions)
+        return self._G.reductions
 
     @property
     def num_rows(self) -> int:

@@ -122,13 +122,25 @@ def density(density: Density, *, ax: Axes | None = None) -> Axes:
     return ax
 
 
-def rank_threshold(eigenvalues: npt.ArrayLike, dim: int, dtype: npt.DTypeLike) -> float:
-    """Return the size below which eigenvalues of a (dim, dim) matrix count as zero: λ_max · dim · eps.
+def rank_threshold(eigenvalues: npt.ArrayLike, dim: int, dtype: npt.DTypeLike, rows: int | None = None) -> float:
+    """Return the size below which eigenvalues of F count as zero, as in `fisherops.linalg`: λ_max · eps · max(n, √m).
 
-    This is the convention of ``numpy.linalg.matrix_rank``, a bound on what rounding in `dtype` can do to a dense
-    matrix; eigenvalues a little below it are often accurate nevertheless.
+    Parameters
+    ----------
+    eigenvalues : array
+        The largest among them is λ_max.
+    dim : int
+        D, of F (D, D).
+    dtype : dtype
+        The compute precision.
+    rows : int, optional
+        Rows of the score matrix, ``op.scores.shape[0]``; n and m are the smaller and the larger of both. Default: D,
+        with which the threshold is the convention of ``numpy.linalg.matrix_rank``.
     """
-    return float(np.max(np.asarray(eigenvalues, dtype=float), initial=0.0) * dim * np.finfo(dtype).eps)
+    from fisherops.linalg._ways import rank_threshold as threshold
+
+    largest = float(np.max(np.asarray(eigenvalues, dtype=float), initial=0.0))
+    return threshold(largest, dim, dim if rows is None else rows, dtype)
 
 
 def _mark_rank(ax: Axes, values: npt.NDArray[Any], threshold: float) -> None:
@@ -144,6 +156,6 @@ def _mark_rank(ax: Axes, values: npt.NDArray[Any], threshold: float) -> None:
         ax.axvline(rank + 0.5, color=_GREY, linewidth=0.9, linestyle=":")
     least = "" if rank < len(values) else "at least "
     ax.annotate(
-        f"numerical rank {least}{rank}\n(eigenvalues above λ₁ · D · eps)", (0.015, 0.02), xycoords="axes fraction",
+        f"numerical rank {least}{rank}\n(eigenvalues above rounding)", (0.015, 0.02), xycoords="axes fraction",
         va="bottom", ha="left", fontsize=9, color="#404040",
     )  # fmt: skip

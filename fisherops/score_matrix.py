@@ -152,6 +152,21 @@ class ScoreMatrix(TorchLinearOperator):
         return self._reader.kind
 
     @property
+    def kinds(self) -> frozenset[Kind]:
+        """The kind, as one of a stack has it."""
+        return frozenset([self.kind])
+
+    @property
+    def parts(self) -> tuple[tuple[float, ScoreMatrix], ...]:
+        """Itself with the factor 1, as one of a stack."""
+        return ((1.0, self),)
+
+    @property
+    def reductions(self) -> tuple[str, ...]:
+        """The reduction, "mean" or "sum", of each head of the loss."""
+        return tuple(self.problem.likelihood.reductions)
+
+    @property
     def num_data(self) -> int | None:
         """Number of data on this rank, if they were read."""
         return self._reader.data.num_data
@@ -333,9 +348,20 @@ class ScoreMatrix(TorchLinearOperator):
         """Return the squared Frobenius norm, which is the trace of F."""
         norms = self.col_norms()
         if self.sharding is None:
-            return float(norms.sum(dtype=torch.float64))
+            total = float(norms.sum(dtype=torch.float64))
+            limits = torch.finfo(self.torch_dtype)
+            return total if total > limits.tiny / limits.eps else self._square_norm_of_rows()
         with self._step("trace"):
             return float(self._ranks.sum(norms.sum(dtype=torch.float64)))
+
+    def _square_norm_of_rows(self) -> float:
+        """Sum the squares in float64, which are below the range of the compute precision."""
+
+        def norm(batches: Iterable[BatchScores]) -> Tensor:
+            squares = (rows.double().square().sum() for batch in batches for rows in batch.rows())
+            return self._sum(squares, dtype=torch.float64)
+
+        return float(self._over("trace", norm))
 
     def square_root(self, triangular: bool) -> Tensor:
         """Return B in float64 with BᵀB = F: the rows of G that are not zero, or the triangle R of G = QR.
@@ -420,6 +446,22 @@ class ScoreMatrix(TorchLinearOperator):
             result = torch.cat(blocks) if blocks else torch.empty(0, 0, dtype=self.torch_dtype, device=self.device)
             result = (result + result.T).div_(2)
         return check_result(result)
+
+    def cross(self, other: ScoreMatrix) -> Tensor | None:
+        """Multiply with the transpose of another score matrix of the same parameters, if both have cached all rows."""
+        if self._ranks.size > 1 or self.parameters.spans != other.parameters.spans:
+            return None
+
+        def held(batches: Any) -> list[MaterializedBatch] | None:
+            own = list(batches)
+            return own if all(isinstance(batch, MaterializedBatch) for batch in own) else None
+
+        if not self.kept.holds_rows or not other.kept.holds_rows:
+            return None
+        mine, theirs = self._over_in_order("rows", held), other._over_in_order("rows", held)
+        if mine is None or theirs is None:
+            return None
+        return check_result(torch.cat([torch.cat([left.gram(right) for right in theirs], 1) for left in mine]))
 
     def _gram_of_held(self, batches: list[BatchScores] | None) -> Tensor | None:
         """Multiply every two batches that are cached, whatever rank has them; None if some are not."""

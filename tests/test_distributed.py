@@ -210,16 +210,8 @@ def test_a_damaged_checkpoint_is_refused_on_all_ranks(two, tmp_path):
         ("some without indices", "the batches of all ranks must be"),
         ("sampler", "DistributedSampler is of rank"),
         ("vectors", "the checksum of the vectors .*v0 or rng"),
-        pytest.param(
-            "permuted vectors",
-            "the checksum of the vectors .*v0 or rng",
-            marks=pytest.mark.xfail(strict=True, reason="landing 5: checksums depend on the order of the entries"),
-        ),
-        pytest.param(
-            "permuted columns",
-            "the checksum of the vectors .*v0 or rng",
-            marks=pytest.mark.xfail(strict=True, reason="landing 5: checksums depend on the order of the entries"),
-        ),
+        ("permuted vectors", "the checksum of the vectors .*v0 or rng"),
+        ("permuted columns", "the checksum of the vectors .*v0 or rng"),
         ("columns", "the number of columns is 3 on rank 0, 2 on rank 1"),
         ("operators", r"product of operator \d+ on rank 0, product of operator \d+ on rank 1"),
         ("calls", r"product of operator (\d+) on rank 0, diagonal of operator \1 on rank 1"),

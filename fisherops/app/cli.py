@@ -190,7 +190,7 @@ def _spectrum(op: FisherOperator, arguments: argparse.Namespace, progress: Progr
             "or for a larger --tol such as 1e-3"
         )
     values = [float(value) for value in pairs.eigenvalues[::-1]]
-    threshold = rank_threshold(values, D, op.dtype)
+    threshold = rank_threshold(values, D, op.dtype, op.num_rows)
     numbers = {
         "eigenvalues": values,
         "trace": trace,

@@ -13,7 +13,7 @@ import torch
 from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
-from fisherops._linop import TorchLinearOperator, as_torch_operator, opaque
+from fisherops._linop import TorchLinearOperator, _Damped, _Scaled, _Sum, as_torch_operator, opaque
 from fisherops._memory import as_bytes
 from fisherops.fisher import FisherOperator
 
@@ -44,6 +44,30 @@ def as_operator(op: Any) -> TorchLinearOperator:
             f"`op` must be square, got shape {op.shape}. For a score matrix use `op.scores.gram()` or SciPy's `svds`."
         )
     return as_torch_operator(op)
+
+
+def undamped(op: TorchLinearOperator, damping: float = 0.0) -> tuple[TorchLinearOperator, float]:
+    """Return GᵀG alone of a Fisher operator with a multiple of the identity, and that multiple with `damping` added."""
+    if isinstance(op, FisherOperator) and op.shift:
+        return op.undamped, op.shift + damping
+    return op, damping
+
+
+def summands(op: Any, factor: float = 1.0) -> Iterator[tuple[TorchLinearOperator | None, float]]:
+    """List the operators that a composite is the sum of, with their factors; None is the identity."""
+    if isinstance(op, _Sum):
+        yield from summands(op._A, factor)
+        yield from summands(op._B, factor)
+    elif isinstance(op, _Scaled) and not isinstance(op._alpha, complex):
+        yield from summands(op._A, factor * op._alpha)
+    elif isinstance(op, _Damped):
+        yield from summands(op._A, factor)
+        yield None, factor * op.damping
+    elif isinstance(op, FisherOperator) and op.shift:
+        yield op.undamped, factor
+        yield None, factor * op.shift
+    else:
+        yield op, factor
 
 
 def choose(op: TorchLinearOperator, method: str, products: float, dense_flops: float, dual: bool = True) -> str:
@@ -123,14 +147,19 @@ def dense_matrix(op: TorchLinearOperator, way: str) -> Tensor:
     return (F + F.T).div_(2)
 
 
-def zero_threshold(op: TorchLinearOperator, largest: float, n: int) -> float:
-    """Return the size below which eigenvalues of a matrix of size n are zero to rounding.
+def zero_threshold(op: TorchLinearOperator, largest: float) -> float:
+    """Return the size below which eigenvalues are zero to rounding: λ_max · eps · max(n, √m).
 
-    λ_max · eps · n is NumPy's convention for the rank of the matrix; its entries are sums over the other side of G, m
-    terms, whose rounding is about √m · eps.
+    n and m are the smaller and the larger side of G, both D for an operator without. λ_max · eps · n is NumPy's
+    convention for the rank of a matrix of size n; its entries are sums of m terms, whose rounding is about √m · eps.
     """
-    sides = op.shape[0], op.num_rows if isinstance(op, FisherOperator) else 0
-    return abs(largest) * max(n, math.sqrt(max(sides))) * float(torch.finfo(op.torch_dtype).eps)
+    D = op.shape[0]
+    return rank_threshold(largest, D, op.num_rows if isinstance(op, FisherOperator) else D, np.dtype(op.dtype))
+
+
+def rank_threshold(largest: float, dim: int, rows: int, dtype: Any) -> float:
+    """Return the size below which eigenvalues of F = GᵀG, (dim, dim) with G (rows, dim), are zero to rounding."""
+    return abs(largest) * max(min(dim, rows), math.sqrt(max(dim, rows))) * float(np.finfo(dtype).eps)
 
 
 Function = TypeVar("Function", bound=Callable[..., Any])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -11,10 +11,10 @@ from torch import Tensor
 
 from fisherops import _arrays
 from fisherops._checks import warn
-from fisherops._linop import TorchLinearOperator, _Damped, _Scaled, _Sum
+from fisherops._linop import TorchLinearOperator
 from fisherops.fisher import FisherOperator
 from fisherops.linalg._results import Bounds
-from fisherops.linalg._ways import METHODS, dense_matrix, outside_of_autocast
+from fisherops.linalg._ways import METHODS, dense_matrix, outside_of_autocast, summands
 from fisherops.scores import MonteCarlo
 
 _NAMED_DIRECTIONS, _NAMED_ENTRIES = 10, 4
@@ -93,7 +93,7 @@ def crlb(op: Any, of: Any = None, *, method: str = "auto") -> Bounds:
     >>> fo.linalg.crlb(op.damped(1 / 0.05)).covariance.round(3)
     array([[0.025]])
     """
-    parts = list(_parts(op, 1.0))
+    parts = list(summands(op))
     fishers = [part for part, _ in parts if isinstance(part, FisherOperator)]
     if not fishers:
         raise TypeError(
@@ -116,7 +116,7 @@ def crlb(op: Any, of: Any = None, *, method: str = "auto") -> Bounds:
         raise ValueError("a singular F is told from a regular one by its eigenvalues: use method='dual' or 'dense'.")
     if method not in METHODS:
         raise ValueError(f"`method` must be 'auto', 'dual' or 'dense', got {method!r}.")
-    if any(isinstance(fisher.kind, MonteCarlo) for fisher in fishers):
+    if any(isinstance(kind, MonteCarlo) for fisher in fishers for kind in fisher.kinds):
         warn(
             "the inverse of a Monte-Carlo Fisher is not a Cramér-Rao bound, and its error is that of the draws. Use "
             "FisherLinearOperator, the exact Fisher."
@@ -137,23 +137,6 @@ def crlb(op: Any, of: Any = None, *, method: str = "auto") -> Bounds:
     directions = _name_directions(fishers[0], basis, nullity)
     deviation = np.sqrt(np.diag(covariance))
     return Bounds(covariance, deviation, digits, tuple(names), directions, nullity, lost, method)
-
-
-def _parts(op: Any, factor: float) -> Iterator[tuple[TorchLinearOperator | None, float]]:
-    """List the operators that a composite is the sum of, with their factors; None is the identity."""
-    if isinstance(op, _Sum):
-        yield from _parts(op._A, factor)
-        yield from _parts(op._B, factor)
-    elif isinstance(op, _Scaled) and not isinstance(op._alpha, complex):
-        yield from _parts(op._A, factor * op._alpha)
-    elif isinstance(op, _Damped):
-        yield from _parts(op._A, factor)
-        yield None, factor * op.damping
-    elif isinstance(op, FisherOperator) and op.shift:
-        yield op.undamped, factor
-        yield None, factor * op.shift
-    else:
-        yield op, factor
 
 
 def _square_root(

@@ -12,7 +12,15 @@ from fisherops._checks import integer
 from fisherops.linalg._lanczos import Matrix
 from fisherops.linalg._probes import spectral_sums
 from fisherops.linalg._results import Density
-from fisherops.linalg._ways import EIGENVALUES, EXACT, as_operator, choose, outside_of_autocast, zero_threshold
+from fisherops.linalg._ways import (
+    EIGENVALUES,
+    EXACT,
+    as_operator,
+    choose,
+    outside_of_autocast,
+    undamped,
+    zero_threshold,
+)
 from fisherops.linalg.eigen import eigsh, spectrum_of
 
 _BINS = 60
@@ -64,16 +72,16 @@ def spectral_density(
     >>> density.counts.shape
     (2,)
     """
-    A = as_operator(op)
+    A, shift = undamped(as_operator(op))
     way = choose(A, method, products=EXACT * probes * steps, dense_flops=EIGENVALUES)
     values = None if way == "primal" else spectrum_of(A, way).cpu().numpy()
     if grid is None:
-        top = (
+        top = shift + (
             eigsh(A, 1, method="primal", return_eigenvectors=False, tol=1e-3).eigenvalues[0]
             if values is None
             else values[-1]
         )
-        edges = _default_grid(float(top), zero_threshold(A, float(top), A.shape[0]))
+        edges = _default_grid(float(top), zero_threshold(A, float(top)))
     else:
         edges = np.asarray(_arrays.enter(grid)[0].cpu(), dtype=float)
         if edges.ndim != 1 or len(edges) < 2 or not np.isfinite(edges).all() or (np.diff(edges) <= 0).any():
@@ -88,10 +96,12 @@ def spectral_density(
     if values is not None:
         if edges[0] >= 0:
             values = values.clip(min=0)
-        zeros = (A.shape[0] - len(values)) * in_bins(np.zeros(1))[0]
-        counts, errors = in_bins(values).sum(0) + zeros, np.zeros(len(edges) + 1)
+        zeros = (A.shape[0] - len(values)) * in_bins(np.full(1, shift))[0]
+        counts, errors = in_bins(values + shift).sum(0) + zeros, np.zeros(len(edges) + 1)
     else:
-        counts, errors = spectral_sums(A, in_bins, integer("probes", probes, 2), integer("steps", steps, 1), seed)
+        counts, errors = spectral_sums(
+            A, lambda nodes: in_bins(nodes + shift), integer("probes", probes, 2), integer("steps", steps, 1), seed
+        )
     return Density(edges, counts[1:-1], errors[1:-1], float(counts[0]), float(counts[-1]), way)
 
 

@@ -27,8 +27,12 @@ from fisherops.linalg._ways import (
     choose,
     dense_matrix,
     outside_of_autocast,
+    undamped,
     zero_threshold,
 )
+
+# Residuals, in units of eps and the largest eigenvalue, that rounding may cause.
+_ROUNDING = 1000.0
 
 
 @outside_of_autocast
@@ -107,7 +111,7 @@ def eigsh(
     >>> vectors.shape
     (15, 2)
     """
-    A = as_operator(op)
+    A, shift = undamped(as_operator(op))
     D = A.shape[0]
     k = integer("k", k, 1, D)
     if isinstance(A, FisherOperator) and A.sharding is not None and (return_eigenvectors or method != "dual"):
@@ -131,10 +135,12 @@ def eigsh(
         try:
             found = _primal(A, k, largest, v0, ncv, maxiter, tol, callback, progressbar, checkpoint)
         except _HaltedError as halt:
-            raise Interrupted(_finish(A, halt.found, return_eigenvectors, way, leave, product=False)) from None
+            raise Interrupted(
+                _finish(A, shift, tol, halt.found, return_eigenvectors, way, leave, product=False)
+            ) from None
     else:
         found = *_dense(A, way, k, largest, return_eigenvectors), None, 0, True
-    return _finish(A, found, return_eigenvectors, way, leave)
+    return _finish(A, shift, tol, found, return_eigenvectors, way, leave)
 
 
 @outside_of_autocast
@@ -156,7 +162,8 @@ def eigvalsh(op: Any, *, method: str = "auto", like: Any = None) -> Any:
     -------
     array
         (n,) with n the smaller of D and the number of rows of the score matrix in "dual", and D in "dense". All other
-        eigenvalues are zero. Those below λ_max · n · eps are zero to rounding, and may be of either sign.
+        eigenvalues are zero, or λ for ``op.damped(λ)``. Those below λ_max · n · eps are zero to rounding, and may be of
+        either sign.
 
     Raises
     ------
@@ -180,7 +187,7 @@ def eigvalsh(op: Any, *, method: str = "auto", like: Any = None) -> Any:
     >>> fo.linalg.eigvalsh(op).shape
     (15,)
     """
-    A = as_operator(op)
+    A, shift = undamped(as_operator(op))
     if method == "primal":
         raise ValueError(
             "`method` must be 'auto', 'dual' or 'dense', which find all eigenvalues, got 'primal'. For some of them "
@@ -192,7 +199,7 @@ def eigvalsh(op: Any, *, method: str = "auto", like: Any = None) -> Any:
             "`max_memory` must hold the Gram matrix or F, and neither fits. Raise it, or use eigsh for some "
             "eigenvalues and spectral_density for their distribution."
         )
-    values = spectrum_of(A, way)
+    values = spectrum_of(A, way) + shift
     return leave_for(like)(check_result(values.to(A.torch_dtype), values))
 
 
@@ -240,7 +247,7 @@ def _dense(A: TorchLinearOperator, way: str, k: int, largest: bool, vectors: boo
     assert isinstance(A, FisherOperator)
     n, D = len(matrix), A.shape[0]
     values, U = top_of_matrix(matrix, min(k, n) if largest else n, tol)
-    positive = values > zero_threshold(A, float(values[-1]), n)
+    positive = values > zero_threshold(A, float(values[-1]))
     values, U = values[positive], U[:, positive]
     rank = len(values)  # or k, if that is less
     # F has D − rank zeros beside.
@@ -370,7 +377,14 @@ def _lifted(A: TorchLinearOperator, space: Krylov, pairs: Any) -> tuple[Tensor, 
 
 
 def _finish(
-    A: TorchLinearOperator, found: Any, vectors: bool, way: str, leave: Callable[[Tensor], Any], product: bool = True
+    A: TorchLinearOperator,
+    shift: float,
+    tol: float,
+    found: Any,
+    vectors: bool,
+    way: str,
+    leave: Callable[[Tensor], Any],
+    product: bool = True,
 ) -> Eigenpairs:
     values, V, residuals, products, converged = found
     values = values.to(A.device)
@@ -378,8 +392,12 @@ def _finish(
     if vectors and product:
         residuals = A.times_columns(V).addcmul_(V, values, value=-1).norm(dim=0, dtype=torch.float64)
         products += V.shape[1]
+        # A true residual: a wrong Gram matrix, or an operator that is not symmetric, must not look converged.
+        rounding = _ROUNDING * float(torch.finfo(A.torch_dtype).eps)
+        largest = values.abs().max() if len(values) else 0.0
+        converged = converged and bool((residuals <= max(tol, rounding) * largest).all())
     return Eigenpairs(
-        leave(values),
+        leave(values + shift),
         leave(V) if vectors else None,
         None if residuals is None else leave(residuals.to(A.torch_dtype)),
         way,

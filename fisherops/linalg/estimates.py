@@ -22,11 +22,17 @@ from fisherops.linalg._ways import (
     choose,
     dense_matrix,
     outside_of_autocast,
+    summands,
+    undamped,
     zero_threshold,
 )
 from fisherops.linalg.eigen import leave_for, spectrum_of
+from fisherops.linalg.solve import DampedInverse
 
 PROBES, STEPS = 30, 40
+
+# Rows of an operator that is multiplied with the identity to find its trace or diagonal, instead of an estimate.
+_SMALL = 1000
 _SEED = 0
 
 
@@ -53,14 +59,14 @@ class LogDeterminant(NamedTuple):
 
 @outside_of_autocast
 def trace(op: Any, *, probes: int = PROBES, seed: int = _SEED) -> Estimate:
-    """Return the trace of F: exact for a Fisher, from its rows; by Hutch++ for other operators.
+    """Return the trace of F: exact for Fisher operators, their sums, multiples and inverses; else by Hutch++.
 
     Parameters
     ----------
     op : LinearOperator
         F, symmetric and positive semi-definite, (D, D).
     probes : int
-        Number of products for other operators, at least 6. Default: 30.
+        Number of products for other operators of more than 1000 rows, at least 6. Default: 30.
     seed : int
         Seed of the probes. Default: 0.
 
@@ -91,23 +97,40 @@ def trace(op: Any, *, probes: int = PROBES, seed: int = _SEED) -> Estimate:
     >>> trace.method, trace.standard_error
     ('rows', 0.0)
     """
-    A = as_operator(op)
-    if isinstance(A, FisherOperator):
-        return Estimate(A.trace(), 0.0, "rows")
-    D, third = A.shape[0], integer("probes", probes, 6) // 3
-    if third >= D:
-        return Estimate(float(np.trace(A.todense())), 0.0, "dense")
+    A, probes = as_operator(op), integer("probes", probes, 6)
+    exact, way = 0.0, "rows"
+    rest: TorchLinearOperator | None = None
+    for part, factor in summands(A):
+        if part is None:
+            exact += factor * A.shape[0]
+        elif isinstance(part, FisherOperator):
+            exact += factor * part.trace()
+        elif isinstance(part, DampedInverse) and part.method != "primal":
+            exact, way = exact + factor * part.trace(), part.method
+        else:
+            own = part._scaled(factor)
+            rest = own if rest is None else rest._plus(own)
+    if rest is None:
+        return Estimate(exact, 0.0, way)
+    if rest.shape[0] <= _SMALL:
+        return Estimate(exact + float(np.trace(rest.todense())), 0.0, "dense")
+    value, error = _hutch(rest, probes // 3, seed)
+    return Estimate(exact + value, error, "primal")
+
+
+def _hutch(A: TorchLinearOperator, third: int, seed: int) -> tuple[float, float]:
+    """Estimate the trace by Hutch++ with three times `third` products, and its standard error."""
     Q = torch.linalg.qr(A.times_columns(rademacher(A, third, seed)))[0]
     caught = float((Q * A.times_columns(Q)).sum(dtype=torch.float64))
     Z = rademacher(A, third, seed + 1)
     Z = Z - Q @ (Q.T @ Z)
     samples = (Z * A.times_columns(Z)).sum(0, dtype=torch.float64)
-    return Estimate(caught + float(samples.mean()), float(samples.std()) / third**0.5, "primal")
+    return caught + float(samples.mean()), float(samples.std()) / third**0.5
 
 
 @outside_of_autocast
 def diagonal(op: Any, *, like: Any = None, probes: int = PROBES, seed: int = _SEED) -> Estimate:
-    """Return the diagonal of F: exact for a Fisher, from its rows; by random signs for other operators.
+    """Return the diagonal of F: exact for Fisher operators, their sums, multiples and inverses; else by random signs.
 
     Parameters
     ----------
@@ -116,7 +139,7 @@ def diagonal(op: Any, *, like: Any = None, probes: int = PROBES, seed: int = _SE
     like : array, optional
         Array whose library and device the result has. Default: NumPy.
     probes : int
-        Number of products for other operators, at least 2. Default: 30.
+        Number of products for other operators of more than 1000 rows, at least 2. Default: 30.
     seed : int
         Seed of the probes. Default: 0.
 
@@ -147,12 +170,27 @@ def diagonal(op: Any, *, like: Any = None, probes: int = PROBES, seed: int = _SE
     (15,)
     """
     A, leave = as_operator(op), leave_for(like)
-    if isinstance(A, FisherOperator):
-        exact = torch.as_tensor(A.diagonal(), device=A.device)
-        return Estimate(leave(exact), leave(torch.zeros_like(exact)), "rows")
-    Z = rademacher(A, integer("probes", probes, 2), seed)
-    samples = Z * A.times_columns(Z)
-    return Estimate(leave(samples.mean(1)), leave(samples.std(1) / probes**0.5), "primal")
+    D, probes = A.shape[0], integer("probes", probes, 2)
+    exact, way = torch.zeros(D, dtype=torch.float64, device=A.device), "rows"
+    rest: TorchLinearOperator | None = None
+    for part, factor in summands(A):
+        if part is None:
+            exact += factor
+        elif isinstance(part, FisherOperator):
+            exact += factor * torch.as_tensor(part.diagonal(), device=A.device)
+        elif isinstance(part, DampedInverse) and part.method != "primal":
+            exact, way = exact + factor * part.diagonal(), part.method
+        else:
+            own = part._scaled(factor)
+            rest = own if rest is None else rest._plus(own)
+    error = torch.zeros_like(exact)
+    if rest is not None and D <= _SMALL:
+        exact, way = exact + torch.as_tensor(rest.todense().diagonal().copy(), device=A.device), "dense"
+    elif rest is not None:
+        Z = rademacher(rest, probes, seed)
+        samples = Z * rest.times_columns(Z)
+        exact, error, way = exact + samples.mean(1), error + samples.std(1) / probes**0.5, "primal"
+    return Estimate(leave(exact.to(A.torch_dtype)), leave(error.to(A.torch_dtype)), way)
 
 
 @outside_of_autocast
@@ -193,13 +231,15 @@ def frobenius_norm(op: Any, *, method: str = "auto", probes: int = PROBES, seed:
     >>> bool(abs(norm.value - (op.todense() ** 2).sum() ** 0.5) < 1e-5)
     True
     """
-    A = as_operator(op)
+    A, shift = undamped(as_operator(op))
+    D = A.shape[0]
     way = choose(A, method, products=EXACT * probes, dense_flops=0.0)
     if way != "primal":
-        return Estimate(float(dense_matrix(A, way).norm()), 0.0, way)
-    samples = (
-        A.times_columns(rademacher(A, integer("probes", probes, 2), seed)).norm(dim=0, dtype=torch.float64).square()
-    )
+        matrix = dense_matrix(A, way)
+        square = float(matrix.norm()) ** 2 + 2 * shift * float(matrix.trace()) + D * shift**2
+        return Estimate(square**0.5, 0.0, way)
+    Z = rademacher(A, integer("probes", probes, 2), seed)
+    samples = (A.times_columns(Z) + shift * Z).norm(dim=0, dtype=torch.float64).square()
     mean, error = float(samples.mean()), float(samples.std()) / probes**0.5
     return Estimate(mean**0.5, error / (2 * mean**0.5) if mean > 0 else 0.0, "primal")
 
@@ -252,7 +292,7 @@ def slogdet(
     >>> sign
     1.0
     """
-    A, damping = as_operator(op), as_damping(damping)
+    A, damping = undamped(as_operator(op), as_damping(damping))
     way = choose(A, method, products=EXACT * probes * steps, dense_flops=CHOLESKY if damping > 0 else EIGENVALUES)
     D = A.shape[0]
     if way == "primal":
@@ -267,12 +307,12 @@ def slogdet(
         return LogDeterminant(1.0, float(value), float(error), way)
     if damping == 0:
         values = spectrum_of(A, way)
-        if len(values) < D or float(values[0]) <= zero_threshold(A, float(values[-1]), D):
+        if len(values) < D or float(values[0]) <= zero_threshold(A, float(values[-1])):
             return LogDeterminant(0.0, -math.inf, 0.0, way)
         return LogDeterminant(1.0, float(values.log().sum()), 0.0, way)
     matrix = dense_matrix(A, way)
     n = len(matrix)
-    if damping < 100 * zero_threshold(A, float(matrix.norm()), n):
+    if damping < 100 * zero_threshold(A, float(matrix.norm())):
         # Eigenvalues of the size of rounding would count beside λ.
         values = _without_rounding(A, torch.linalg.eigvalsh(matrix)[-D:])
         value = float((values + damping).log().sum()) + (D - len(values)) * math.log(damping)
@@ -331,7 +371,7 @@ def effective_dimension(
     >>> 0 < fo.linalg.effective_dimension(op, damping=0.1).value < 15
     True
     """
-    A, damping = as_operator(op), as_damping(damping)
+    (A, shift), damping = undamped(as_operator(op)), as_damping(damping)
     if damping == 0:
         raise ValueError(
             "`damping` must be positive, got 0. The effective dimension without damping is the rank: use eigvalsh."
@@ -339,14 +379,19 @@ def effective_dimension(
     way = choose(A, method, products=EXACT * probes * steps, dense_flops=EIGENVALUES)
     if way == "primal":
         value, error = spectral_sums(
-            A, lambda nodes: nodes / (nodes + damping), integer("probes", probes, 2), integer("steps", steps, 1), seed
+            A,
+            lambda nodes: (nodes + shift) / (nodes + shift + damping),
+            integer("probes", probes, 2),
+            integer("steps", steps, 1),
+            seed,
         )
         return Estimate(float(value), float(error), way)
-    values = _without_rounding(A, spectrum_of(A, way))
-    return Estimate(float((values / (values + damping)).sum()), 0.0, way)
+    values = _without_rounding(A, spectrum_of(A, way)) + shift
+    others = (A.shape[0] - len(values)) * shift / (shift + damping)
+    return Estimate(float((values / (values + damping)).sum()) + others, 0.0, way)
 
 
 def _without_rounding(A: TorchLinearOperator, values: Tensor) -> Tensor:
     """Return eigenvalues with those that are zero to rounding as zeros."""
-    threshold = zero_threshold(A, float(values[-1]), len(values))
+    threshold = zero_threshold(A, float(values[-1]))
     return torch.where(values > threshold, values, torch.zeros_like(values))

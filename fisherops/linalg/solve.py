@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from fisherops import _arrays
 from fisherops._checks import integer
-from fisherops._linop import TorchLinearOperator, as_damping
+from fisherops._linop import TorchLinearOperator, as_damping, identity
 from fisherops._sharding import reduced
 from fisherops.fisher import FisherOperator
 from fisherops.linalg._checkpoint import Checkpoint
@@ -25,6 +25,7 @@ from fisherops.linalg._ways import (
     dense_matrix,
     outside_of_autocast,
     quiet,
+    undamped,
     zero_threshold,
 )
 
@@ -118,8 +119,7 @@ def solve(
     >>> solution.converged, solution.x.shape
     (True, torch.Size([15]))
     """
-    A = as_operator(op)
-    damping = as_damping(damping)
+    A, damping = undamped(as_operator(op), as_damping(damping))
     B, leave = _columns(A, b)
     single = B.ndim == 1
     B = B[:, None] if single else B
@@ -210,8 +210,7 @@ def inv(
     >>> bool(torch.allclose(inverse @ (op.damped(0.1) @ torch.ones(15)), torch.ones(15), atol=1e-4))
     True
     """
-    A = as_operator(op)
-    damping = as_damping(damping)
+    A, damping = undamped(as_operator(op), as_damping(damping))
     if damping == 0:
         _refuse_singular(A)
     way = choose(A, method, products=300.0, dense_flops=CHOLESKY, dual=damping > 0 or method == "dual")
@@ -350,7 +349,7 @@ class DampedInverse(TorchLinearOperator):
     method : str
         "dual", "dense" or "primal".
     damping : float
-        λ.
+        λ, with what the operator itself was damped by.
     """
 
     def __init__(
@@ -372,7 +371,7 @@ class DampedInverse(TorchLinearOperator):
         matrix.diagonal().add_(damping)
         self._factor, info = torch.linalg.cholesky_ex(matrix)
         if int(info) and damping > 0:  # below the rounding of F; refinement finds what can be found
-            matrix.diagonal().add_(zero_threshold(op, self._norm, len(matrix)))
+            matrix.diagonal().add_(zero_threshold(op, self._norm))
             self._factor, info = torch.linalg.cholesky_ex(matrix)
         pivots = self._factor.diagonal()
         eps = float(torch.finfo(op.torch_dtype).eps)
@@ -399,11 +398,36 @@ class DampedInverse(TorchLinearOperator):
             product: Tensor = _converged(solution).x
         return product.T
 
+    def diagonal(self) -> Tensor:
+        """Return the diagonal in float64, (D,): (1 − ‖L⁻¹ G e_i‖²) / λ from the Cholesky factor L of G Gᵀ + λI."""
+        op, L = self._op, self._present_factor()
+        if self.method == "dense":
+            return torch.cholesky_inverse(L).diagonal()
+        assert isinstance(op, FisherOperator)
+        scores = op.scores.T
+        norms = torch.zeros(op.shape[0], dtype=torch.float64, device=op.device)
+        for rows in identity(len(L), torch.float64, op.device):
+            # Rows of L⁻¹ are columns of L⁻ᵀ.
+            W = torch.linalg.solve_triangular(L.T, rows.T, upper=True).T
+            norms += scores.multiply(W.to(op.torch_dtype)).double().square().sum(0)
+        return (1 - norms).div_(self.damping)
+
+    def trace(self) -> float:
+        """Return the trace, which is (D − n)/λ + tr (G Gᵀ + λI)⁻¹ for n rows of G."""
+        L = self._present_factor()
+        inverse = float(torch.cholesky_inverse(L).diagonal().sum())
+        return inverse if self.method == "dense" else (self.shape[0] - len(L)) / self.damping + inverse
+
+    def _present_factor(self) -> Tensor:
+        if self._op.version != self._version:
+            self._factorize()
+        factor: Tensor = self._factor
+        return factor
+
     def direct(self, V: Tensor) -> Tensor:
         """Multiply by the factor alone, without refinement."""
         op = self._op
-        if op.version != self._version:
-            self._factorize()
+        self._present_factor()
         if self.method == "dense":
             return torch.cholesky_solve(V.double(), self._factor).to(V.dtype)
         assert isinstance(op, FisherOperator)
@@ -419,7 +443,7 @@ class _Pseudoinverse:
         self._op, self._way = op, way
         values, self._U = torch.linalg.eigh(dense_matrix(op, way))
         self.largest = float(values[-1])
-        positive = values > zero_threshold(op, self.largest, len(values))
+        positive = values > zero_threshold(op, self.largest)
         # F⁺ = Gᵀ (G Gᵀ)⁺² G.
         powers = values.clamp_min(1e-300) ** (-2.0 if way == "dual" else -1.0)
         self._inverse = torch.where(positive, powers, torch.zeros_like(powers))
