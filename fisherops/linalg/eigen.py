@@ -139,7 +139,8 @@ def eigsh(
                 _finish(A, shift, tol, halt.found, return_eigenvectors, way, leave, product=False)
             ) from None
     else:
-        found = *_dense(A, way, k, largest, return_eigenvectors), None, 0, True
+        values, vectors, scale = _dense(A, way, k, largest, return_eigenvectors)
+        found = values, vectors, None, 0, True, scale
     return _finish(A, shift, tol, found, return_eigenvectors, way, leave)
 
 
@@ -234,16 +235,19 @@ def top_of_matrix(matrix: Tensor, k: int, tol: float) -> tuple[Tensor, Tensor]:
     return values[n - k :], vectors[:, n - k :]
 
 
-def _dense(A: TorchLinearOperator, way: str, k: int, largest: bool, vectors: bool) -> tuple[Tensor, Tensor | None]:
-    """Return eigenvalues in float64 and eigenvectors in the compute precision."""
+def _dense(
+    A: TorchLinearOperator, way: str, k: int, largest: bool, vectors: bool
+) -> tuple[Tensor, Tensor | None, float]:
+    """Return eigenvalues in float64, eigenvectors in the compute precision, and the norm of the matrix."""
     matrix = dense_matrix(A, way)
+    norm = float(matrix.norm())
     tol = max(0.1 * float(torch.finfo(A.torch_dtype).eps), 1e-14)
     if way == "dense":
         if largest:
             values, V = top_of_matrix(matrix, k, tol)
         else:
             values, V = (pairs[..., :k] for pairs in torch.linalg.eigh(matrix))
-        return values, V.to(A.torch_dtype)
+        return values, V.to(A.torch_dtype), norm
     assert isinstance(A, FisherOperator)
     n, D = len(matrix), A.shape[0]
     values, U = top_of_matrix(matrix, min(k, n) if largest else n, tol)
@@ -255,11 +259,11 @@ def _dense(A: TorchLinearOperator, way: str, k: int, largest: bool, vectors: boo
     chosen = slice(rank) if largest else slice(k - zeros)
     eigenvalues = torch.cat([values.new_zeros(zeros), values[chosen]])
     if not vectors:
-        return eigenvalues, None
+        return eigenvalues, None, norm
     lifted = _lift(A, U[:, chosen])
     if zeros:
         lifted = torch.cat([_complement(_lift(A, U), zeros), lifted], 1)
-    return eigenvalues, lifted
+    return eigenvalues, lifted, norm
 
 
 def _lift(A: FisherOperator, U: Tensor) -> Tensor:
@@ -303,7 +307,7 @@ def _primal(
     callback: Callable[[int, Any, Any], object] | None,
     progressbar: bool,
     checkpoint: Any,
-) -> tuple[Tensor, Tensor, Tensor, int, bool]:
+) -> tuple[Tensor, Tensor, Tensor, int, bool, float]:
     D = A.shape[0]
 
     def random(seed: int) -> Tensor:
@@ -368,12 +372,13 @@ class _HaltedError(Exception):
         self.found = found
 
 
-def _lifted(A: TorchLinearOperator, space: Krylov, pairs: Any) -> tuple[Tensor, Tensor, Tensor, int, bool]:
+def _lifted(A: TorchLinearOperator, space: Krylov, pairs: Any) -> tuple[Tensor, Tensor, Tensor, int, bool, float]:
     values, S, residuals, converged = pairs
     S = torch.as_tensor(S, dtype=A.torch_dtype, device=A.device)
     vectors = (S.T @ space.basis[: len(S)]).T
     values, residuals = (torch.as_tensor(x, device=A.device) for x in (values, residuals))
-    return values, vectors, residuals, space.products, converged
+    scale = float(abs(space.ritz()[0]).max(initial=0)) if space.size else 0.0
+    return values, vectors, residuals, space.products, converged, scale
 
 
 def _finish(
@@ -386,7 +391,7 @@ def _finish(
     leave: Callable[[Tensor], Any],
     product: bool = True,
 ) -> Eigenpairs:
-    values, V, residuals, products, converged = found
+    values, V, residuals, products, converged, scale = found
     values = values.to(A.device)
     values = check_result(values.to(A.torch_dtype), values)
     if vectors and product:
@@ -394,8 +399,7 @@ def _finish(
         products += V.shape[1]
         # A true residual: a wrong Gram matrix, or an operator that is not symmetric, must not look converged.
         rounding = _ROUNDING * float(torch.finfo(A.torch_dtype).eps)
-        largest = values.abs().max() if len(values) else 0.0
-        converged = converged and bool((residuals <= max(tol, rounding) * largest).all())
+        converged = converged and bool((residuals <= max(tol, rounding) * scale).all())
     return Eigenpairs(
         leave(values + shift),
         leave(V) if vectors else None,
