@@ -59,7 +59,6 @@ def _open_unit(high: Tensor, low: Tensor) -> Tensor:
 
 
 def _multiply(x: Tensor, m: int) -> tuple[Tensor, Tensor]:
-    """Return the high and the low word of x · m, without leaving 63 bits."""
-    lower = (x & 0xFFFF) * m
-    upper = (x >> 16) * m + (lower >> 16)
-    return upper >> 16, ((upper & 0xFFFF) << 16) | (lower & 0xFFFF)
+    """Return the high and the low word of x · m, whose 64 bits int64 holds, if with another sign."""
+    product = x * m
+    return (product >> 32) & MASK, product & MASK

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,13 +44,22 @@ class MaterializedBatch:
         N.
     parameters : mapping of str to (int, int)
         Where each parameter lies in the flat vector.
+    layers : mapping of str to str
+        Names of weights held as factors, with those of the biases, held dense, that are added to the same outputs; both
+        are used there alone.
     """
 
     def __init__(
-        self, dense: Tensor, spans: Sequence[Span], blocks: Sequence[Block], size: int, parameters: Mapping[str, Span]
+        self,
+        dense: Tensor,
+        spans: Sequence[Span],
+        blocks: Sequence[Block],
+        size: int,
+        parameters: Mapping[str, Span],
+        layers: Mapping[str, str] | None = None,
     ) -> None:
         self._dense, self._blocks, self._N = dense, list(blocks), size
-        self._parameters = dict(parameters)
+        self._parameters, self._layers = dict(parameters), dict(layers or {})
         self._numel = max(stop for _, stop in parameters.values())
         self._own_spans, self._spans = list(spans), _merged(spans)
         self._whole = self._spans == [(0, self._numel)]
@@ -186,18 +196,23 @@ class MaterializedBatch:
         is left by its rows, a block at a time.
         """
         total = self._dense.new_zeros(self.count, other.count)
-        shared = [span for span in self._own_spans if span in set(other._own_spans)]
-        if self._own_spans == other._own_spans:
+        left, right = self._by_name(), other._by_name()
+        # Weight and bias of a layer together.
+        layers = {w: b for w, b in self._layers.items() if other._layers.get(w) == b and _same(left[w], right[w])}
+        joint = {self._parameters[bias] for bias in layers.values()}
+        shared = [span for span in self._own_spans if span in set(other._own_spans) - joint]
+        if not joint and self._own_spans == other._own_spans:
             total += times_transposed(self._dense, other._dense)
         elif shared:
             total += times_transposed(self._dense_at(shared), other._dense_at(shared))
-        left, right = self._by_name(), other._by_name()
         for name, span in self._parameters.items():
+            if span in joint:
+                continue
             mine, theirs = left.get(name, []), right.get(name, [])
             mixed = (span in self._own_spans) != (span in other._own_spans) or (
                 span in self._own_spans and bool(mine or theirs)
             )
-            blocks = None if mixed else _gram_of_blocks(mine, theirs)
+            blocks = None if mixed else _gram_of_blocks(mine, theirs, with_bias=name in layers)
             if blocks is not None:
                 total += blocks
             elif mixed or (mine and theirs):
@@ -301,7 +316,11 @@ class MaterializedBatch:
             own[self._parameters[name]] = self._rows_of(name, 0, self._N)
         spans = sorted(own)
         blocks = [block for block in self._blocks if not names & set(block[0].names)]
-        return MaterializedBatch(torch.cat([own[s] for s in spans], 1), spans, blocks, self._N, self._parameters)
+        names = {name for derived, _ in blocks for name in derived.names}
+        layers = {weight: bias for weight, bias in self._layers.items() if weight in names}
+        return MaterializedBatch(
+            torch.cat([own[s] for s in spans], 1), spans, blocks, self._N, self._parameters, layers
+        )
 
     def _names_of_dense(self) -> list[str]:
         return [name for name, span in self._parameters.items() if span in self._own_spans]
@@ -315,7 +334,12 @@ class MaterializedBatch:
         return self._dense.new_empty(shape)
 
 
-def _gram_of_blocks(mine: Sequence[Block], theirs: Sequence[Block]) -> Tensor | None:
+def _same(mine: Sequence[Block], theirs: Sequence[Block]) -> bool:
+    """Whether two weights with one dense use each are used alike."""
+    return mine[0][0].same(theirs[0][0]) and mine[0][1].shape == theirs[0][1].shape  # type: ignore[attr-defined]
+
+
+def _gram_of_blocks(mine: Sequence[Block], theirs: Sequence[Block], with_bias: bool = False) -> Tensor | None:
     """Sum over pairs of uses of one parameter; None if there are none, or some have rows only."""
     total: Tensor | None = None
     for derived, columns in mine:
@@ -324,7 +348,8 @@ def _gram_of_blocks(mine: Sequence[Block], theirs: Sequence[Block]) -> Tensor | 
                 return None
             if derived.apart(other):
                 continue
-            own = columns.gram(their_columns) if derived.same(other) and derived.is_injective else None
+            options: Any = {"with_bias": True} if with_bias else {}
+            own = columns.gram(their_columns, **options) if derived.same(other) and derived.is_injective else None
             if own is None:
                 return None
             total = own if total is None else total.add_(own)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.func import vjp, vmap
 
 from fisherops._memory import is_memory_error
-from fisherops.problem.calls import Use, tensors_in
+from fisherops.problem.calls import Use, tensors_in, unchanged
 from fisherops.problem.evaluation import Evaluation, derivative_not_finite
 from fisherops.scores.batch import MaterializedBatch, Span
 from fisherops.scores.columns import Columns, Factors, Rows, Table, rows_are_cheaper, rows_are_smaller
@@ -401,7 +401,29 @@ class RowsBuilder:
         for name, (start, stop) in spans:
             matrix[:, offset : offset + stop - start] = rows.pop(name)
             offset += stop - start
-        return MaterializedBatch(matrix, [span for _, span in spans], blocks, self._N, parameters.spans)
+        layers = self._layers(found, {name for derived, _ in blocks for name in derived.names})
+        return MaterializedBatch(matrix, [span for _, span in spans], blocks, self._N, parameters.spans, layers)
+
+    def _layers(self, found: Sequence[_Found | None], weights: set[str]) -> dict[str, str]:
+        """Name the weights among these, and the biases, that are used in one call together and nowhere else."""
+        counts: dict[str, int] = {}
+        for _, names in self._uses:
+            for name in names:
+                counts[name] = counts.get(name, 0) + 1
+        alone = [
+            (use, names[0], x)
+            for (use, names), x in zip(self._uses, found, strict=True)
+            if x is not None and len(names) == 1 == counts[names[0]] and use.take is unchanged
+            and isinstance(x.derived, Strided) and x.derived.is_injective and isinstance(x.columns, Factors)
+        ]  # fmt: skip
+        biases = {
+            id(use.call): (name, x.derived.shape) for use, name, x in alone if use.a is None and name not in weights
+        }
+        return {
+            name: biases[id(use.call)][0]
+            for use, name, x in alone
+            if name in weights and id(use.call) in biases and biases[id(use.call)][1] == (1, x.derived.shape[1], 1)
+        }
 
     # ---- Sharded parameters -------------------------------------------------------------------
 

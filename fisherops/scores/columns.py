@@ -137,6 +137,8 @@ class Factors(Columns):
         # In this order both products take and give contiguous matrices.
         self._A = A.detach().permute(2, 0, 1, 3).reshape(g, N * T, i).contiguous()
         self._B = B.detach().permute(2, 3, 4, 0, 1).reshape(q, g * o, N, T).contiguous()
+        # Vectors that fill a matrix product; more of them only need more memory.
+        self._step = max(1, _FILLING // max(1, g * o * N * T))
 
     def apply(self, V: Tensor) -> Tensor:
         g, o, i = self.shape
@@ -169,11 +171,6 @@ class Factors(Columns):
         assert out is not None
         return out
 
-    @property
-    def _step(self) -> int:
-        """Vectors that fill a matrix product; more of them only need more memory."""
-        return max(1, _FILLING // self._B[0].numel())
-
     def rows(self, start: int, stop: int) -> Tensor:
         A, B = (x[start:stop].split(_TERMS, 1) for x in self._by_datum())
         return _total(torch.einsum("ntqgo,ntgi->nqgoi", b, a) for a, b in zip(A, B, strict=True))
@@ -184,7 +181,8 @@ class Factors(Columns):
         N, T, q = self.count, self._T, self._q
         return self._A.view(g, N, T, i).permute(1, 2, 0, 3), self._B.view(q, g, o, N, T).permute(3, 4, 0, 1, 2)
 
-    def gram(self, other: Columns) -> Tensor | None:
+    def gram(self, other: Columns, with_bias: bool = False) -> Tensor | None:
+        """As of `Columns`; if asked for, with that of biases that are added to the outputs: their rows are Σ b."""
         if isinstance(other, Table):
             own = other.gram(self)
             return None if own is None else own.T
@@ -197,7 +195,8 @@ class Factors(Columns):
         for g in range(self.shape[0]):
 
             def inputs(mine: slice, theirs: slice, g: int = g) -> Tensor:
-                return times_transposed(_flat(A[mine, :, g]), _flat(C[theirs, :, g]))
+                products = times_transposed(_flat(A[mine, :, g]), _flat(C[theirs, :, g]))
+                return products.add_(2.0 ** -(a + c)) if with_bias else products
 
             own = _gram(inputs, B[:, :, :, g], E[:, :, :, g])
             total = own if total is None else total.add_(own)
