@@ -198,6 +198,14 @@ class Masked(Body):
         return self.head(torch.where(X.mean() < 0, h, h.roll(1, 0)))
 
 
+class Shifted(Body):
+    """Moves examples by a padding that depends on the data and leaves the shapes as they are."""
+
+    def logits(self, X):
+        k = int(X.mean() > 0)
+        return self.head(functional.pad(self.inner(X), (0, 0, 0, 0, k, -k)))
+
+
 class Dead(Body):
     """Has positions first in a layer to which no gradient flows back in batches with a negative mean."""
 
@@ -236,7 +244,7 @@ class Unused(Calls):
 
 FIXED = [BatchFirst, PositionsFirst, PositionsFirstByMovedim, TwoOrders, ThreeOrders, ClassesSecond, FeaturesFirst, ByAttribute]  # fmt: skip
 ROUTED = [ByIndex, Sorted, Gathered, Dispatched, Gated, Masked]
-OTHER = [ByBranch, Dead, Calls, Unused]
+OTHER = [ByBranch, Shifted, Dead, Calls, Unused]
 
 
 def make(cls):
