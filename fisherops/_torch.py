@@ -208,7 +208,7 @@ def graph_nodes(*roots: Tensor) -> list[Any]:
 def signature(nodes: list[Any], names: Mapping[int, str]) -> int:
     """Return a number that depends on the structure of a graph.
 
-    It covers the operations, the shapes and dtypes that they give, how they are connected, integers that views save,
+    It covers the operations, the shapes and dtypes that they give, how they are connected, integers that they save,
     and the parameters, whose names are given by the identity of their leaves.
     """
     index = {node: k for k, node in enumerate(nodes)}
@@ -227,7 +227,8 @@ def signature(nodes: list[Any], names: Mapping[int, str]) -> int:
 
 _INTEGERS = {
     "_saved_dim", "_saved_dim0", "_saved_dim1", "_saved_dims", "_saved_start", "_saved_end", "_saved_index",
-    "_saved_split_size", "_saved_chunks", "_saved_size", "_saved_stride",
+    "_saved_split_size", "_saved_chunks", "_saved_size", "_saved_stride", "_saved_pad", "_saved_step",
+    "_saved_normalized_shape", "_saved_training",
 }  # fmt: skip
 
 

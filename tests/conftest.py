@@ -1,6 +1,8 @@
-"""Hypothesis profiles and what every test may rely on."""
+"""Hypothesis profiles, the option `--probe-every-batch`, and what every test may rely on."""
 
 import os
+from contextlib import ExitStack
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -18,3 +20,39 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def _fixed_seed():
     torch.manual_seed(0)
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--probe-every-batch",
+        action="store_true",
+        help="build every batch that uses known facts once more with nothing known, and compare the two",
+    )
+
+
+def pytest_configure(config):
+    if config.getoption("--probe-every-batch"):
+        config.pluginmanager.register(ProbeEveryBatch(config), "probe-every-batch")
+
+
+class ProbeEveryBatch:
+    """Compares the builds of all tests with builds that know nothing, and reports how many there were."""
+
+    def __init__(self, config):
+        from long_form import Counts, counted
+
+        self.config, self.counts, self.stack = config, Counts(), ExitStack()
+        self.stack.enter_context(counted(self.counts, compares=True))
+
+    def pytest_sessionfinish(self):
+        self.stack.close()
+        if hasattr(self.config, "workeroutput"):
+            self.config.workeroutput["facts"] = asdict(self.counts)
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node):
+        self.counts.add(getattr(node, "workeroutput", {}).get("facts", asdict(type(self.counts)())))
+
+    def pytest_terminal_summary(self, terminalreporter):
+        terminalreporter.section("known facts")
+        terminalreporter.write_line(str(self.counts))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from math import inf
 from typing import Any, NamedTuple
@@ -16,6 +18,7 @@ from torch.func import vjp, vmap
 from fisherops._memory import is_memory_error
 from fisherops.problem.calls import Use, tensors_in, unchanged
 from fisherops.problem.evaluation import Evaluation, derivative_not_finite
+from fisherops.problem.separation import keeps_examples_apart
 from fisherops.scores.batch import MaterializedBatch, Span
 from fisherops.scores.columns import Columns, Factors, Rows, Table, rows_are_cheaper, rows_are_smaller
 from fisherops.scores.derived import Composed, Derived, Strided
@@ -48,6 +51,10 @@ class PlanWarning(UserWarning):
 
 class UnknownUseError(Exception):
     """Why the rows for a use cannot be found by what its operation means."""
+
+
+Place = tuple[int, int, int]
+"""Number of a node in a graph, number of its output, and number of the use among those of this output."""
 
 
 class _Found(NamedTuple):
@@ -157,22 +164,57 @@ class RowsBuilder:
             return self._build_sharded(gradients, vectors), {}
         known = None if e.custom_functions else facts.rows.get((self._N, self._q))
         with torch.no_grad():
-            again = known is not None and not self.unknown
+            places = self._places()
             second = _Second(self, gradients, vectors)
-            found, unknown = self._found(gradients, second, known.arrangements if known and again else None)
-            if known is None or not again or unknown.keys() - self.unknown.keys():
+            is_known = known is not None and not self.unknown and self._holds(known, places)
+            own = [known.arrangements.get(place) for place in places] if known is not None and is_known else None
+            found, unknown = self._found(gradients, second, own)
+            if own is None or unknown.keys() - self.unknown.keys():
                 surprising = self._probe(found, unknown, vectors)
                 if surprising and second.has_assumed:
                     # An axis that has the length of the data is not theirs.
                     second.is_asked = True
                     found, unknown = self._found(gradients, second, None)
                     surprising = self._probe(found, unknown, vectors)
-                if not unknown and not e.custom_functions and all(x is None or x.arrangement.reusable for x in found):
-                    facts.rows[self._N, self._q] = KnownRows([None if x is None else x.arrangement for x in found])
+                is_reusable = all(x is None or x.arrangement.reusable for x in found)
+                if not unknown and not e.custom_functions and is_reusable and (known is None or known.keeps_apart):
+                    pairs = zip(places, found, strict=True)
+                    facts.rows[self._N, self._q] = KnownRows(
+                        {place: None if x is None else x.arrangement for place, x in pairs if place is not None}
+                    )
             else:
                 surprising = []
             dense = self._differentiated(vectors, unknown, surprising, patient) if unknown else {}
             return self._assembled(found, dense, form), unknown
+
+    def _places(self) -> list[Place | None]:
+        """Return where the gradient of each use is in the graph, None if the outputs do not depend on its call.
+
+        Calls that the outputs do not depend on, and the order of calls, can differ between graphs of one signature.
+        """
+        number = {node: k for k, node in enumerate(self._evaluation.nodes)}
+        counts: Counter[tuple[int, int]] = Counter()
+        places: list[Place | None] = []
+        for use, _ in self._uses:
+            edge = _edge_of(use)
+            if edge is None or edge[0] not in number:
+                places.append(None)
+                continue
+            at = number[edge[0]], edge[1]
+            places.append((*at, counts[at]))
+            counts[at] += 1
+        return places
+
+    def _holds(self, known: KnownRows, places: Sequence[Place | None]) -> bool:
+        """Return whether what is known of a graph holds for this batch, whatever the values of its data are.
+
+        Otherwise which example a position belongs to, or whether it belongs to one, can depend on the values of the
+        data: by sorting, gates or routing.
+        """
+        if known.keeps_apart is None:
+            ends = {edge[0] for use, _ in self._uses if (edge := _edge_of(use)) is not None}
+            known.keeps_apart = keeps_examples_apart(self._f, self._N, ends)
+        return known.keeps_apart and known.arrangements.keys() == set(places) - {None}
 
     def _backpropagated(self, vectors: Tensor) -> dict[Any, Tensor]:
         """Return b (q, ...) at the outputs of all uses, by one batched backward pass that stops there."""
@@ -481,10 +523,13 @@ def _drop(found: list[_Found | None], owners: Sequence[tuple[str, ...]], unknown
             found[number] = None
 
 
-class KnownRows(NamedTuple):
+@dataclass
+class KnownRows:
     """What is known of the rows of graphs of one signature, which have agreed with reverse mode."""
 
-    arrangements: list[Arrangement | None]
+    arrangements: dict[Place, Arrangement | None]
+    keeps_apart: bool | None = None
+    """Whether the graph keeps the examples apart for any data; None as long as no second batch has asked."""
 
 
 def _edge_of(use: Use) -> tuple[Any, int] | None:

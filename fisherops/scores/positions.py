@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -94,19 +94,22 @@ def measure(sizes: Sequence[int], b1: Tensor, b2: Tensor, N: int) -> Arrangement
     if N == 1:
         return ByAxis(sizes, 0, 1)
     factor = (1 + torch.arange(N, device=b1.device) / N).to(b1.dtype)[:, None, None]
-    best, chosen = math.inf, None
+    tolerance = 0.1 / N * float(b2.norm())
+    best, chosen, fitting = math.inf, None, 0
     for way in _ways(sizes, N):
         wrong = float((way(b2) - factor * way(b1)).norm())
+        fitting += wrong <= tolerance
         if wrong < best:
             best, chosen = wrong, way
-    if chosen is not None and best <= 0.1 / N * float(b2.norm()):
-        return chosen
+    if chosen is not None and fitting:
+        # Gradients that are zero fit every axis, and say nothing about those of the next batch.
+        return chosen if fitting == 1 else replace(chosen, reusable=False)
     square = b1.square().sum(1)
     live = square > 0
     ratio = (b1 * b2).sum(1) / square.where(live, torch.ones_like(square))
     labels = ((ratio - 1) * N).round().long().clamp(0, N - 1)
     if chosen is not None and best <= 2 * float((b2 - factor[labels, 0] * b1).norm()):
-        return chosen
+        return replace(chosen, reusable=False)
     by_datum = torch.argsort(torch.where(live, labels, N), stable=True)[: int(live.sum())]
     count = torch.bincount(labels[by_datum], minlength=N)
     table = torch.full((N, int(count.max()) if len(by_datum) else 1), len(b1), device=b1.device)
