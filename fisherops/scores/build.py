@@ -30,7 +30,7 @@ from fisherops.scores.rows import rows_by_datum, rows_one_by_one
 _BLOCK_BYTES = 2**26
 
 # Random sums of rows that are compared with reverse mode: one says enough where each parameter has many elements.
-_PROBES, _MANY_ELEMENTS = 2, 8
+_PROBES, _MANY_ELEMENTS = 2, 3
 
 # Rounding of a sum without cancellation, in units of the squared tolerance.
 _CANCELLATION = 64.0
