@@ -155,12 +155,18 @@ class Recorder:
 
     def record(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], kernels: bool) -> Any:
         """Make a call, and note what it does with derived values. `kernels`: whether it is one of torch's kernels."""
+        if func is torch.ops.higher_order.cond and not kernels:
+            condition, *branches, operands = args
+            with Calls(self):
+                return branches[0 if condition else 1](*operands)
         name = _torch.name_of(func)
         given = [*tensors_in(args), *tensors_in(kwargs)]
         if kernels:
             self.settle()
         if name in _SHAPE_ONLY:
             given = given[:1]
+        elif name == "getitem":  # which reads an index of one element as a number
+            given = [t for t in given if t.ndim or t.is_floating_point() or t is args[0]]
         values = [t for t in given if id(t) in self._derived]
         data = [t for t in given if self.is_data(t)]
         if not values or not data:
