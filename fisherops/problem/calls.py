@@ -155,11 +155,11 @@ class Recorder:
 
     def record(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], kernels: bool) -> Any:
         """Make a call, and note what it does with derived values. `kernels`: whether it is one of torch's kernels."""
-        if func is torch.ops.higher_order.cond and not kernels:
+        name = _torch.name_of(func)
+        if name == "cond" and not kernels:  # which hides what its branches do
             condition, *branches, operands = args
             with Calls(self):
                 return branches[0 if condition else 1](*operands)
-        name = _torch.name_of(func)
         given = [*tensors_in(args), *tensors_in(kwargs)]
         if kernels:
             self.settle()
