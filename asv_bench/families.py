@@ -106,7 +106,9 @@ TRANSFORMERS = {
     "GPT-2": hugging_face("GPT2", call=without_cache, n_embd=WIDTH, n_layer=2, n_head=2, n_positions=32, n_inner=24),
     "Llama": hugging_face("Llama", call=without_cache, num_key_value_heads=1),
     "Mistral": hugging_face("Mistral", call=without_cache, num_key_value_heads=1, sliding_window=4),
-    "Mixtral": hugging_face("Mixtral", call=without_cache, num_key_value_heads=1, num_local_experts=3, experts_implementation="eager"),
+    "Mixtral": hugging_face(
+        "Mixtral", call=without_cache, num_key_value_heads=1, num_local_experts=3, experts_implementation="eager"
+    ),
     "Falcon": hugging_face("Falcon", call=without_cache, ffn_hidden_size=24),
     "T5": hugging_face("T5", call=encoder_and_decoder, d_model=WIDTH, d_kv=8, d_ff=24, num_layers=2, num_heads=2),
     "XLNet": hugging_face("XLNet", common=False, vocab_size=VOCABULARY, d_model=WIDTH, n_layer=2, n_head=2, d_inner=24),
@@ -124,7 +126,9 @@ TRANSFORMERS = {
     "DistilBERT": hugging_face("DistilBert", dim=WIDTH, n_layers=2, n_heads=2, hidden_dim=24),
     "ELECTRA": hugging_face("Electra", embedding_size=8),
     "BLOOM": hugging_face("Bloom", call=without_cache, n_layer=2, n_head=2),
-    "MPT": hugging_face("Mpt", call=without_cache, d_model=WIDTH, n_layers=2, n_heads=2, max_seq_len=32, expansion_ratio=2),
+    "MPT": hugging_face(
+        "Mpt", call=without_cache, d_model=WIDTH, n_layers=2, n_heads=2, max_seq_len=32, expansion_ratio=2
+    ),
     "Whisper encoder": hugging_face(
         "Whisper", lambda: sequences(8, 12), of_encoder, d_model=WIDTH, encoder_layers=2, encoder_attention_heads=2,
         encoder_ffn_dim=24, decoder_layers=1, decoder_attention_heads=2, num_mel_bins=8, max_source_positions=6,
@@ -152,7 +156,8 @@ TRANSFORMERS = {
         "BigBird", lambda: torch.randint(1, VOCABULARY, (N, 24)), attention_type="block_sparse", block_size=2,
         num_random_blocks=1,
     ),
-    "Funnel": hugging_face("Funnel", common=False, vocab_size=VOCABULARY, d_model=WIDTH, block_sizes=[1, 1], n_head=2, d_head=8, d_inner=24,
+    "Funnel": hugging_face("Funnel", common=False, vocab_size=VOCABULARY, d_model=WIDTH, block_sizes=[1, 1],
+                           n_head=2, d_head=8, d_inner=24,
                            num_decoder_layers=1),
     "RWKV": hugging_face("Rwkv", call=without_cache, attention_hidden_size=WIDTH, context_length=32),
 }  # fmt: skip
@@ -265,7 +270,7 @@ class Attention(nn.Module):
 
 
 class Hypernetwork(nn.Module):
-    """The weights of a layer are computed from the parameters of another network, and for each example from its data."""
+    """Weights of layers are computed from parameters of another network, and for each example from its data."""
 
     def __init__(self):
         super().__init__()
@@ -534,9 +539,7 @@ def examine(name):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         start = time.perf_counter()
-        op = fo.EmpiricalFisherLinearOperator(
-            model, nn.MSELoss(reduction="sum"), parameters, data=(X, y), rows="datum"
-        )
+        op = fo.EmpiricalFisherLinearOperator(model, nn.MSELoss(reduction="sum"), parameters, data=(X, y), rows="datum")
         v = np.random.default_rng(0).standard_normal(op.shape[1])
         Fv = op @ v
         seconds = time.perf_counter() - start
@@ -566,7 +569,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", metavar="TEXT", default="", help="families whose name contains this text")
     only = parser.parse_args().only.lower()
-    print("| family | parameters | known uses | form | error | ms | others |\n|---|---|---|---|---|---|---|", flush=True)
+    print(
+        "| family | parameters | known uses | form | error | ms | others |\n|---|---|---|---|---|---|---|", flush=True
+    )
     full = ran = 0
     for name in FAMILIES:
         if only not in name.lower():

@@ -82,8 +82,7 @@ class Heads(nn.Module):
     def forward(self, X):
         h = self.first(X)
         q, k, v = (
-            self._projected(h, W, b)
-            for W, b in ((self.W_Q, self.b_Q), (self.W_K, self.b_K), (self.W_V, self.b_V))
+            self._projected(h, W, b) for W, b in ((self.W_Q, self.b_Q), (self.W_K, self.b_K), (self.W_V, self.b_V))
         )
         scores = torch.einsum("bphk,bqhk->bhpq", q, k) / q.shape[-1] ** 0.5
         mask = torch.ones(X.shape[1], X.shape[1], dtype=torch.bool).triu(1)

@@ -101,13 +101,10 @@ def _collect(values: Iterable[Any], found: list[Tensor]) -> None:
     for x in values:
         if isinstance(x, Tensor):
             found.append(x)
-        elif isinstance(x, _SEQUENCES):
+        elif isinstance(x, (tuple, list)):
             _collect(x, found)
         elif isinstance(x, dict):
             _collect(x.values(), found)
-
-
-_SEQUENCES = (tuple, list)  # a union is slower to compare with
 
 
 class Recorder:

@@ -154,6 +154,7 @@ class Composed(Derived):
                 self._u = torch.zeros_like(value, requires_grad=True)
                 gradients = torch.autograd.grad(source, self._leaves, self._u, create_graph=True, allow_unused=True)
                 self._gradients = [None if g is None or not g.requires_grad else g for g in gradients]
+            self._strided = Strided("", value, view.detach(), (1, 2)) if Strided.fits(value, view) else None
             self._w = torch.zeros_like(view, requires_grad=True)
             (self._seen,) = torch.autograd.grad(view, [value], self._w, create_graph=True)
 
@@ -167,11 +168,14 @@ class Composed(Derived):
                 if g is not None
             ]
             (changes,) = _batched([g for g, _ in own], [self._u], [v.contiguous() for _, v in own])
-        (result,) = _batched([self._seen], [self._w], [changes.contiguous()])
+        # A view needs no graph.
+        seen = self._strided and [self._strided.push({"": changes.reshape(len(changes), -1)})]
+        (result,) = seen or _batched([self._seen], [self._w], [changes.contiguous()])
         return result.to(next(iter(pieces.values())).dtype)
 
     def pull(self, Y: Tensor) -> dict[str, Tensor]:
-        (changes,) = _batched([self._view], [self._value], [Y.to(self._view.dtype).contiguous()])
+        seen = self._strided and [self._strided.pull(Y.to(self.dtype))[""].view(len(Y), *self._value.shape)]
+        (changes,) = seen or _batched([self._view], [self._value], [Y.to(self._view.dtype).contiguous()])
         if self._source is None:
             return {self.names[0]: changes.reshape(len(Y), -1).to(Y.dtype)}
         gradients = _batched([self._source], self._leaves, [changes.contiguous()])

@@ -94,13 +94,13 @@ def measure(sizes: Sequence[int], b1: Tensor, b2: Tensor, N: int) -> Arrangement
     if N == 1:
         return ByAxis(sizes, 0, 1)
     factor = (1 + torch.arange(N, device=b1.device) / N).to(b1.dtype)[:, None, None]
-    best, chosen = math.inf, None
+    best, chosen, enough = math.inf, None, 0.1 / N * float(b2.norm())
     for way in _ways(sizes, N):
         wrong = float((way(b2) - factor * way(b1)).norm())
+        if wrong <= enough:
+            return way
         if wrong < best:
             best, chosen = wrong, way
-    if chosen is not None and best <= 0.1 / N * float(b2.norm()):
-        return chosen
     square = b1.square().sum(1)
     live = square > 0
     ratio = (b1 * b2).sum(1) / square.where(live, torch.ones_like(square))
