@@ -258,11 +258,13 @@ class TiedWeights:
 class FirstProduct:
     """A transformer of six layers of width 64."""
 
+    params = (["transformer"],)
+    param_names = ("network",)
     timeout = 600
     pairs = 9
     examples = 16
 
-    def setup(self):
+    def setup(self, network):
         torch.manual_seed(0)
         layer = nn.TransformerEncoderLayer(64, 4, 256, dropout=0.0, batch_first=True, norm_first=True)
         body = nn.TransformerEncoder(layer, 6, enable_nested_tensor=False)
@@ -283,7 +285,7 @@ class FirstProduct:
         loss = self.loss(self.model_func(self.X), self.y)
         torch.autograd.grad(loss, list(self.model.parameters()))
 
-    def track_first_product(self):
+    def track_first_product(self, network):
         ratios = []
         self.make() @ self.v
         for _ in range(self.pairs):
@@ -293,7 +295,7 @@ class FirstProduct:
 
     track_first_product.unit = "forward and backward passes"
 
-    def track_recording(self):
+    def track_recording(self, network):
         """Microseconds that recording adds to a call of torch."""
         problem = Problem(self.model, self.loss)
         difference = []

@@ -60,12 +60,11 @@ class Strided(Derived):
         self._offset = view.storage_offset() - leaf.storage_offset()
         o, i = split
         self.shape = math.prod(view.shape[:o]), math.prod(view.shape[o:i]), math.prod(view.shape[i:])
-        self._repeated = [
-            k for k, (n, s) in enumerate(zip(self._sizes, self._strides, strict=True)) if s == 0 and n > 1
-        ]
+        self._repeated = [k for k, n in enumerate(view.shape) if n > 1 and view.stride(k) == 0]
         self.is_injective = not self._repeated
         """Whether no element of the parameter is in two places."""
         self._is_whole = not self._repeated and self._offset == 0 and math.prod(self._sizes) == self._numel
+        self._is_plain = self._is_whole and view.is_contiguous()
 
     @staticmethod
     def fits(leaf: Tensor, view: Tensor) -> bool:
@@ -87,6 +86,8 @@ class Strided(Derived):
         return self._seen(pieces[self.names[0]]).reshape(-1, *self.shape)
 
     def pull(self, Y: Tensor) -> dict[str, Tensor]:
+        if self._is_plain:
+            return {self.names[0]: Y.reshape(len(Y), -1)}
         out = Y.new_empty(len(Y), self._numel) if self._is_whole else Y.new_zeros(len(Y), self._numel)
         self._add(Y, out, fill=self._is_whole)
         return {self.names[0]: out}
@@ -168,7 +169,6 @@ class Composed(Derived):
                 if g is not None
             ]
             (changes,) = _batched([g for g, _ in own], [self._u], [v.contiguous() for _, v in own])
-        # A view needs no graph.
         seen = self._strided and [self._strided.push({"": changes.reshape(len(changes), -1)})]
         (result,) = seen or _batched([self._seen], [self._w], [changes.contiguous()])
         return result.to(next(iter(pieces.values())).dtype)
