@@ -144,6 +144,16 @@ CALLS = {
         ),
     ),
     "experts, routed": of_function({"W": (3, I, O), "gate": (3, I)}, routed),
+    "experts, by numbers": of_function(
+        {"W": (3, I, O), "e": (3,)},
+        lambda p, x: torch.stack([(x @ p["W"][e]).tanh() * p["e"][e] for e in x[0, :2, 0].argsort()]).sum((0, 2)),
+    ),
+    "torch.cond": of_function(
+        {"W": (O, I), "V": (O, I)},
+        lambda p, x: torch.cond(
+            torch.ones(()) > 0, lambda y, w: functional.linear(y, w).tanh(), lambda y, w: functional.linear(y, 2 * w),
+            (x, p["W"])).sum(1) + functional.linear(x, p["V"]).sin().sum(1),
+    ),
     "grouped bmm": of_function(
         {"W": (2, 3, O)},
         lambda p, x: torch.bmm(x.reshape(-1, 2, 3).transpose(0, 1), p["W"]).transpose(0, 1).reshape(len(x), T, -1)

@@ -8,7 +8,7 @@ torch. The gradients at the outputs of uses then give the rows of G. Nothing is 
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -90,16 +90,21 @@ class Use:
 Rule = Callable[[Call, "Recorder"], "list[Use] | None"]
 
 
-def tensors_in(x: Any) -> Iterator[Tensor]:
+def tensors_in(*values: Any) -> list[Tensor]:
     """List the tensors in nested tuples, lists and mappings."""
-    if isinstance(x, Tensor):
-        yield x
-    elif isinstance(x, tuple | list):
-        for y in x:
-            yield from tensors_in(y)
-    elif isinstance(x, dict):
-        for y in x.values():
-            yield from tensors_in(y)
+    found: list[Tensor] = []
+    _collect(values, found)
+    return found
+
+
+def _collect(values: Iterable[Any], found: list[Tensor]) -> None:
+    for x in values:
+        if isinstance(x, Tensor):
+            found.append(x)
+        elif isinstance(x, (tuple, list)):
+            _collect(x, found)
+        elif isinstance(x, dict):
+            _collect(x.values(), found)
 
 
 class Recorder:
@@ -156,15 +161,30 @@ class Recorder:
     def record(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], kernels: bool) -> Any:
         """Make a call, and note what it does with derived values. `kernels`: whether it is one of torch's kernels."""
         name = _torch.name_of(func)
-        given = [*tensors_in(args), *tensors_in(kwargs)]
+        if name == "cond" and not kernels:  # which hides what its branches do
+            condition, *branches, operands = args
+            with Calls(self):
+                return branches[0 if condition else 1](*operands)
+        given: list[Tensor] = []
+        _collect(args, given)
+        if kwargs:
+            _collect(kwargs.values(), given)
         if kernels:
             self.settle()
         if name in _SHAPE_ONLY:
             given = given[:1]
+        elif name == "getitem":  # which reads an index of one element as a number
+            given = [t for t in given if t.ndim or t.is_floating_point() or t is args[0]]
         values = [t for t in given if id(t) in self._derived]
         data = [t for t in given if self.is_data(t)]
+        if not values and data:  # most calls
+            out = func(*args, **kwargs)
+            self._mark_data(out)
+            if name[-1:] == "_" or name == "setitem":
+                self._mark_data(args[0])
+            return out
         if not values or not data:
-            return self._plain(func, name, args, kwargs, values, data, kernels)
+            return self._plain(func, name, args, kwargs, values, kernels)
         call = Call(func, name, args, kwargs, derived=frozenset(map(id, values)))
         rule = self._rules.get(name)
         uses = rule(call, self) if rule and torch.is_grad_enabled() and not _is_python(func) else None
@@ -179,16 +199,9 @@ class Recorder:
         self.uses += uses
         return out
 
-    def _plain(
-        self, func: Any, name: str, args: Any, kwargs: Any, values: list[Tensor], data: list[Tensor], kernels: bool
-    ) -> Any:
-        """Make a call that is no use."""
+    def _plain(self, func: Any, name: str, args: Any, kwargs: Any, values: list[Tensor], kernels: bool) -> Any:
+        """Make a call that sees no data."""
         out = func(*args, **kwargs)
-        if data:
-            self._mark_data(out)
-            if name == "setitem" or name.endswith("_"):
-                self._mark_data(args[0])
-            return out
         if values and torch.is_grad_enabled() and not kernels and _hides(out, values):
             return self._opened(Call(func, name, args, kwargs), values, kernels)
         for t in tensors_in(out):
@@ -206,7 +219,7 @@ class Recorder:
             self.unknown.add(call.name)
             for v in values:
                 self.uses.append(Use(v, call, source=self._edge(v)))
-            self._note(call, out, [t for t in tensors_in((call.args, call.kwargs)) if self.is_data(t)])
+            self._note(call, out, [t for t in tensors_in(call.args, call.kwargs) if self.is_data(t)])
             return out
         if _is_python(call.func):
             with Calls(self):
@@ -223,13 +236,13 @@ class Recorder:
             out = call.args[0]
         call.below = [t.grad_fn for t in data if t.grad_fn is not None]
         self._calls.append(call)
-        first = next(tensors_in(out), None)
-        if first is not None:
-            call.shape = first.shape
-            self._pending.append((call, first))
+        outputs = tensors_in(out)
+        if outputs:
+            call.shape = outputs[0].shape
+            self._pending.append((call, outputs[0]))
 
     def _mark_data(self, x: Any) -> None:
-        for t in tensors_in(x):
+        for t in (x,) if isinstance(x, Tensor) else tensors_in(x):
             self._derived.pop(id(t), None)
             self._constants.pop(id(t), None)
 
@@ -239,10 +252,10 @@ class Recorder:
 
     def settle(self) -> None:
         """Look up the edges of calls that have returned: below a dispatch mode outputs get their history late."""
-        for call, out in self._pending:
+        while self._pending:
+            call, out = self._pending.pop()
             if out.requires_grad:
                 call.edge = get_gradient_edge(out)
-        self._pending = []
 
     def owners(self, use: Use) -> tuple[str, ...]:
         """Name the parameters that D was computed from."""
@@ -281,8 +294,10 @@ class Calls(TorchFunctionMode):
             out = func(*args)
             if not isinstance(out, Tensor):
                 return out
-        out = self._recorder.record(func, args, kwargs or {}, kernels=False)
-        self._recorder.settle()
+        recorder = self._recorder
+        out = recorder.record(func, args, kwargs or {}, kernels=False)
+        if recorder._pending:
+            recorder.settle()
         return out
 
 
@@ -309,5 +324,7 @@ def _is_python(func: Any) -> bool:
 
 def _hides(out: Any, values: list[Tensor]) -> bool:
     """Whether outputs have lost their history, such as inside of a transform of torch.func."""
+    if isinstance(out, Tensor) and out.requires_grad:
+        return False
     own = [t for t in tensors_in(out) if t.is_floating_point()]
     return bool(own) and not any(t.requires_grad for t in own) and any(v.requires_grad for v in values)

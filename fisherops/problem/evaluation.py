@@ -390,6 +390,7 @@ class Evaluation:
         """Return the relative rounding of the coarsest arithmetic inside the model, if it is lower than its own."""
         seen = {self.problem.likelihood.flatten(self.output).dtype}
         seen |= {t.dtype for t in _torch.saved_tensors(self.nodes)}
+        seen |= {m.dtype for node in self.nodes for m in getattr(node, "_input_metadata", ())}
         parameters = self.problem.parameters
         own = torch.finfo(parameters.dtype).eps
         precisions = [torch.finfo(dtype).eps for dtype in seen if dtype.is_floating_point]

@@ -6,6 +6,7 @@ groups); the output's other letters are positions. A rule returns the uses of a 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from fisherops.problem.calls import Call, Letters, Recorder, Rule, Use, unchanged
 
 
+@functools.cache
 def axes(n: int) -> Letters:
     """Name the last n axes of a tensor, aligned at the right as broadcasting aligns them."""
     return tuple(f"x{n - k}" for k in range(n))
@@ -85,7 +87,7 @@ def _linear(c: Call, r: Recorder) -> list[Use] | None:
     positions = axes(x.ndim)[:-1]
     out = (*positions, "o") if w.ndim == 2 else positions
     uses = contraction(c, r, ((*positions, "i"), ("o", "i")[-w.ndim :]), (x, w), out)
-    return None if uses is None else uses + _bias(c, r, b, (*x.shape[:-1], len(w)))
+    return None if uses is None else uses + _bias(c, r, b, (*x.shape[:-1], w.shape[0]))
 
 
 def _product(c: Call, r: Recorder, x: Tensor, y: Tensor, scale: Any = 1) -> list[Use] | None:

@@ -110,9 +110,12 @@ class MaterializedBatch:
     def product(self, V: Tensor) -> Tensor:
         """Multiply GᵀG: (K, D) → (K, D), reading dense rows once."""
         W = self._apply_blocks(V)
-        result = self._zeroed(V)
-        if self._spans:
-            self._scatter(self._dense_product(self._dense_columns(V), W), result)
+        if self._whole:
+            result = self._dense_product(V, W)
+        else:
+            result = self._zeroed(V)
+            if self._spans:
+                self._scatter(self._dense_product(self._dense_columns(V), W), result)
         self._transpose_blocks(W, result)
         return result
 

@@ -377,6 +377,8 @@ class RowsBuilder:
                 own_tolerance = torch.finfo(f.dtype).eps ** 0.5 * own[:probes].norm(dim=1)
                 tolerance = torch.minimum(tolerance, 8 * rounding + own_tolerance)
             floor = _CANCELLATION * e.facts.tolerance**2 * magnitudes[name]
+            if coarse:  # what cancels leaves the rounding that was measured
+                floor = max(floor, min(8 * float(rounding), _CANCELLATION * e.facts.tolerance * magnitudes[name]))
             if not bool((difference <= tolerance + floor).all()):
                 surprising.append(name)
                 unknown[name] = "its rows are not those of reverse mode by its operations"
@@ -543,6 +545,7 @@ class _Second:
     def __init__(self, builder: RowsBuilder, gradients: Mapping[Any, Tensor], vectors: Tensor) -> None:
         self._builder, self._edges, self._vectors = builder, list(gradients), vectors
         self._gradients: dict[Any, Tensor] | None = None
+        self._measured: dict[Any, Arrangement] = {}
         self.is_asked = False
         """Whether positions are measured even if only one axis has the length of the data."""
         self.has_assumed = False
@@ -564,9 +567,12 @@ class _Second:
             U = torch.einsum("q...,q->...", self._builder._weighted(self._vectors), mix)
             U = (U.view(N, -1) * weights[:, None]).view(1, *f.shape)
             self._gradients = self._builder._gradients(self._edges, U)
-        b1 = torch.einsum("q...,q->...", by_position(b), mix)
-        b2 = by_position(self._gradients[_edge_of(use)])[0]
-        return measure(sizes, b1.reshape(len(b1), -1), b2.reshape(len(b2), -1), N)
+        key = _edge_of(use), tuple(sizes), use.take  # such as of a weight and its bias
+        if key not in self._measured:
+            b1 = torch.einsum("q...,q->...", by_position(b), mix)
+            b2 = by_position(self._gradients[_edge_of(use)])[0]
+            self._measured[key] = measure(sizes, b1.reshape(len(b1), -1), b2.reshape(len(b2), -1), N)
+        return self._measured[key]
 
 
 class _NormalForm:

@@ -60,12 +60,11 @@ class Strided(Derived):
         self._offset = view.storage_offset() - leaf.storage_offset()
         o, i = split
         self.shape = math.prod(view.shape[:o]), math.prod(view.shape[o:i]), math.prod(view.shape[i:])
-        self._repeated = [
-            k for k, (n, s) in enumerate(zip(self._sizes, self._strides, strict=True)) if s == 0 and n > 1
-        ]
+        self._repeated = [k for k, n in enumerate(view.shape) if n > 1 and view.stride(k) == 0]
         self.is_injective = not self._repeated
         """Whether no element of the parameter is in two places."""
         self._is_whole = not self._repeated and self._offset == 0 and math.prod(self._sizes) == self._numel
+        self._is_plain = self._is_whole and view.is_contiguous()
 
     @staticmethod
     def fits(leaf: Tensor, view: Tensor) -> bool:
@@ -87,6 +86,8 @@ class Strided(Derived):
         return self._seen(pieces[self.names[0]]).reshape(-1, *self.shape)
 
     def pull(self, Y: Tensor) -> dict[str, Tensor]:
+        if self._is_plain:
+            return {self.names[0]: Y.reshape(len(Y), -1)}
         out = Y.new_empty(len(Y), self._numel) if self._is_whole else Y.new_zeros(len(Y), self._numel)
         self._add(Y, out, fill=self._is_whole)
         return {self.names[0]: out}
@@ -154,6 +155,7 @@ class Composed(Derived):
                 self._u = torch.zeros_like(value, requires_grad=True)
                 gradients = torch.autograd.grad(source, self._leaves, self._u, create_graph=True, allow_unused=True)
                 self._gradients = [None if g is None or not g.requires_grad else g for g in gradients]
+            self._strided = Strided("", value, view.detach(), (1, 2)) if Strided.fits(value, view) else None
             self._w = torch.zeros_like(view, requires_grad=True)
             (self._seen,) = torch.autograd.grad(view, [value], self._w, create_graph=True)
 
@@ -167,11 +169,13 @@ class Composed(Derived):
                 if g is not None
             ]
             (changes,) = _batched([g for g, _ in own], [self._u], [v.contiguous() for _, v in own])
-        (result,) = _batched([self._seen], [self._w], [changes.contiguous()])
+        seen = self._strided and [self._strided.push({"": changes.reshape(len(changes), -1)})]
+        (result,) = seen or _batched([self._seen], [self._w], [changes.contiguous()])
         return result.to(next(iter(pieces.values())).dtype)
 
     def pull(self, Y: Tensor) -> dict[str, Tensor]:
-        (changes,) = _batched([self._view], [self._value], [Y.to(self._view.dtype).contiguous()])
+        seen = self._strided and [self._strided.pull(Y.to(self.dtype))[""].view(len(Y), *self._value.shape)]
+        (changes,) = seen or _batched([self._view], [self._value], [Y.to(self._view.dtype).contiguous()])
         if self._source is None:
             return {self.names[0]: changes.reshape(len(Y), -1).to(Y.dtype)}
         gradients = _batched([self._source], self._leaves, [changes.contiguous()])
