@@ -52,13 +52,13 @@ print(peak() - before, op.plan.nbytes, result.nbytes)
 @pytest.mark.parametrize(
     ("cache", "size", "K"),
     [
-        *[(cache, 4096, 1) for cache in ("auto", "scores", "linearization", "none")],
+        *[(cache, 2048, 1) for cache in ("auto", "scores", "linearization", "none")],
         *[(cache, 128, 200) for cache in ("auto", "scores", "linearization", "none")],
     ],
 )  # fmt: skip
 def test_the_peak_of_a_process(cache, size, K):
     """Beside max_memory: a batch of 64 data at work, and for batches that are not kept three arrays like the result."""
-    max_memory = 60 * MIB  # of 700 MB of rows for the larger data set
+    max_memory = 60 * MIB  # of 350 MB of rows for the larger data set
     script = PEAK.format(cache=cache, size=size, K=K, max_memory=max_memory)
     run = subprocess.run(
         [sys.executable, "-c", script],

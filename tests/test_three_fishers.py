@@ -12,6 +12,7 @@ from torch import nn
 
 import fisherops as fo
 from fisherops import likelihoods
+from fisherops._draws import StreamSampler
 from fisherops.likelihoods.factors import Combined
 
 cases = st.builds(
@@ -87,9 +88,10 @@ def test_weights_and_soft_targets(name, architecture, reduction, targets):
     for rows in ("term", "datum"):
         empirical = fo.EmpiricalFisherLinearOperator(case.model, loss, data=data, rows=rows)
         check(empirical, oracle.empirical_fisher(case.model, loss, case.params, data, rows), case.dtype)
-    many = fo.FisherMCLinearOperator(case.model, loss, data=data, mc_samples=20_000).todense()
+    M = 20_000 if architecture == "dense" else 4_000
+    many = fo.FisherMCLinearOperator(case.model, loss, data=data, mc_samples=M).todense()
     # Each entry of B has variance of order 1/M.
-    assert np.abs(many - exact.todense()).max() <= 6 / np.sqrt(20_000) * np.abs(exact.todense()).max() * 5
+    assert np.abs(many - exact.todense()).max() <= 6 / np.sqrt(M) * np.abs(exact.todense()).max() * 5
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -183,7 +185,7 @@ def test_factors_multiply_as_their_columns_say(loss, T, C, samples, weighted, da
     likelihood = likelihoods.of_loss(LOSSES[loss]())
     g = torch.Generator().manual_seed(T + 10 * C)
     f = torch.randn(T, C, generator=g, dtype=torch.float64)
-    draws = fo.fisher.StreamSampler(0, torch.device("cpu"))
+    draws = StreamSampler(0, torch.device("cpu"))
     parts = [likelihood.scores(f, likelihood.sample(f, samples, draws)), likelihood.exact(f)]
     expected = [part.columns() for part in parts]
     if weighted:
