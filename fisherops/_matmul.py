@@ -12,7 +12,7 @@ from torch import Tensor
 _LARGE = 128**3
 
 # Products that one call sums: fewer by the kernels for vectors, which matrices of few rows are multiplied by.
-_PIECE_OF_VECTORS, _PIECE_OF_MATRICES = 2**12, 2**18
+_PIECE_OF_VECTORS, _PIECE_OF_MATRICES = 2**14, 2**18
 _FEW_ROWS = 8
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.func import vjp, vmap
 
 from fisherops._memory import is_memory_error
-from fisherops.problem.calls import Use, tensors_in, unchanged
+from fisherops.problem.calls import Call, Use, tensors_in, unchanged
 from fisherops.problem.evaluation import Evaluation, derivative_not_finite
 from fisherops.problem.separation import keeps_examples_apart
 from fisherops.scores.batch import MaterializedBatch, Span
@@ -699,12 +699,39 @@ def _rows_of_call(use: Use, b: Tensor) -> Tensor:
         result: Tensor = vmap(lambda y: pull(y[None].to(D.dtype))[0])(own)
         return result
 
+    options = _options_of_convolution(call) if call.get(1, "weight") is use.value and len(data) == 1 else None
+
+    def one_of_convolution(xs: tuple[Tensor, ...], own: Tensor) -> Tensor:
+        # The kernel of the backward pass alone: the derivative above begins with a forward pass.
+        def pull(y: Tensor) -> Tensor:
+            args = y[None].to(D.dtype), xs[0][None], D.detach(), None, *(options or ()), [False, True, False]
+            gradient: Tensor = torch.ops.aten.convolution_backward.default(*args)[1]
+            return gradient
+
+        result: Tensor = vmap(pull)(own)
+        return result
+
+    one = one if options is None else one_of_convolution
     step = max(1, _BLOCK_BYTES // (len(b) * D.numel() * b.itemsize))
     xs = tuple(t.detach() for t in data)
     blocks = [
         vmap(one, in_dims=(0, 1))(tuple(x[m : m + step] for x in xs), b[:, m : m + step]) for m in range(0, M, step)
     ]
     return torch.cat(blocks).flatten(2).to(b.dtype)
+
+
+def _options_of_convolution(call: Call) -> tuple[Any, ...] | None:
+    """Return stride, padding, dilation, whether it is transposed, output padding and groups; None if not known."""
+    n = {"conv1d": 1, "conv2d": 2, "conv3d": 3}.get(call.name)
+    padding = call.get(4, "padding", 0)
+    if n is None or isinstance(padding, str):
+        return None
+
+    def each(x: Any) -> list[int]:
+        return [x] * n if isinstance(x, int) else [*x] * (n if len(x) == 1 else 1)
+
+    stride, dilation = call.get(3, "stride", 1), call.get(5, "dilation", 1)
+    return each(stride), each(padding), each(dilation), False, [0] * n, call.get(6, "groups", 1)
 
 
 def _is_adjoint(derived: Composed, like: Tensor) -> bool:
