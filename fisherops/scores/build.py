@@ -16,13 +16,13 @@ from torch import Tensor
 from torch.func import vjp, vmap
 
 from fisherops._memory import is_memory_error
+from fisherops.likelihoods import OutputFactor
 from fisherops.problem.calls import Call, Use, tensors_in, unchanged
 from fisherops.problem.evaluation import Evaluation, derivative_not_finite
 from fisherops.problem.separation import keeps_examples_apart
 from fisherops.scores.batch import MaterializedBatch, Span
 from fisherops.scores.columns import Columns, Factors, Rows, Table, rows_are_cheaper, rows_are_smaller
 from fisherops.scores.derived import Composed, Derived, Strided
-from fisherops.scores.factor import Factor
 from fisherops.scores.positions import Arrangement, measure, only_axis
 from fisherops.scores.rows import rows_by_datum, rows_one_by_one
 
@@ -73,7 +73,7 @@ class RowsBuilder:
     Parameters
     ----------
     evaluation : Evaluation
-    factor : Factor
+    factor : OutputFactor
     size : int
         Number of data in the batch.
 
@@ -83,7 +83,7 @@ class RowsBuilder:
         If rows do not belong to data.
     """
 
-    def __init__(self, evaluation: Evaluation, factor: Factor, size: int) -> None:
+    def __init__(self, evaluation: Evaluation, factor: OutputFactor, size: int) -> None:
         if factor.blocks % size:
             raise CannotHoldError(f"{factor.blocks} terms do not belong to {size} data in equal numbers")
         self._evaluation, self._factor, self._N = evaluation, factor, size
