@@ -25,6 +25,7 @@ from fisherops.scores import (
     BatchScores,
     Cache,
     Kind,
+    LazyBatch,
     MaterializedBatch,
     Plan,
     compute,
@@ -327,8 +328,7 @@ class ScoreMatrix(TorchLinearOperator):
         D = self.parameters.numel
 
         def dense(batches: Iterable[BatchScores]) -> Tensor:
-            blocks = (block for batch in batches for rows in batch.rows() for block in rows.split(_ROWS_PER_SUM))
-            return self._sum((block.T @ block for block in blocks), D, D)
+            return self._sum((part for batch in batches for part in _squares(batch)), D, D)
 
         return check_result(self._over("dense", dense))
 
@@ -632,6 +632,16 @@ def _one_ahead(items: Iterable[Item]) -> Iterator[Item]:
         yield from previous
         previous = [item]
     yield from previous
+
+
+def _squares(batch: BatchScores) -> Iterator[Tensor]:
+    """Return matrices (D, D) whose sum is GᵀG of a batch."""
+    whole = batch.gram_of_columns() if isinstance(batch, LazyBatch) else None
+    if whole is not None:
+        yield whole
+        return
+    for rows in batch.rows():
+        yield from (block.T @ block for block in rows.split(_ROWS_PER_SUM))
 
 
 def _rows_or_columns(batch: BatchScores, D: int, dtype: torch.dtype, device: torch.device) -> Iterator[Tensor]:

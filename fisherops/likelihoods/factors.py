@@ -40,6 +40,16 @@ class OutputFactor(ABC):
     def scaled(self, scale: Tensor) -> OutputFactor:
         """Return diag(scale) S, for `scale` that broadcasts to (B, P)."""
 
+    def restricted(self, blocks: slice) -> OutputFactor:
+        """Return S of some blocks."""
+        return DenseFactor(self.columns()[blocks])
+
+    def vectors(self, start: int, stop: int, like: Tensor) -> Tensor:
+        """List some of the vectors, (B, stop − start, P) in the dtype of `like`, without the others."""
+        units = torch.zeros(stop - start, self.rank, dtype=like.dtype, device=like.device)
+        units.diagonal(start).fill_(1)
+        return self.apply(units.unsqueeze(1).expand(-1, self.blocks, -1)).transpose(0, 1)
+
     def compressed(self) -> OutputFactor:
         """Return a factor with at most P vectors and the same S Sᵀ."""
         return DenseFactor(_triangle(self.columns())) if self.rank > self.outputs else self
@@ -68,6 +78,9 @@ class DenseFactor(OutputFactor):
     def scaled(self, scale: Tensor) -> DenseFactor:
         return DenseFactor(self._columns * scale.unsqueeze(1))
 
+    def restricted(self, blocks: slice) -> DenseFactor:
+        return DenseFactor(self._columns[blocks])
+
 
 class DiagonalFactor(OutputFactor):
     """An output factor that is a diagonal matrix for each block; `diagonal` is (B, P)."""
@@ -88,6 +101,9 @@ class DiagonalFactor(OutputFactor):
 
     def scaled(self, scale: Tensor) -> DiagonalFactor:
         return DiagonalFactor(self._diagonal * scale)
+
+    def restricted(self, blocks: slice) -> DiagonalFactor:
+        return DiagonalFactor(self._diagonal[blocks])
 
 
 class CategoricalFactor(OutputFactor):
@@ -126,6 +142,9 @@ class CategoricalFactor(OutputFactor):
 
     def scaled(self, scale: Tensor) -> CategoricalFactor:
         return CategoricalFactor(self._p, self._labels, self._scale * scale[:, :1])
+
+    def restricted(self, blocks: slice) -> CategoricalFactor:
+        return CategoricalFactor(self._p[blocks], self._labels[blocks], _cut(self._scale, blocks))
 
     def compressed(self) -> OutputFactor:
         if self.rank <= self.outputs:
@@ -169,6 +188,9 @@ class CategoricalRoot(OutputFactor):
     def scaled(self, scale: Tensor) -> CategoricalRoot:
         return CategoricalRoot(self._p, self._scale * scale[:, :1])
 
+    def restricted(self, blocks: slice) -> CategoricalRoot:
+        return CategoricalRoot(self._p[blocks], _cut(self._scale, blocks))
+
 
 class NormalRoot(OutputFactor):
     """The root of the Fisher of a multivariate normal in its mean and its Cholesky factor L (T, d, d).
@@ -200,6 +222,9 @@ class NormalRoot(OutputFactor):
 
     def scaled(self, scale: Tensor) -> NormalRoot:
         return NormalRoot(self._L, self._scale * scale)
+
+    def restricted(self, blocks: slice) -> NormalRoot:
+        return NormalRoot(self._L[blocks], _cut(self._scale, blocks))
 
     def _split(self, x: Tensor) -> tuple[Tensor, Tensor]:
         d = self._L.shape[-1]
@@ -275,6 +300,11 @@ class Combined(OutputFactor):
         ]
         return Combined(parts, self.blocks, self._shared)
 
+    def restricted(self, blocks: slice) -> Combined:
+        start, stop, _ = blocks.indices(self.blocks)
+        cut = [part.restricted(slice(start * g, stop * g)) for part, g in zip(self._parts, self._groups, strict=True)]
+        return Combined(cut, stop - start, self._shared)
+
     def compressed(self) -> OutputFactor:
         if self._shared:
             return super().compressed()
@@ -282,6 +312,11 @@ class Combined(OutputFactor):
 
     def summed(self, group: int) -> Combined:
         return Combined(self._parts, self.blocks // group, shared=True)
+
+
+def _cut(scale: Tensor, blocks: slice) -> Tensor:
+    """Return a scale that broadcasts to all blocks as that of some of them."""
+    return scale if len(scale) == 1 else scale[blocks]
 
 
 def _triangle(columns: Tensor) -> Tensor:

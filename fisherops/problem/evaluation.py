@@ -355,6 +355,13 @@ class Evaluation:
         """Return the memory of the tensors that the graph of the outputs has saved."""
         return _torch.saved_bytes(self.nodes)
 
+    def linear_bytes(self) -> int:
+        """Return the memory of the tensors that the linearization has saved, with those of the graph of the outputs."""
+        assert self._linear is not None
+        _, gradients = self._linear
+        graph = _torch.graph_nodes(self._graph[0], *(g for g in gradients if g is not None))
+        return _torch.saved_bytes(graph)
+
     def has_fused_attention(self) -> bool:
         """Whether attention kernels are used that are slow, or impossible, to differentiate twice."""
         return _torch.has_fused_attention(self.nodes)

@@ -184,7 +184,7 @@ class RowsBuilder:
                     )
             else:
                 surprising = []
-            dense = self._differentiated(vectors, unknown, surprising, patient) if unknown else {}
+            dense = self._differentiated(unknown, surprising, patient) if unknown else {}
             return self._assembled(found, dense, form), unknown
 
     def _places(self) -> list[Place | None]:
@@ -392,13 +392,13 @@ class RowsBuilder:
         return torch.randn(shape, dtype=self._f.dtype, device=self._f.device, generator=generator)
 
     def _differentiated(
-        self, vectors: Tensor, unknown: Mapping[str, str], surprising: Sequence[str], patient: bool
+        self, unknown: Mapping[str, str], surprising: Sequence[str], patient: bool
     ) -> dict[str, Tensor]:
         """Return the rows (N · q, n) of parameters whose uses are not known, differentiated datum by datum."""
         names = [name for name in self._leaves if name in unknown and name in self._evaluation.reached]
         if not names:
             return {}
-        rows = rows_by_datum(self._evaluation, vectors, self._N, names)
+        rows = rows_by_datum(self._evaluation, self._factor, self._N, names)
         if rows is None and not patient:
             reasons = "; ".join(dict.fromkeys(unknown[name] for name in names))
             raise CannotHoldError(
@@ -413,7 +413,7 @@ class RowsBuilder:
                 PlanWarning,
                 stacklevel=2,
             )
-            rows = rows_one_by_one(self._evaluation, vectors, self._N, names)
+            rows = rows_one_by_one(self._evaluation, self._factor, self._N, names)
         pieces = rows.split([self._leaves[name].numel() for name in names], dim=1)
         return dict(zip(names, pieces, strict=True))
 

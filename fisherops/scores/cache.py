@@ -95,7 +95,9 @@ class Cache:
                 reason = f"{reason}; a linearization would take {readable(nbytes)}, and {readable(left)} are left"
         if form == "none":
             return self._computed(evaluation, factor_of, reason)
-        if not evaluation.linearize():
+        if evaluation.linearize():
+            nbytes = evaluation.linear_bytes()
+        else:
             try:
                 evaluation.choose_mode()
             except ModesError as error:

@@ -92,7 +92,7 @@ class Rows(Columns):
     """The rows themselves, (N, q, g, o, i)."""
 
     def __init__(self, rows: Tensor) -> None:
-        self._rows = rows.detach().contiguous()
+        self._rows = _owned(rows.detach())
         self.count = len(rows)
         self.shape = rows.shape[2], rows.shape[3], rows.shape[4]
 
@@ -135,8 +135,8 @@ class Factors(Columns):
         self.shape = g, o, i
         N, T, q = self.count, self._T, self._q
         # In this order both products take and give contiguous matrices.
-        self._A = A.detach().permute(2, 0, 1, 3).reshape(g, N * T, i).contiguous()
-        self._B = B.detach().permute(2, 3, 4, 0, 1).reshape(q, g * o, N, T).contiguous()
+        self._A = _owned(A.detach().permute(2, 0, 1, 3).reshape(g, N * T, i))
+        self._B = _owned(B.detach().permute(2, 3, 4, 0, 1).reshape(q, g * o, N, T))
         # Vectors that fill a matrix product; more of them only need more memory.
         self._step = max(1, _FILLING // max(1, g * o * N * T))
 
@@ -242,7 +242,7 @@ class Table(Columns):
     """
 
     def __init__(self, index: Tensor, B: Tensor, length: int) -> None:
-        self._index, self._B = index.contiguous(), B.detach().permute(0, 2, 1, 3).contiguous()
+        self._index, self._B = _owned(index), _owned(B.detach().permute(0, 2, 1, 3))
         self.count, self.shape = len(B), (1, length, B.shape[3])
         self._sum = SegmentSum(index.reshape(-1), length)
 
@@ -305,6 +305,12 @@ class Table(Columns):
     def elements_per_vector(self) -> int:
         N, _, T, d = self._B.shape
         return (N * T + self._sum.rows + self.shape[1]) * d
+
+
+def _owned(t: Tensor) -> Tensor:
+    """Return a tensor as contiguous, without the rest of a larger one that it may be a view of."""
+    t = t.contiguous()
+    return t if t.untyped_storage().nbytes() == t.nbytes else t.clone()
 
 
 def _total(terms: Iterator[Tensor]) -> Tensor:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor
 
 from fisherops.problem.evaluation import Evaluation
 from fisherops.scores.build import CannotHoldError, RowsBuilder
 from fisherops.scores.kinds import FactorOf, Kind, Sampler
 from fisherops.scores.rows import list_rows
+
+# Bytes of the columns of G from which GᵀG is found at once.
+_FEW_BYTES = 2**26
 
 
 class LazyBatch:
@@ -66,7 +70,9 @@ class LazyBatch:
 
     def diagonal(self) -> Tensor:
         """Return the squared norms of the columns, (D,)."""
-        if self._evaluation.reached and not self._evaluation.custom_functions:
+        D = self._evaluation.problem.parameters.numel
+        few = self.count // self._factor_of.size >= D  # one product with J for each column
+        if not few and self._evaluation.reached and not self._evaluation.custom_functions:
             try:
                 # As many backward passes as a datum has rows, where `rows` may need one for each row of the batch.
                 builder = RowsBuilder(self._evaluation, self.factor, self._factor_of.size)
@@ -74,9 +80,26 @@ class LazyBatch:
                     return builder.build("factors")[0].diagonal()
             except CannotHoldError:
                 pass
+        if few or self.count >= D:
+            return torch.cat([self.apply(units).square().sum(1) for units in self._units()])
         blocks = (rows.square().sum(0) for rows in self.rows())
-        return sum(blocks, self._evaluation.outputs.new_zeros(self._evaluation.problem.parameters.numel))
+        return sum(blocks, self._evaluation.outputs.new_zeros(D))
+
+    def gram_of_columns(self) -> Tensor | None:
+        """Return GᵀG, (D, D), from the columns of G if they are few numbers; None if they are not."""
+        D, f = self._evaluation.problem.parameters.numel, self._evaluation.outputs
+        if self.count < D or D * self.count * f.itemsize > _FEW_BYTES:
+            return None
+        columns = torch.cat([self.apply(units) for units in self._units()])
+        return columns @ columns.T
+
+    def _units(self) -> Iterator[Tensor]:
+        D, f = self._evaluation.problem.parameters.numel, self._evaluation.outputs
+        for start in range(0, D, self.columns):
+            units = f.new_zeros(min(self.columns, D - start), D)
+            units.diagonal(start).fill_(1)
+            yield units
 
     def rows(self) -> Iterator[Tensor]:
         """List G in blocks of rows (r, D)."""
-        return list_rows(self._evaluation, self.factor.columns(), self._factor_of.size)
+        return list_rows(self._evaluation, self.factor, self._factor_of.size)

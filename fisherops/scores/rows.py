@@ -12,13 +12,14 @@ from torch.func import vjp, vmap
 
 from fisherops._memory import is_memory_error
 from fisherops._tree import leaves, map_arrays
+from fisherops.likelihoods import OutputFactor
 from fisherops.problem.evaluation import Evaluation
 
 # Bytes that one block of rows, with the vectors that it is computed from, may take.
 _BLOCK_BYTES = 2**26
 
 
-def list_rows(evaluation: Evaluation, columns: Tensor, size: int) -> Iterator[Tensor]:
+def list_rows(evaluation: Evaluation, factor: OutputFactor, size: int) -> Iterator[Tensor]:
     """List G in blocks of rows (r, D), ordered by block of S and then by vector.
 
     Where the data of the batch do not depend on each other, all rows of a block cost about one backward pass;
@@ -27,24 +28,24 @@ def list_rows(evaluation: Evaluation, columns: Tensor, size: int) -> Iterator[Te
     Parameters
     ----------
     evaluation : Evaluation
-    columns : torch.Tensor
-        The vectors of the output factor, (B, R, P).
+    factor : OutputFactor
+        S, whose vectors are listed as they are needed: all of them may be the square of the outputs.
     size : int
         Number of data in the batch.
     """
     facts, numel = evaluation.facts, evaluation.problem.parameters.numel
-    B, R, P = columns.shape
+    B, R, P = factor.blocks, factor.rank, factor.outputs
     rows, names = B * R, list(evaluation.point)
     per_datum = rows // size if rows % (size * R) == 0 else 0
     separable = per_datum > 0 and bool(evaluation.reached) and _can_be_cut(evaluation.X, size)
-    for start, stop in _spans(rows, per_datum, P * B // size + numel, columns.itemsize):
+    for start, stop in _spans(rows, per_datum, P * B // size + numel, evaluation.outputs.itemsize):
 
         def by_backward(start: int = start, stop: int = stop) -> Tensor:
-            return _by_backward(evaluation, columns, start, stop)
+            return _by_backward(evaluation, factor, start, stop)
 
         def by_datum(start: int = start, stop: int = stop) -> Tensor:
-            block = _by_datum(evaluation, columns, size, start, stop, names)
-            if not _matches(block, evaluation, columns, start, stop, names):
+            block = _by_datum(evaluation, factor, size, start, stop, names)
+            if not _matches(block, evaluation, factor, start, stop, names):
                 raise RuntimeError("the data of the batch depend on each other")
             return block
 
@@ -59,26 +60,26 @@ def list_rows(evaluation: Evaluation, columns: Tensor, size: int) -> Iterator[Te
             yield by_backward()
 
 
-def rows_by_datum(evaluation: Evaluation, columns: Tensor, size: int, names: Sequence[str]) -> Tensor | None:
+def rows_by_datum(evaluation: Evaluation, factor: OutputFactor, size: int, names: Sequence[str]) -> Tensor | None:
     """Return the rows of G for some parameters, (B · R, d), or None if the data cannot be differentiated one by one.
 
     Parameters
     ----------
-    evaluation, columns, size
+    evaluation, factor, size
         As for `list_rows`.
     names : sequence of str
         The parameters; the columns of the result are theirs, one after the other.
     """
-    B, R, P = columns.shape
+    B, R, P = factor.blocks, factor.rank, factor.outputs
     if B % size or not _can_be_cut(evaluation.X, size):
         return None
     numel = sum(evaluation.point[name].numel() for name in names)
 
     def at_once() -> Tensor:
         blocks = []
-        for start, stop in _spans(B * R, B // size * R, P * B // size + numel, columns.itemsize):
-            block = _by_datum(evaluation, columns, size, start, stop, names)
-            if not _matches(block, evaluation, columns, start, stop, names):
+        for start, stop in _spans(B * R, B // size * R, P * B // size + numel, evaluation.outputs.itemsize):
+            block = _by_datum(evaluation, factor, size, start, stop, names)
+            if not _matches(block, evaluation, factor, start, stop, names):
                 raise RuntimeError("the data of the batch depend on each other")
             blocks.append(block)
         return torch.cat(blocks)
@@ -86,29 +87,28 @@ def rows_by_datum(evaluation: Evaluation, columns: Tensor, size: int, names: Seq
     return evaluation.facts.try_vmap("rows", at_once, lambda: None)
 
 
-def rows_one_by_one(evaluation: Evaluation, columns: Tensor, size: int, names: Sequence[str]) -> Tensor:
+def rows_one_by_one(evaluation: Evaluation, factor: OutputFactor, size: int, names: Sequence[str]) -> Tensor:
     """Return the rows of G for some parameters, (B · R, d), by one backward pass for each row.
 
     A datum is evaluated by itself where that gives the same; else each pass goes through the whole batch.
     """
-    B, R, _ = columns.shape
+    B, R = factor.blocks, factor.rank
     if B % size == 0 and _can_be_cut(evaluation.X, size):
         try:
-            rows = _alone(evaluation, columns, size, names)
-            if _matches(rows, evaluation, columns, 0, B * R, names):
+            rows = _alone(evaluation, factor, size, names)
+            if _matches(rows, evaluation, factor, 0, B * R, names):
                 return rows
         except (NotImplementedError, RuntimeError, ValueError, IndexError) as error:
             if is_memory_error(error):
                 raise
     spans = [slice(*evaluation.problem.parameters.spans[name]) for name in names]
-    every = (_by_backward(evaluation, columns, r, r + 1) for r in range(B * R))
+    every = (_by_backward(evaluation, factor, r, r + 1) for r in range(B * R))
     return torch.cat([torch.cat([row[:, s] for s in spans], 1) for row in every])
 
 
-def _alone(evaluation: Evaluation, columns: Tensor, size: int, names: Sequence[str]) -> Tensor:
+def _alone(evaluation: Evaluation, factor: OutputFactor, size: int, names: Sequence[str]) -> Tensor:
     """Differentiate one datum after the other, each evaluated by itself."""
-    problem, (B, R, P) = evaluation.problem, columns.shape
-    own = columns.view(size, B // size, R, P)
+    problem, own = evaluation.problem, factor.blocks // size
     rows = []
     for n in range(size):
 
@@ -118,9 +118,10 @@ def _alone(evaluation: Evaluation, columns: Tensor, size: int, names: Sequence[s
         with torch.enable_grad(), evaluation.kernels():
             point = problem.model.leaves(evaluation.point)
             f = problem.flat(point, map_arrays(only, evaluation.X))
-        for block, vector in itertools.product(range(B // size), range(R)):
-            U = own.new_zeros(B // size, P)
-            U[block] = own[n, block, vector]
+        vectors = factor.restricted(slice(n * own, (n + 1) * own)).columns()
+        for block, vector in itertools.product(range(own), range(factor.rank)):
+            U = vectors.new_zeros(own, factor.outputs)
+            U[block] = vectors[block, vector]
             gradients = torch.autograd.grad(
                 f, [point[name] for name in names], U.view(f.shape), retain_graph=True, materialize_grads=True
             )
@@ -147,20 +148,18 @@ def _can_be_cut(X: Any, size: int) -> bool:
 
 
 def _by_datum(
-    evaluation: Evaluation, columns: Tensor, size: int, start: int, stop: int, names: Sequence[str]
+    evaluation: Evaluation, factor: OutputFactor, size: int, start: int, stop: int, names: Sequence[str]
 ) -> Tensor:
-    """Differentiate each datum by itself, all at once."""
-    problem, X = evaluation.problem, evaluation.X
-    B, R, P = columns.shape
-    own_blocks = B // size
-    rows = own_blocks * R
-    first, last = start // rows, -(-stop // rows)
-    within = torch.arange(start - first * rows, min(stop - first * rows, rows), device=columns.device)
-    own = columns.view(size, own_blocks, R, P)[first:last]
-    cotangents = columns.new_zeros(last - first, len(within), own_blocks, P)
-    number = torch.arange(len(within), device=columns.device)
-    cotangents[:, number, within // R] = own[:, within // R, within % R]
-    cotangents = cotangents.reshape(last - first, len(within), -1, evaluation.outputs.shape[1])
+    """Differentiate each datum by itself, all at once: whole data, or some rows of one."""
+    problem, X, f = evaluation.problem, evaluation.X, evaluation.outputs
+    own, R, P = factor.blocks // size, factor.rank, factor.outputs
+    first, last = start // (own * R), -(-stop // (own * R))
+    vectors, blocks = _vectors(factor, start, stop, f)
+    vectors, blocks = vectors.view(last - first, -1, P), blocks.view(last - first, -1)[0] % own
+    rows = len(blocks)
+    cotangents = f.new_zeros(last - first, rows, own, P)
+    cotangents[:, torch.arange(rows, device=f.device), blocks] = vectors
+    cotangents = cotangents.reshape(last - first, rows, -1, f.shape[1])
 
     def one_datum(x: tuple[Tensor, ...], U: Tensor) -> dict[str, Tensor]:
         parts = iter(x)
@@ -172,30 +171,46 @@ def _by_datum(
 
     with evaluation.kernels(), torch.no_grad():
         gradients = vmap(one_datum, randomness="same")(tuple(t[first:last] for t in leaves(X)), cotangents)
-    return torch.cat([gradients[name].reshape(len(cotangents) * len(within), -1) for name in names], 1)
+    return torch.cat([gradients[name].reshape(len(cotangents) * rows, -1) for name in names], 1)
 
 
-def _by_backward(evaluation: Evaluation, columns: Tensor, start: int, stop: int) -> Tensor:
+def _vectors(factor: OutputFactor, start: int, stop: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """List the vectors of some rows of G, (r, P), and the blocks of S that they are in, (r,)."""
+    R = factor.rank
+    pieces = []
+    block = start // R
+    while block * R < stop:
+        if start <= block * R and (whole := stop // R) > block:  # all vectors of some blocks
+            pieces.append(factor.restricted(slice(block, whole)).columns().flatten(0, 1))
+            block = whole
+        else:
+            span = max(start - block * R, 0), min(stop - block * R, R)
+            pieces.append(factor.restricted(slice(block, block + 1)).vectors(*span, like)[0])
+            block += 1
+    return torch.cat(pieces), torch.arange(start, stop, device=like.device) // R
+
+
+def _by_backward(evaluation: Evaluation, factor: OutputFactor, start: int, stop: int) -> Tensor:
     """Differentiate the batch once for each row."""
-    B, R, P = columns.shape
-    at_once = max(1, _BLOCK_BYTES // (B * P * columns.itemsize))
-    blocks = []
+    f, B, P = evaluation.outputs, factor.blocks, factor.outputs
+    at_once = max(1, _BLOCK_BYTES // (B * P * f.itemsize))
+    rows = []
     for begin in range(start, stop, at_once):
-        index = torch.arange(begin, min(begin + at_once, stop), device=columns.device)
-        U = columns.new_zeros(len(index), B, P)
-        U[torch.arange(len(index), device=columns.device), index // R] = columns[index // R, index % R]
-        blocks.append(evaluation.vjp(U.reshape(len(index), *evaluation.outputs.shape)))
-    return torch.cat(blocks)
+        vectors, blocks = _vectors(factor, begin, min(begin + at_once, stop), f)
+        U = f.new_zeros(len(vectors), B, P)
+        U[torch.arange(len(vectors), device=f.device), blocks] = vectors
+        rows.append(evaluation.vjp(U.reshape(len(vectors), *f.shape)))
+    return torch.cat(rows)
 
 
 def _matches(
-    block: Tensor, evaluation: Evaluation, columns: Tensor, start: int, stop: int, names: Sequence[str]
+    block: Tensor, evaluation: Evaluation, factor: OutputFactor, start: int, stop: int, names: Sequence[str]
 ) -> bool:
     """Compare a weighted sum of the rows with one plain backward pass; weights in [1, 2] let no row vanish."""
-    B, R, _ = columns.shape
+    B, R = factor.blocks, factor.rank
     weights = torch.zeros(B * R, dtype=block.dtype, device=block.device)
     weights[start:stop] = torch.linspace(1, 2, stop - start, dtype=block.dtype, device=block.device)
-    U = torch.einsum("brp,br->bp", columns, weights.view(B, R))
+    U = factor.apply(weights.view(1, B, R))
     whole = evaluation.vjp(U.reshape(1, *evaluation.outputs.shape))[0]
     spans = evaluation.problem.parameters.spans
     plain = torch.cat([whole[slice(*spans[name])] for name in names])
