@@ -247,3 +247,22 @@ class Diagonal(_Suite):
 def timeraw_import():
     """Seconds to import fisherops once torch and SciPy are there."""
     return "import fisherops", "import torch, scipy.sparse.linalg"
+
+
+class Noticing(_Suite):
+    """What a product spends on looking whether the model, its tensors or the loss have changed, as a share of it."""
+
+    params = (["mlp", "cnn", "resnet", "transformer datum"],)
+    param_names = ("case",)
+    looks = 50
+
+    def track_share(self, case):
+        op, _ = self.build(case)
+        v = torch.ones(op.shape[1])
+        op @ v
+
+        def look():
+            for _ in range(self.looks):
+                _ = op.version
+
+        return ratio(look, lambda: op @ v, self.pairs) / self.looks
