@@ -49,6 +49,8 @@ class Batch(NamedTuple):
     size: int
     places: Tensor
     """The place of each datum in the data set, (size,)."""
+    as_before: bool
+    """Whether it is the batch that earlier passes read as this number."""
 
 
 class Data:
@@ -112,8 +114,9 @@ class Data:
         self._ranks = ranks
         self._offset = 0
         self._prints: list[_Print] = []
-        self._sum_of_places = self._passes = 0
-        self._sum_of_prints: int | None = 0
+        self._sum_of_places = 0
+        # Of the examples of each batch, whatever their order; None if some cannot be told apart.
+        self._sums_of_prints: list[int | None] = []
         self.num_data: int | None = None
         self.order_is_free = False
         """Whether the examples were read in another order, or batches with indices were not compared."""
@@ -139,7 +142,8 @@ class Data:
         first_pass = self.num_data is None
         prints: list[_Print] = [] if first_pass else self._prints
         total = count = sum_of_places = 0
-        sum_of_prints: int | None = 0
+        sums_of_prints: list[int | None] = []
+        compares = not self.order_is_free  # else nothing is cached by the number of a batch
         seen: list[Tensor] = []
         total_batches = None if first_pass else len(self._prints)
         with tqdm(
@@ -154,23 +158,23 @@ class Data:
                 X, y, size, places = self._unpack(index, item)
                 free = self._order != "fixed" and (places is not None or self._order == "any")
                 contents = (X, y) if places is None else (X, y, places)
+                as_before = True
                 if first_pass:
                     prints.append(_Print(contents, size, self._verify))
                     self.order_is_free = free and places is not None and not self._verify
                 elif index >= len(prints):
                     raise RuntimeError(self._changed(f"the first pass read {len(prints)} batches, this one has more"))
-                elif not self.order_is_free and not prints[index].matches(contents, size):
-                    # What is cached by batch stays valid only if the order was free from the beginning.
-                    identified = places is not None or (self._verify and self._sum_of_prints is not None)
-                    if not free or not identified or self._passes > 1:
+                elif compares and not prints[index].matches(contents, size):
+                    as_before = False
+                    identified = places is not None or (self._verify and None not in self._sums_of_prints)
+                    if not free or not identified:
                         raise RuntimeError(self._changed(f"batch {index} is not the one that the first pass read"))
-                    self.order_is_free = True
-                if places is None and free and self._verify and (first_pass or self.order_is_free):
-                    # Without indices the contents identify the examples; what was learned about a batch is kept by its
-                    # number, so its shapes must stay.
-                    if not prints[index].fits(contents, size):
+                    if not self.order_is_free:  # the batches before were those of the first pass
+                        self.order_is_free, sums_of_prints = True, self._sums_of_prints[:index]
+                if free and self._verify and (first_pass or self.order_is_free):
+                    if places is None and not prints[index].fits(contents, size):
                         raise RuntimeError(self._changed(f"batch {index} does not have the shapes of the first pass"))
-                    sum_of_prints = _add_print_of_examples(sum_of_prints, contents, size)
+                    sums_of_prints.append(_print_of_examples(contents, size))
                 if places is None:
                     places = torch.arange(total, total + size, device="cpu") + self._offset
                 else:
@@ -179,19 +183,18 @@ class Data:
                         seen.append(places)
                 count, total = index + 1, total + size
                 ready = self._ready(X, self._convert), self._ready(y, False)
-                yield Batch(index, *ready, size, places.to(self._device))
+                yield Batch(index, *ready, size, places.to(self._device), as_before)
         if count < len(prints):
             raise RuntimeError(self._changed(f"the first pass read {len(prints)} batches, this one only {count}"))
         if first_pass:
             _check_distinct(seen)
             self._join(total, seen)
-            self._sum_of_prints = sum_of_prints
+            self._sums_of_prints = sums_of_prints
         elif (total, sum_of_places) != (self.num_data, self._sum_of_places):
             raise RuntimeError(self._changed(f"the first pass read {self.num_data} examples, this one {total} others"))
-        elif self.order_is_free and sum_of_prints != self._sum_of_prints:
+        elif self.order_is_free and _total_print(sums_of_prints) != _total_print(self._sums_of_prints):
             raise RuntimeError(self._changed("it read other examples than the first pass, not only another order"))
         self._prints, self.num_data, self._sum_of_places = prints, total, sum_of_places
-        self._passes += 1
 
     def _join(self, own: int, places: list[Tensor]) -> None:
         """Compare with the data of the other ranks: without indices, ours follow those of the ranks before."""
@@ -538,13 +541,18 @@ def _bytes_of(t: Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
     return t.view(torch.uint8).numpy()
 
 
-def _add_print_of_examples(total: int | None, contents: Any, size: int) -> int | None:
-    """Add a fingerprint of the examples of a batch, which does not depend on their order, to that of others.
+def _total_print(sums: list[int | None]) -> int | None:
+    """Return the fingerprint of the examples of all batches; None if some have none."""
+    return None if None in sums else sum(own for own in sums if own is not None) % 2**64
+
+
+def _print_of_examples(contents: Any, size: int) -> int | None:
+    """Return a fingerprint of the examples of a batch, which does not depend on their order.
 
     It is the sum over the examples of a hash of their rows. None if some array does not have one row per example.
     """
     tensors = leaves(contents)
-    if total is None or any(t.is_nested or t.ndim == 0 or t.shape[0] != size for t in tensors):
+    if any(t.is_nested or t.ndim == 0 or t.shape[0] != size for t in tensors):
         return None
     hashes = np.zeros(size, np.uint64)
     for t in tensors:
@@ -557,7 +565,7 @@ def _add_print_of_examples(total: int | None, contents: Any, size: int) -> int |
             own = hashes[start : start + step]
             # Mixed after each array, so that rows of one array cannot be exchanged without those of the others.
             own[:] = _mixed(own + (words * weights).sum(1, dtype=np.uint64) + np.uint64(1))
-    return (total + int(hashes.sum(dtype=np.uint64))) % 2**64
+    return int(hashes.sum(dtype=np.uint64))
 
 
 def _mixed(x: np.ndarray[Any, np.dtype[np.uint64]]) -> np.ndarray[Any, np.dtype[np.uint64]]:

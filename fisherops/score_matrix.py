@@ -583,12 +583,12 @@ class ScoreMatrix(TorchLinearOperator):
                     scores = cache.add(evaluation, factor_of) if known is None else compute(evaluation, factor_of)
             counts.append(scores.count)
             yield scores
-        if known is not None:
-            return
         is_stream = self.kind.order == "fixed"
         if not cache.is_complete and (reader.data.order_is_free or is_stream):
             why = "a stream of draws reads them all" if is_stream else "they come in another order each time"
             cache.forget(f"not all batches can be kept, and {why}")
+        if known is not None:
+            return
         if late:
             cache.divide(reader.divisor())
         self._cache, self._version, self._counts, self._by_rank = cache, version, counts, None

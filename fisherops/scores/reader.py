@@ -84,7 +84,7 @@ class Reader:
         ----------
         batches : iterator of Batch
         known : container of int
-            Numbers of batches that are not evaluated.
+            Numbers of batches that are not evaluated if they are those of earlier passes.
         records : bool
             Whether uses of parameters are recorded, to build rows from them.
 
@@ -103,7 +103,7 @@ class Reader:
         # or not, which depends on how tensors are aligned.
         point = problem.parameters.point(copied=True)
         for batch in batches:
-            if batch.number in known:
+            if batch.number in known and batch.as_before:
                 skipped = True
                 yield batch, None, None
                 continue
