@@ -1,6 +1,5 @@
 """What was learned about a batch is used for that batch only."""
 
-
 import numpy as np
 import pytest
 import torch

@@ -122,10 +122,6 @@ def measured():
     return json.loads(run.stdout)
 
 
-def landing(why):
-    return pytest.mark.xfail(strict=True, raises=AssertionError, reason=f"landing 3: {why}")
-
-
 @needs_proc
 @pytest.mark.parametrize(
     "case",

@@ -42,9 +42,7 @@ def exact(model, X, **options):
     return fo.FisherLinearOperator(model, nn.MSELoss(reduction="sum"), data=(X, torch.zeros(len(X), 1)), **options)
 
 
-REVERSE = pytest.mark.xfail(
-    strict=True, reason="landing 3: torch's own backward pass, the reference of the probe, loses digits"
-)
+REVERSE = pytest.mark.xfail(strict=True, reason="torch's own backward pass, the reference of the probe, loses digits")
 
 
 @pytest.mark.parametrize("shape", [(1000, 1000), pytest.param((1, MILLION), marks=REVERSE)])
