@@ -280,10 +280,11 @@ class TorchLinearOperator(LinearOperator):
         return self._mul(self._narrowed(V)).to(self.torch_dtype)
 
     def _narrowed(self, V: Tensor) -> Tensor:
-        """Convert vectors to the operator's dtype, which must be able to represent them."""
+        """Convert vectors (K, N) to the operator's dtype, which must be able to represent each of them."""
         if V.dtype == self.torch_dtype or is_sharded(V):
             return V.to(self.torch_dtype)
-        return _arrays.narrowed(V, self.torch_dtype, "Scale the vectors, or make the operator with dtype='float64'.")
+        cure = "Scale the vectors, or make the operator with dtype='float64'."
+        return _arrays.narrowed(V.T, self.torch_dtype, cure).T
 
     def todense(self) -> np.ndarray[Any, Any]:
         """Return the matrix as a NumPy array of shape (M, N); costs N products."""

@@ -22,7 +22,6 @@ MODULES = [module.name for module in pkgutil.walk_packages(fisherops.__path__, "
 
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
 DOCTESTED = [
-    "fisherops.fisher",
     "fisherops.likelihoods.base",
     "fisherops.likelihoods.density",
     "fisherops.linalg.bounds",

@@ -609,7 +609,8 @@ def _columns(A: TorchLinearOperator, b: Any) -> tuple[Tensor, Callable[[Tensor],
         raise TypeError("`b` must be real, got a complex array. Solve for its real and imaginary parts.")
     if not bool(B.isfinite().all()):
         raise ValueError("`b` must be finite, got NaN or infinity. Check the gradients that it is made of.")
-    return A._narrowed(B.to(A.device)), _no_narrower(b, B, leave, A.torch_dtype)
+    rows = A._narrowed((B.unsqueeze(0) if B.ndim == 1 else B.T).to(A.device))
+    return rows.squeeze(0) if B.ndim == 1 else rows.T, _no_narrower(b, B, leave, A.torch_dtype)
 
 
 def _no_narrower(x: Any, entered: Tensor, leave: _arrays.Leave, dtype: torch.dtype) -> _arrays.Leave:
