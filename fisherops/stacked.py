@@ -6,10 +6,11 @@ from collections.abc import Iterator, Sequence
 from math import sqrt
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from fisherops._linop import TorchLinearOperator, Transposed, check_result, identity
+from fisherops._linop import TorchLinearOperator, Transposed, check_result, identity, opaque
 from fisherops._ranks import Alone
 from fisherops.problem import Parameters
 from fisherops.score_matrix import Kept, ScoreMatrix
@@ -142,8 +143,13 @@ class StackedScores(TorchLinearOperator):
         B = torch.cat([G.square_root(triangular).mul_(sqrt(alpha)) for alpha, G in self.parts])
         return torch.linalg.qr(B, mode="r")[1] if triangular and len(B) > B.shape[1] else B
 
+    @opaque
+    def gram(self) -> np.ndarray[Any, Any]:
+        """Return the Gram matrix G Gᵀ as a NumPy array of shape (rows, rows)."""
+        return self.gram_tensor().cpu().numpy()
+
     def gram_tensor(self) -> Tensor:
-        """Return the Gram matrix G Gᵀ, (rows, rows), by the blocks √(αβ) G_j G_kᵀ."""
+        """Return the Gram matrix as a torch tensor on the operators' device, by the blocks √(αβ) G_j G_kᵀ."""
         counts = [G.shape[0] for _, G in self.parts]
         result = torch.empty(sum(counts), sum(counts), dtype=self.torch_dtype, device=self.device)
         blocks = [rows.split(counts, 1) for rows in result.split(counts)]
