@@ -73,7 +73,7 @@ class ScoreMatrix(TorchLinearOperator):
     reader : Reader
         The problem, its data and the kind of output factor.
     cache, max_memory, spill
-        As of `Cache`.
+        What is cached between products, see `FisherMCLinearOperator`.
     ranks : Alone
         The processes among which the data are divided.
 
