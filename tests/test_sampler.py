@@ -174,7 +174,7 @@ def test_other_data_in_a_later_pass_are_found_by_their_indices():
             return iter([(X, y, torch.arange(4) + 10 * (self.passes > 2))])
 
     op = build(case, Growing())
-    with pytest.raises(RuntimeError, match="batch 0 is not the one that the first pass read"):
+    with pytest.raises(RuntimeError, match="the first pass read 4 examples, this one 4 others"):
         op @ np.ones(case.D)
 
 

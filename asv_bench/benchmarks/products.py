@@ -256,13 +256,14 @@ class Noticing(_Suite):
     param_names = ("case",)
     looks = 50
 
-    def track_share(self, case):
-        op, _ = self.build(case)
-        v = torch.ones(op.shape[1])
-        op @ v
+    def setup(self, case):
+        self.op, _ = self.build(case)
+        self.v = torch.ones(self.op.shape[1])
+        self.op @ self.v
 
+    def track_share(self, case):
         def look():
             for _ in range(self.looks):
-                _ = op.version
+                _ = self.op.version
 
-        return ratio(look, lambda: op @ v, self.pairs) / self.looks
+        return ratio(look, lambda: self.op @ self.v, self.pairs) / self.looks
