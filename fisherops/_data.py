@@ -143,7 +143,7 @@ class Data:
         prints: list[_Print] = [] if first_pass else self._prints
         total = count = sum_of_places = 0
         sums_of_prints: list[int | None] = []
-        compares = not self.order_is_free  # else nothing is cached by the number of a batch
+        compares = not self.order_is_free  # else a batch is not known by its number
         seen: list[Tensor] = []
         total_batches = None if first_pass else len(self._prints)
         with tqdm(
@@ -158,7 +158,7 @@ class Data:
                 X, y, size, places = self._unpack(index, item)
                 free = self._order != "fixed" and (places is not None or self._order == "any")
                 contents = (X, y) if places is None else (X, y, places)
-                as_before = True
+                as_before = compares
                 if first_pass:
                     prints.append(_Print(contents, size, self._verify))
                     self.order_is_free = free and places is not None and not self._verify

@@ -77,10 +77,10 @@ def check_result(result: Tensor, *inputs: Tensor) -> Tensor:
     return result
 
 
-def identity(n: int, dtype: torch.dtype, device: torch.device) -> Iterator[Tensor]:
-    """List the identity in blocks of rows (K, n)."""
-    for start in range(0, n, _BLOCK):
-        rows = torch.zeros(min(_BLOCK, n - start), n, dtype=dtype, device=device)
+def identity(n: int, dtype: torch.dtype, device: torch.device, step: int = _BLOCK) -> Iterator[Tensor]:
+    """List the identity in blocks of rows (K, n), K ≤ `step`."""
+    for start in range(0, n, step):
+        rows = torch.zeros(min(step, n - start), n, dtype=dtype, device=device)
         rows.diagonal(start).fill_(1)
         yield rows
 

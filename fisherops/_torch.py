@@ -125,7 +125,8 @@ def isolated(device: torch.device) -> Iterator[None]:
     global _depth
     with _LOCK:
         if _depth:
-            yield
+            with own_precision(device):  # what is evaluated inside may have entered other contexts
+                yield
             return
         _depth += 1
         try:

@@ -26,32 +26,34 @@ from fisherops.scores.reader import Reader, name_of_loss
 class ModelFisherOperator(FisherOperator):
     """F of one model and one data set; subclasses choose the output factor."""
 
+    _kind: Kind
+    """Which vectors make the output factor."""
+
     @opaque
     def __init__(
         self,
-        kind: Kind,
         model_func: Any,
         loss_func: Any,
-        params: Any,
-        data: Any,
-        progressbar: bool,
-        check_deterministic: bool,
-        num_data: int | None,
-        batch_size_fn: Callable[[Any], int] | None,
+        params: Any = None,
+        data: Any = None,
+        progressbar: bool = False,
+        check_deterministic: bool = True,
+        num_data: int | None = None,
+        batch_size_fn: Callable[[Any], int] | None = None,
         *,
         rows: str = "term",
-        dtype: Any,
-        batch_size: int | None,
-        cache: str,
-        max_memory: int | str | None,
-        spill: Any,
-        process_group: Any,
+        dtype: Any = None,
+        batch_size: int | None = None,
+        cache: str = "auto",
+        max_memory: int | str | None = None,
+        spill: Any = None,
+        process_group: Any = None,
     ) -> None:
         if cache not in CACHES:
             raise ValueError(f"`cache` must be one of {', '.join(map(repr, CACHES))}, got {cache!r}.")
         if rows not in ("term", "datum"):
             raise ValueError(f"`rows` must be 'term' or 'datum', got {rows!r}.")
-        problem = Problem(model_func, loss_func, params, dtype=dtype, any_loss=kind.any_loss)
+        problem = Problem(model_func, loss_func, params, dtype=dtype, any_loss=self._kind.any_loss)
         ranks = ranks_of(process_group, problem.device)
         if problem.sharded and cache not in ("auto", "factors"):
             raise NotImplementedError(
@@ -66,13 +68,13 @@ class ModelFisherOperator(FisherOperator):
             batch_size_fn=batch_size_fn,
             num_data=num_data,
             verify=check_deterministic,
-            order=kind.order,
+            order=self._kind.order,
             progressbar=progressbar,
             ranks=ranks,
         )
         self._loss_name, self._num_data, self._cache_name = name_of_loss(loss_func), num_data, cache
         reader = Reader(
-            problem, own, kind, name=type(self).__name__, rows=rows, checks=check_deterministic, ranks=ranks
+            problem, own, self._kind, name=type(self).__name__, rows=rows, checks=check_deterministic, ranks=ranks
         )
         memory = as_bytes(max_memory, problem.device)
         scores = ScoreMatrix(reader, cache=cache, max_memory=memory, spill=as_folder(spill), ranks=ranks)
@@ -287,8 +289,8 @@ class FisherMCLinearOperator(ModelFisherOperator):
         kind = MonteCarlo(integer("mc_samples", mc_samples, 1), _seed(seed), stream=sampler == "stream")
         if sampler not in ("counter", "stream"):
             raise ValueError(f"`sampler` must be 'counter' or 'stream', got {sampler!r}.")
+        self._kind = kind
         super().__init__(
-            kind,
             model_func,
             loss_func,
             params,
@@ -323,7 +325,8 @@ class FisherMCLinearOperator(ModelFisherOperator):
         """
         other = copy.copy(self)
         assert isinstance(self._G.kind, MonteCarlo)
-        other._G = self._G.redrawn(self._G.kind.with_seed(_seed(seed)))
+        other._kind = self._G.kind.with_seed(_seed(seed))
+        other._G = self._G.redrawn(other._kind)
         return other
 
     @opaque
@@ -419,6 +422,8 @@ class FisherLinearOperator(ModelFisherOperator):
            [2., 2.]], dtype=float32)
     """
 
+    _kind = Exact()
+
     def __init__(
         self,
         model_func: Any,
@@ -439,7 +444,6 @@ class FisherLinearOperator(ModelFisherOperator):
     ) -> None:
         # Without `rows`: the terms of a datum are independent, so its joint likelihood has the same Fisher.
         super().__init__(
-            Exact(),
             model_func,
             loss_func,
             params,
@@ -496,43 +500,7 @@ class EmpiricalFisherLinearOperator(ModelFisherOperator):
     NeurIPS 2019.
     """
 
-    def __init__(
-        self,
-        model_func: Any,
-        loss_func: Any,
-        params: Any = None,
-        data: Any = None,
-        progressbar: bool = False,
-        check_deterministic: bool = True,
-        num_data: int | None = None,
-        batch_size_fn: Callable[[Any], int] | None = None,
-        *,
-        rows: str = "term",
-        dtype: Any = None,
-        batch_size: int | None = None,
-        cache: str = "auto",
-        max_memory: int | str | None = None,
-        spill: Any = None,
-        process_group: Any = None,
-    ) -> None:
-        super().__init__(
-            Empirical(),
-            model_func,
-            loss_func,
-            params,
-            data,
-            progressbar,
-            check_deterministic,
-            num_data,
-            batch_size_fn,
-            rows=rows,
-            dtype=dtype,
-            batch_size=batch_size,
-            cache=cache,
-            max_memory=max_memory,
-            spill=spill,
-            process_group=process_group,
-        )
+    _kind = Empirical()
 
 
 def _seed(seed: int) -> int:

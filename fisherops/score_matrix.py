@@ -40,6 +40,9 @@ _FEW_COLUMNS = 8
 # Rows that are summed in the compute precision without compensation.
 _ROWS_PER_SUM = 4096
 
+# Rows of the Gram matrix that are summed over ranks at a time.
+_FEW_ROWS = 128
+
 # What the ranks of a process group compare before they sum.
 _VECTORS = (
     "the checksum of the vectors (SciPy's solvers draw others on each rank unless v0 or rng is given; "
@@ -615,10 +618,6 @@ class ScoreMatrix(TorchLinearOperator):
             return zlib.crc32(repr(self._ranks.share(checksum)).encode())
 
 
-# Rows of the Gram matrix that are summed over ranks at a time.
-_FEW_ROWS = 128
-
-
 def _falls_to(rank: int, other: int, size: int) -> bool:
     """Whether the products of the rows of two ranks are found by the first, so that each rank has as many."""
     distance = (other - rank) % size
@@ -650,8 +649,7 @@ def _rows_or_columns(batch: BatchScores, D: int, dtype: torch.dtype, device: tor
         for rows in batch.rows():
             yield from rows.split(_ROWS_PER_SUM)
     else:
-        units = torch.eye(D, dtype=dtype, device=device)
-        yield torch.cat([batch.apply(part) for part in units.split(batch.columns)]).T
+        yield torch.cat([batch.apply(units) for units in identity(D, dtype, device, batch.columns)]).T
 
 
 def _sums_of_products(batches: Iterable[BatchScores], blocks: Sequence[Tensor]) -> Iterator[Tensor]:

@@ -415,6 +415,25 @@ def test_a_shuffled_loader_is_fine_where_nothing_depends_on_the_order(kind, cach
         op.refresh()
 
 
+@pytest.mark.parametrize("index", [True, False])
+@pytest.mark.parametrize("work", ["gradient", "product"])
+def test_an_order_that_changes_while_some_batches_are_cached(work, index):
+    """Batches are cached by number: once the order has changed, a number is another batch."""
+    model, whole = small_model(), small_data((8,), index)[0]
+    batches = [tuple(t[k : k + 4] for t in whole) for k in (0, 4)]
+    data = Orders(batches, change=False)
+    first = fo.FisherLinearOperator(model, SUM, data=batches[:1], cache="scores").plan.nbytes
+    op = fo.FisherLinearOperator(model, SUM, data=data, cache="scores", max_memory=int(1.5 * first))
+    truth, eye = exact(model, batches), np.eye(31)
+    assert_same(op @ eye, truth, torch.float64)
+    assert [entry.form == "none" for entry in op.plan.entries] == [False, True]
+    data.batches = batches[::-1]
+    if work == "gradient":
+        op.gradient()
+    for _ in range(2):
+        assert_same(op @ eye, truth, torch.float64)
+
+
 def test_data_that_change_are_found_although_any_order_is_fine():
     """Order may change; contents may not."""
     model, batches = small_model(), small_data(index=True)

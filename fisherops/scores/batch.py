@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from fisherops._matmul import takes_onednn, times_transposed
 from fisherops._sums import CompensatedSum
-from fisherops.scores.columns import Columns
+from fisherops.scores.columns import Columns, Factors
 from fisherops.scores.derived import Composed, Derived, Strided
 
 # Rows are multiplied by G and then by Gᵀ while they are in the processor's cache, some bytes of them; oneDNN needs many
@@ -93,7 +92,7 @@ class MaterializedBatch:
         return self._dense.device
 
     def scale(self, factor: float) -> None:
-        """Multiply G by a number, in place."""
+        """Multiply G by a number."""
         self._dense.mul_(factor)
         for _, columns in self._blocks:
             columns.scale(factor)
@@ -215,7 +214,7 @@ class MaterializedBatch:
             mixed = (span in self._own_spans) != (span in other._own_spans) or (
                 span in self._own_spans and bool(mine or theirs)
             )
-            blocks = None if mixed else _gram_of_blocks(mine, theirs, with_bias=name in layers)
+            blocks = None if mixed else _gram_of_blocks(mine, theirs, bias=name in layers)
             if blocks is not None:
                 total += blocks
             elif mixed or (mine and theirs):
@@ -342,8 +341,8 @@ def _same(mine: Sequence[Block], theirs: Sequence[Block]) -> bool:
     return mine[0][0].same(theirs[0][0]) and mine[0][1].shape == theirs[0][1].shape  # type: ignore[attr-defined]
 
 
-def _gram_of_blocks(mine: Sequence[Block], theirs: Sequence[Block], with_bias: bool = False) -> Tensor | None:
-    """Sum over pairs of uses of one parameter; None if there are none, or some have rows only."""
+def _gram_of_blocks(mine: Sequence[Block], theirs: Sequence[Block], bias: bool) -> Tensor | None:
+    """Sum over pairs of uses of one parameter, and its bias; None if there are none, or some have rows only."""
     total: Tensor | None = None
     for derived, columns in mine:
         for other, their_columns in theirs:
@@ -351,8 +350,13 @@ def _gram_of_blocks(mine: Sequence[Block], theirs: Sequence[Block], with_bias: b
                 return None
             if derived.apart(other):
                 continue
-            options: Any = {"with_bias": True} if with_bias else {}
-            own = columns.gram(their_columns, **options) if derived.same(other) and derived.is_injective else None
+            if not derived.same(other) or not derived.is_injective:
+                return None
+            own = (
+                columns.gram_with(their_columns, bias=True)
+                if bias and isinstance(columns, Factors) and isinstance(their_columns, Factors)
+                else columns.gram(their_columns)
+            )
             if own is None:
                 return None
             total = own if total is None else total.add_(own)

@@ -450,10 +450,7 @@ class RowsBuilder:
 
     def _layers(self, found: Sequence[_Found | None], weights: set[str]) -> dict[str, str]:
         """Name the weights among these, and the biases, that are used in one call together and nowhere else."""
-        counts: dict[str, int] = {}
-        for _, names in self._uses:
-            for name in names:
-                counts[name] = counts.get(name, 0) + 1
+        counts = Counter(name for _, names in self._uses for name in names)
         alone = [
             (use, names[0], x)
             for (use, names), x in zip(self._uses, found, strict=True)
@@ -700,24 +697,26 @@ def _rows_of_call(use: Use, b: Tensor) -> Tensor:
         return result
 
     options = _options_of_convolution(call) if call.get(1, "weight") is use.value and len(data) == 1 else None
-
-    def one_of_convolution(xs: tuple[Tensor, ...], own: Tensor) -> Tensor:
-        # The kernel of the backward pass alone: the derivative above begins with a forward pass.
-        def pull(y: Tensor) -> Tensor:
-            args = y[None].to(D.dtype), xs[0][None], D.detach(), None, *(options or ()), [False, True, False]
-            gradient: Tensor = torch.ops.aten.convolution_backward.default(*args)[1]
-            return gradient
-
-        result: Tensor = vmap(pull)(own)
-        return result
-
-    one = one if options is None else one_of_convolution
+    if options is not None:
+        one = partial(_rows_of_convolution, D.detach(), options)
     step = max(1, _BLOCK_BYTES // (len(b) * D.numel() * b.itemsize))
     xs = tuple(t.detach() for t in data)
     blocks = [
         vmap(one, in_dims=(0, 1))(tuple(x[m : m + step] for x in xs), b[:, m : m + step]) for m in range(0, M, step)
     ]
     return torch.cat(blocks).flatten(2).to(b.dtype)
+
+
+def _rows_of_convolution(D: Tensor, options: tuple[Any, ...], xs: tuple[Tensor, ...], own: Tensor) -> Tensor:
+    """Return the rows (q, ...) of one datum, by the kernel of the backward pass alone: no forward pass is needed."""
+
+    def pull(y: Tensor) -> Tensor:
+        args = y[None].to(D.dtype), xs[0][None], D, None, *options, [False, True, False]
+        gradient: Tensor = torch.ops.aten.convolution_backward.default(*args)[1]
+        return gradient
+
+    result: Tensor = vmap(pull)(own)
+    return result
 
 
 def _options_of_convolution(call: Call) -> tuple[Any, ...] | None:

@@ -50,14 +50,14 @@ class Columns(ABC):
     def gram(self, other: Columns) -> Tensor | None:
         """Multiply with the transpose of columns of the same parameters, (N · q, N' · q'), or None if only rows can."""
 
+    @abstractmethod
     def scale(self, factor: float) -> None:
-        """Multiply by a number, in place."""
-        self.tensors[-1].mul_(factor)
+        """Multiply by a number; the gradients may be those of another use too, so not in their memory."""
 
     @property
     @abstractmethod
     def tensors(self) -> tuple[Tensor, ...]:
-        """What is held; in the last of them the columns are linear."""
+        """What is held."""
 
     @property
     def nbytes(self) -> int:
@@ -113,6 +113,9 @@ class Rows(Columns):
         if not isinstance(other, Rows) or other.shape != self.shape:
             return None
         return times_transposed(self._matrix, other._matrix)
+
+    def scale(self, factor: float) -> None:
+        self._rows = self._rows * factor
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -181,26 +184,31 @@ class Factors(Columns):
         N, T, q = self.count, self._T, self._q
         return self._A.view(g, N, T, i).permute(1, 2, 0, 3), self._B.view(q, g, o, N, T).permute(3, 4, 0, 1, 2)
 
-    def gram(self, other: Columns, with_bias: bool = False) -> Tensor | None:
-        """As of `Columns`; if asked for, with that of biases that are added to the outputs: their rows are Σ b."""
+    def gram(self, other: Columns) -> Tensor | None:
         if isinstance(other, Table):
             own = other.gram(self)
             return None if own is None else own.T
         if not isinstance(other, Factors) or other.shape != self.shape:
             return None
-        total: Tensor | None = None
+        return self.gram_with(other, bias=False)
+
+    def gram_with(self, other: Factors, bias: bool) -> Tensor:
+        """Multiply with the transpose, those of a bias that is added to the outputs counted too: its rows are Σ b."""
         ((A, a), (B, b)), ((C, c), (E, e)) = (
             (_in_range(x), _in_range(y)) for x, y in (self._by_datum(), other._by_datum())
         )
-        for g in range(self.shape[0]):
 
-            def inputs(mine: slice, theirs: slice, g: int = g) -> Tensor:
+        def of_group(g: int) -> Tensor:
+            def inputs(mine: slice, theirs: slice) -> Tensor:
                 products = times_transposed(_flat(A[mine, :, g]), _flat(C[theirs, :, g]))
-                return products.add_(2.0 ** -(a + c)) if with_bias else products
+                return products.add_(2.0 ** -(a + c)) if bias else products
 
-            own = _gram(inputs, B[:, :, :, g], E[:, :, :, g])
-            total = own if total is None else total.add_(own)
-        return None if total is None else _times_power(total, a + b + c + e)
+            return _gram(inputs, B[:, :, :, g], E[:, :, :, g])
+
+        total = of_group(0)
+        for g in range(1, self.shape[0]):
+            total += of_group(g)
+        return _times_power(total, a + b + c + e)
 
     def col_norms(self) -> Tensor:
         if self._T > 1:
@@ -212,6 +220,9 @@ class Factors(Columns):
         else:
             norms = torch.matmul(squares, A.square())
         return _times_power(norms, 2 * (a + b))
+
+    def scale(self, factor: float) -> None:
+        self._B = self._B * factor
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -292,6 +303,9 @@ class Table(Columns):
             picked = outputs[..., self._index[n : n + step]]  # (M, S, p, n, T)
             result[n : n + step] = torch.einsum("nqtms,mspnt->nqmp", products, picked)
         return result.view(N * q, M * p)
+
+    def scale(self, factor: float) -> None:
+        self._B = self._B * factor
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from fisherops._linop import identity
 from fisherops.problem.evaluation import Evaluation
 from fisherops.scores.build import CannotHoldError, RowsBuilder
 from fisherops.scores.kinds import FactorOf, Kind, Sampler
@@ -94,11 +95,8 @@ class LazyBatch:
         return columns @ columns.T
 
     def _units(self) -> Iterator[Tensor]:
-        D, f = self._evaluation.problem.parameters.numel, self._evaluation.outputs
-        for start in range(0, D, self.columns):
-            units = f.new_zeros(min(self.columns, D - start), D)
-            units.diagonal(start).fill_(1)
-            yield units
+        f = self._evaluation.outputs
+        return identity(self._evaluation.problem.parameters.numel, f.dtype, f.device, self.columns)
 
     def rows(self) -> Iterator[Tensor]:
         """List G in blocks of rows (r, D)."""

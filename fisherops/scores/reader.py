@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -64,7 +64,7 @@ class Reader:
         """Read all data once, with the model evaluated as if nothing else ran in the process."""
         with torch.no_grad(), self.problem.isolated():
             self.problem.model.check_unchanged()
-            with self._refusing_faults():
+            with self.problem.model.refuse_faults() if self.checks else nullcontext():
                 self._follow_changes()
                 with self._batches(description) as batches:
                     yield batches
@@ -208,14 +208,6 @@ class Reader:
             self._structure = version.structure
         if self._loss != version.loss:
             self.c, self._loss = None, version.loss
-
-    @contextmanager
-    def _refusing_faults(self) -> Iterator[None]:
-        if not self.checks:
-            yield
-            return
-        with self.problem.model.refuse_faults():
-            yield
 
     @contextmanager
     def _batches(self, description: str) -> Iterator[Iterator[Batch]]:
