@@ -37,7 +37,7 @@ class FisherOperator(TorchLinearOperator):
     def scores(self) -> ScoreMatrix | StackedScores:
         """The score matrix G, F = GᵀG, as an operator (rows, D): :class:`fisherops.score_matrix.ScoreMatrix`.
 
-        Always the same object. Its first product reads the data if nothing is cached.
+        Always the same object. Reads the data if nothing is cached yet, because the rows must have an order.
         """
         self._G.require_order()
         return self._G
