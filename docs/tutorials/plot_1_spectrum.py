@@ -87,7 +87,8 @@ np.testing.assert_allclose(
 
 values = linalg.eigvalsh(op)
 np.testing.assert_allclose(values.sum(), op.trace(), rtol=1e-10)
-threshold = plot.rank_threshold(values, op.shape[0], op.dtype)
+rows, D = op.scores.shape
+threshold = plot.rank_threshold(values, D, op.dtype, rows)
 ax = plot.spectrum(values, trace=op.trace(), threshold=threshold)
 _ = ax.set_title("All eigenvalues after 5 epochs")
 
