@@ -21,6 +21,7 @@ from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
 from fisherops import _arrays
+from fisherops._processes import Processes
 from fisherops._ranks import Alone
 from fisherops._sharding import is_sharded
 
@@ -100,6 +101,11 @@ class TorchLinearOperator(LinearOperator):
         Where ``_mul`` gets its input and leaves its result.
     """
 
+    score_matrix: Any = None
+    """G, if this operator is GᵀG + shift · I."""
+    shift: Any = 0.0
+    """λ, if this operator is GᵀG + λI; a tensor (D,) if each parameter has its own."""
+
     # Reflected products (`ndarray @ op`) must reach this class instead of NumPy's loops.
     __array_ufunc__ = None
 
@@ -154,6 +160,11 @@ class TorchLinearOperator(LinearOperator):
         parts = (getattr(self, name, None) for name in ("_A", "_B", "_op", "_fisher"))
         known = [part.ranks for part in parts if isinstance(part, TorchLinearOperator) and part.ranks.size > 1]
         return known[0] if known else Alone()
+
+    @property
+    def processes(self) -> Processes:
+        """The processes that multiply together, for linear algebra."""
+        return self.ranks
 
     # ---- Products -----------------------------------------------------------------------------
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fisherops._checks import first_line
 from fisherops._packing import as_bytes, put_together, taken_apart
+from fisherops._processes import Processes, Result
 
 # Seconds between looks at whether another rank has raised the alarm, at first and at most; and for all to answer it.
 _FIRST_LOOK, _LOOKS = 0.1, 1.0
@@ -47,11 +48,25 @@ class PendingSum:
         return self._tensor
 
 
-class Alone:
+class Alone(Processes):
     """One process that has all data: what `Ranks` does for several, done for one."""
 
     rank = 0
     size = 1
+
+    @property
+    def leads(self) -> bool:  # type: ignore[override]
+        return self.rank == 0
+
+    def least(self, number: int) -> int:
+        with self.step("smallest number"):
+            smallest: int = min(self.share(number))
+        return smallest
+
+    def from_leader(self, make: Callable[[], Result]) -> Result:
+        with self.step("leader"):
+            result: Result = self.broadcast(make() if self.leads else None, 0)
+        return result
 
     @contextlib.contextmanager
     def step(self, what: str, **values: Any) -> Iterator[None]:  # noqa: ARG002

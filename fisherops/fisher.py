@@ -27,10 +27,12 @@ class FisherOperator(TorchLinearOperator):
         λ ≥ 0.
     """
 
+    score_matrix: ScoreMatrix | StackedScores
+
     def __init__(self, scores: ScoreMatrix | StackedScores, shift: float = 0.0) -> None:
         D = scores.parameters.numel
         super().__init__((D, D), scores.torch_dtype, scores.device)
-        self._G, self.shift = scores, shift
+        self.score_matrix, self.shift = scores, shift
 
     @property
     @opaque
@@ -39,13 +41,13 @@ class FisherOperator(TorchLinearOperator):
 
         Always the same object. Reads the data if nothing is cached yet, because the rows must have an order.
         """
-        self._G.require_order()
-        return self._G
+        self.score_matrix.require_order()
+        return self.score_matrix
 
     # ---- Products -----------------------------------------------------------------------------
 
     def _mul(self, V: Tensor) -> Tensor:
-        result = self._G.product(V)
+        result = self.score_matrix.product(V)
         return result.add_(V, alpha=self.shift) if self.shift else result
 
     def multiply(self, V: Tensor) -> Tensor:
@@ -58,7 +60,7 @@ class FisherOperator(TorchLinearOperator):
     @opaque
     def todense(self) -> np.ndarray[Any, Any]:
         """Return F as a NumPy array of shape (D, D), from the rows of G."""
-        F = self._G.dense()
+        F = self.score_matrix.dense()
         F.diagonal().add_(self.shift)
         return F.cpu().numpy()
 
@@ -68,36 +70,38 @@ class FisherOperator(TorchLinearOperator):
 
         A DTensor where the parameters are sharded.
         """
-        diagonal: Any = self._G.col_norms() + self.shift
+        diagonal: Any = self.score_matrix.col_norms() + self.shift
         return self.sharded(diagonal) if self.sharding is not None else diagonal.cpu().numpy()  # type: ignore[no-any-return]
 
     @opaque
     def trace(self) -> float:
         """Return the trace of F, exactly: the squared Frobenius norm of G."""
-        return float(self._G.square_norm() + self.shift * self.shape[0])
+        return float(self.score_matrix.square_norm() + self.shift * self.shape[0])
 
     def damped(self, damping: Any) -> FisherOperator:  # noqa: D102 (that of the base class)
-        return FisherOperator(self._G, self.shift + as_damping(damping, self.torch_dtype))
+        return FisherOperator(self.score_matrix, self.shift + as_damping(damping, self.torch_dtype))
 
     @property
     def undamped(self) -> FisherOperator:
         """GᵀG alone."""
-        return FisherOperator(self._G) if self.shift else self
+        return FisherOperator(self.score_matrix) if self.shift else self
 
     def _scaled(self, alpha: Any) -> TorchLinearOperator:
         if isinstance(alpha, complex) or not 0 < alpha < float("inf") or self.sharding is not None:
             return super()._scaled(alpha)
-        return FisherOperator(StackedScores([(alpha * a, G) for a, G in self._G.parts]), alpha * self.shift)
+        return FisherOperator(StackedScores([(alpha * a, G) for a, G in self.score_matrix.parts]), alpha * self.shift)
 
     def _plus(self, other: TorchLinearOperator) -> TorchLinearOperator:
-        if not isinstance(other, FisherOperator) or not StackedScores.fits(self._G, other._G):
+        if not isinstance(other, FisherOperator) or not StackedScores.fits(self.score_matrix, other.score_matrix):
             return super()._plus(other)
-        return FisherOperator(StackedScores(self._G.parts + other._G.parts), self.shift + other.shift)
+        return FisherOperator(
+            StackedScores(self.score_matrix.parts + other.score_matrix.parts), self.shift + other.shift
+        )
 
     @property
     def kinds(self) -> frozenset[Kind]:
         """Which vectors make the rows of G."""
-        return self._G.kinds
+        return self.score_matrix.kinds
 
     def sharded(self, local: Tensor) -> Any:
         """Return a vector of this operator from each rank's own part of it, where the parameters are sharded (FSDP2).
@@ -128,52 +132,52 @@ class FisherOperator(TorchLinearOperator):
 
     def square_root(self, triangular: bool) -> Tensor:
         """Return B in float64 with BᵀB = GᵀG; see `ScoreMatrix.square_root`."""
-        return self._G.square_root(triangular)
+        return self.score_matrix.square_root(triangular)
 
     @property
     def parameter_shapes(self) -> dict[str, torch.Size]:
         """Shapes of the parameters by name, in the order of the flat vector."""
-        return dict(self._G.parameters.shapes)
+        return dict(self.score_matrix.parameters.shapes)
 
     @property
     def parameter_spans(self) -> dict[str, tuple[int, int]]:
         """Where each parameter lies in the flat vector: the first place, and the first after it."""
-        return self._G.parameters.spans
+        return self.score_matrix.parameters.spans
 
     @property
     def parameter_checksum(self) -> int:
         """A checksum of the present values of the parameters."""
-        return self._G.parameter_checksum
+        return self.score_matrix.parameter_checksum
 
     @property
     def reductions(self) -> tuple[str, ...]:
         """The reduction, "mean" or "sum", of each head of the loss."""
-        return self._G.reductions
+        return self.score_matrix.reductions
 
     @property
     def num_rows(self) -> int:
         """Rows of the score matrix, of all ranks."""
-        return self._G.shape[0]
+        return self.score_matrix.shape[0]
 
     @property
     def rows_have_order(self) -> bool:
         """Whether every pass lists the rows of the score matrix in the same order, as `scores` needs it."""
-        return self._G.rows_have_order
+        return self.score_matrix.rows_have_order
 
     @property
     def kept(self) -> Kept:
         """What is cached between products on all ranks together."""
-        return self._G.kept
+        return self.score_matrix.kept
 
     @property
     def max_memory(self) -> int:
         """Bytes that may be cached, on this rank."""
-        return self._G.max_memory
+        return self.score_matrix.max_memory
 
     @property
     def version(self) -> int:
         """A number that grows whenever the model, its tensors or the loss were seen to change."""
-        return self._G.version
+        return self.score_matrix.version
 
     def refresh(self) -> None:
         """Forget what is cached, and compute it anew in the next product.
@@ -181,14 +185,14 @@ class FisherOperator(TorchLinearOperator):
         Changes of the model, its tensors and the loss are noticed without it, except those that
         docs/explanation/limits lists.
         """
-        self._G.refresh()
+        self.score_matrix.refresh()
 
     @property
     def ranks(self) -> Alone:
         """The processes among which the data are divided; all of them make the same calls (see `process_group`)."""
-        return self._G.ranks
+        return self.score_matrix.ranks
 
     @property
     def sharding(self) -> Sharding | None:
         """How the parameters are divided among the ranks; None where each rank has all of them."""
-        return self._G.sharding
+        return self.score_matrix.sharding

@@ -26,6 +26,7 @@ from fisherops.scores.reader import Reader, name_of_loss
 class ModelFisherOperator(FisherOperator):
     """F of one model and one data set; subclasses choose the output factor."""
 
+    score_matrix: ScoreMatrix
     _kind: Kind
     """Which vectors make the output factor."""
 
@@ -81,19 +82,19 @@ class ModelFisherOperator(FisherOperator):
         super().__init__(scores)
 
     def __repr__(self) -> str:
-        N, ranks = self._G.num_data or self._num_data, self.ranks
+        N, ranks = self.score_matrix.num_data or self._num_data, self.ranks
         data = "number of examples unknown before the first pass" if N is None else f"{N:,} examples"
         if ranks.size > 1:
             data += f" on rank {ranks.rank} of {ranks.size}"
         return (
-            f"<{type(self).__name__}: D={self.shape[0]}, kind={self._G.kind.description}, loss={self._loss_name}, "
-            f"{data}, {self.device}, {self.dtype.name}, cache={self._cache_name!r}>"
+            f"<{type(self).__name__}: D={self.shape[0]}, kind={self.score_matrix.kind.description}, "
+            f"loss={self._loss_name}, {data}, {self.device}, {self.dtype.name}, cache={self._cache_name!r}>"
         )
 
     @property
     def plan(self) -> Plan:
         """What is cached between products, its memory and why; made by a pass over the data if there was none."""
-        return self._G.plan
+        return self.score_matrix.plan
 
     @opaque
     def gradient(self) -> np.ndarray[Any, Any]:
@@ -121,7 +122,7 @@ class ModelFisherOperator(FisherOperator):
         >>> op.gradient().round(3)
         array([2., 2.], dtype=float32)
         """
-        return self._G.gradient().cpu().numpy()
+        return self.score_matrix.gradient().cpu().numpy()
 
 
 class FisherMCLinearOperator(ModelFisherOperator):
@@ -324,9 +325,9 @@ class FisherMCLinearOperator(ModelFisherOperator):
             linearized model is kept, both share it; rows depend on the draws and are made anew.
         """
         other = copy.copy(self)
-        assert isinstance(self._G.kind, MonteCarlo)
-        other._kind = self._G.kind.with_seed(_seed(seed))
-        other._G = self._G.redrawn(other._kind)
+        assert isinstance(self.score_matrix.kind, MonteCarlo)
+        other._kind = self.score_matrix.kind.with_seed(_seed(seed))
+        other.score_matrix = self.score_matrix.redrawn(other._kind)
         return other
 
     @opaque
@@ -361,7 +362,7 @@ class FisherMCLinearOperator(ModelFisherOperator):
         ValueError
             If M = 1, or the shape does not fit.
         """
-        M = self._G.kind.samples
+        M = self.score_matrix.kind.samples
         if M < 2:
             raise ValueError(
                 "the standard error is estimated from the spread of the samples, and mc_samples is 1: use mc_samples=2 "
@@ -374,7 +375,7 @@ class FisherMCLinearOperator(ModelFisherOperator):
         V = self._narrowed((x.T if x.ndim == 2 else x.unsqueeze(0)).to(self.device))
         if len(V) == 0:
             return leave(V[:, 0].clone())
-        variance, second = self._G.moments_of_forms(V) * M
+        variance, second = self.score_matrix.moments_of_forms(V) * M
         # Samples that agree differ by rounding only, because kernels round equal rows in different ways.
         agree = variance.sqrt() <= 16 * torch.finfo(self.torch_dtype).eps * second.sqrt()
         error = torch.where(agree & (second > 0), torch.nan, variance.sqrt())

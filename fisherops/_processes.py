@@ -1,0 +1,37 @@
+"""What linear algebra asks of the processes that share an operator; here there is one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import TypeVar
+
+from torch import Tensor
+
+Result = TypeVar("Result")
+
+
+class Processes:
+    """One process, which has all data; subclasses speak for several."""
+
+    leads = True
+    """Whether this process shows progress and writes files."""
+
+    def guard(self, what: str) -> AbstractContextManager[None]:  # noqa: ARG002
+        """Return a context for work that this process does alone; if it fails, the others are told."""
+        return nullcontext()
+
+    def least(self, number: int) -> int:
+        """Return the smallest of the numbers that the processes pass."""
+        return number
+
+    def from_leader(self, make: Callable[[], Result]) -> Result:
+        """Return what the leading process makes, on every process."""
+        return make()
+
+    def inner(self, X: Tensor, Y: Tensor) -> Tensor:
+        """Return the inner products of vectors (K, D) with others, (K,)."""
+        return (X * Y).sum(-1)
+
+
+ONE = Processes()
