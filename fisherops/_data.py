@@ -118,6 +118,10 @@ class Data:
         # Of the examples of each batch, whatever their order; None if some cannot be told apart.
         self._sums_of_prints: list[int | None] = []
         self.num_data: int | None = None
+        self.total: int | None = None
+        """Number of examples of all processes, known after the first complete pass."""
+        self.is_indexed = False
+        """Whether batches are (X, y, index); known after the first complete pass."""
         self.order_is_free = False
         """Whether the examples were read in another order, or batches with indices were not compared."""
         self._source = _as_source(source, batch_size)
@@ -213,7 +217,8 @@ class Data:
             raise ValueError(
                 "the batches of all ranks must be (X, y, index) if those of one are, got some without. Add the indices."
             )
-        if any(indexed for _, indexed in shares):
+        self.total, self.is_indexed = total, any(indexed for _, indexed in shares)
+        if self.is_indexed:
             _check_distinct_over(ranks, torch.cat(places) if places else torch.zeros(0, dtype=torch.int64))
         else:
             self._offset = sum(number for number, _ in shares[: ranks.rank])

@@ -20,7 +20,7 @@ from fisherops.fisher import FisherOperator
 from fisherops.problem import Problem
 from fisherops.score_matrix import ScoreMatrix
 from fisherops.scores import CACHES, Empirical, Exact, Kind, MonteCarlo, Plan
-from fisherops.scores.reader import Reader, name_of_loss
+from fisherops.scores.reader import Reader, as_weights, name_of_loss
 
 
 class ModelFisherOperator(FisherOperator):
@@ -48,6 +48,7 @@ class ModelFisherOperator(FisherOperator):
         cache: str = "auto",
         max_memory: int | str | None = None,
         spill: Any = None,
+        sample_weight: Any = None,
         process_group: Any = None,
     ) -> None:
         if cache not in CACHES:
@@ -75,7 +76,14 @@ class ModelFisherOperator(FisherOperator):
         )
         self._loss_name, self._num_data, self._cache_name = name_of_loss(loss_func), num_data, cache
         reader = Reader(
-            problem, own, self._kind, name=type(self).__name__, rows=rows, checks=check_deterministic, ranks=ranks
+            problem,
+            own,
+            self._kind,
+            name=type(self).__name__,
+            rows=rows,
+            checks=check_deterministic,
+            ranks=ranks,
+            weights=None if sample_weight is None else as_weights(sample_weight),
         )
         memory = as_bytes(max_memory, problem.device)
         scores = ScoreMatrix(reader, cache=cache, max_memory=memory, spill=as_folder(spill), ranks=ranks)
@@ -211,6 +219,12 @@ class FisherMCLinearOperator(ModelFisherOperator):
     spill : path or None
         A folder. Rows of the score matrix that do not fit `max_memory`, dense or as factors, are kept in files there
         and mapped into memory batch by batch; they are removed with the operator. One batch must fit `max_memory`.
+    sample_weight : array or None
+        Weights w_n ≥ 0 of the examples, (N,), which multiply those of their loss terms (w in the formula). An example
+        is known by its index in the data set, with `process_group` too. A weight of k equals k copies of an example
+        for the Monte-Carlo (in expectation) and the exact Fisher; in the empirical Fisher weights multiply gradients.
+        ``reduction="mean"`` divides as the loss with a ``weight`` does: by the sum of the weights, but ``BCELoss``,
+        ``BCEWithLogitsLoss``, ``HuberLoss`` and ``SmoothL1Loss`` by their number.
     process_group : torch.distributed.ProcessGroup, DeviceMesh or None
         The processes among which the data are divided: each passes its own part as `data`, see
         :func:`fisherops.distributed.shard`, and F is that of all data, on every one of them. Without indices, the data
@@ -285,6 +299,7 @@ class FisherMCLinearOperator(ModelFisherOperator):
         cache: str = "auto",
         max_memory: int | str | None = None,
         spill: Any = None,
+        sample_weight: Any = None,
         process_group: Any = None,
     ) -> None:
         kind = MonteCarlo(integer("mc_samples", mc_samples, 1), _seed(seed), stream=sampler == "stream")
@@ -306,6 +321,7 @@ class FisherMCLinearOperator(ModelFisherOperator):
             cache=cache,
             max_memory=max_memory,
             spill=spill,
+            sample_weight=sample_weight,
             process_group=process_group,
         )
 
@@ -401,7 +417,7 @@ class FisherLinearOperator(ModelFisherOperator):
     ----------
     model_func, loss_func, params, data, progressbar, check_deterministic, num_data, batch_size_fn
         As for `FisherMCLinearOperator`.
-    dtype, batch_size, cache, max_memory, spill, process_group
+    dtype, batch_size, cache, max_memory, spill, sample_weight, process_group
         As for `FisherMCLinearOperator`.
 
     See Also
@@ -441,6 +457,7 @@ class FisherLinearOperator(ModelFisherOperator):
         cache: str = "auto",
         max_memory: int | str | None = None,
         spill: Any = None,
+        sample_weight: Any = None,
         process_group: Any = None,
     ) -> None:
         # Without `rows`: the terms of a datum are independent, so its joint likelihood has the same Fisher.
@@ -458,6 +475,7 @@ class FisherLinearOperator(ModelFisherOperator):
             cache=cache,
             max_memory=max_memory,
             spill=spill,
+            sample_weight=sample_weight,
             process_group=process_group,
         )
 
@@ -485,7 +503,7 @@ class EmpiricalFisherLinearOperator(ModelFisherOperator):
         mean or the sum of the losses of single examples, such as ``nn.KLDivLoss(reduction="batchmean")`` or a function.
         Each example is then one term, g is the gradient of the loss of this example alone, and c is the number of
         examples for a mean. That examples are not coupled is checked in every batch.
-    dtype, batch_size, cache, max_memory, spill, process_group
+    dtype, batch_size, cache, max_memory, spill, sample_weight, process_group
         As for `FisherMCLinearOperator`.
     rows : {"term", "datum"}
         Whether each loss term has a row of its own in the score matrix, or the gradients of a datum's terms are summed

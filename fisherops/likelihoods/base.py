@@ -61,6 +61,8 @@ class Terms(NamedTuple):
     """What ``reduction="mean"`` divides by, the part of this batch."""
     observed: Any
     """The targets as `Likelihood.scores` takes them, without the axis of samples; None if there are none."""
+    shares: Tensor | None = None
+    """What each term adds to the divisor, (T,); None if all add the same."""
 
 
 class Likelihood(ABC):
@@ -96,6 +98,9 @@ class Likelihood(ABC):
     >>> round(fo.FisherLinearOperator(model, Rayleigh("mean"), data=(X, y)).trace(), 4)
     8.0
     """
+
+    mean_counts_weights = True
+    """Whether ``reduction="mean"`` divides by the sum of the weights of observations, and not by their number."""
 
     def __init__(self, reduction: str = "mean") -> None:
         if reduction not in ("mean", "sum"):
@@ -206,6 +211,23 @@ class Likelihood(ABC):
     def bind(self, output: Any) -> Likelihood:
         """Return the likelihood for one batch, where the model's output has a structure that must be known."""
         return self
+
+    def weighted(self, terms: Terms, output: Any, weights: Tensor) -> Terms:
+        """Return terms whose observations have the weight of their example besides, (N,) in float64."""
+        T, N = len(self.flatten(output)), len(weights)
+        if T % N:
+            raise ValueError(
+                f"`sample_weight` needs equally many loss terms for each example, got {T} terms for {N} "
+                "examples. Weight the terms in the loss instead."
+            )
+        each = weights.repeat_interleave(T // N)
+        own = each.unsqueeze(1) if terms.weights is None else terms.weights * each.unsqueeze(1)
+        if not self.mean_counts_weights:
+            return terms._replace(weights=own)
+        if terms.shares is None:
+            return terms._replace(weights=own, divisor=terms.divisor * each.mean())
+        shares = terms.shares * each
+        return terms._replace(weights=own, divisor=shares.sum(), shares=shares)
 
     def observed(self, terms: Terms) -> Any:
         """Return the observed targets with an axis of one sample, as `scores` takes them."""

@@ -96,7 +96,7 @@ class Categorical(Likelihood):
         weights = class_weights[y] * counts
         # What the mean divides by knows nothing of smoothing.
         smooth = (1 - self._smoothing) * weights + self._smoothing * class_weights.mean() * counts
-        return Terms(smooth.unsqueeze(1), weights.sum(), observed)
+        return Terms(smooth.unsqueeze(1), weights.sum(), observed, weights)
 
     def _soft_terms(self, y: Tensor) -> Terms:
         if (negative := (y < 0).any(1)).any():

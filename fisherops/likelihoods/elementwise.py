@@ -151,6 +151,8 @@ class Huber(_Location):
     P. J. Huber, Robust estimation of a location parameter, Ann. Math. Statist. 35 (1964) 73–101.
     """
 
+    mean_counts_weights = False
+
     def __init__(self, reduction: str, threshold: float, temperature: float = 1.0) -> None:
         super().__init__(reduction)
         self._threshold, self._temperature = threshold, temperature
@@ -209,6 +211,8 @@ class Bernoulli(Likelihood):
     weight, pos_weight : torch.Tensor or None
         As of the loss; broadcast to the outputs.
     """
+
+    mean_counts_weights = False
 
     def __init__(self, reduction: str, weight: Tensor | None = None, pos_weight: Tensor | None = None) -> None:
         super().__init__(reduction)

@@ -58,6 +58,11 @@ class Heads(Likelihood):
                 terms.append(head.terms(part, target))
         return Terms(None, [float(own.divisor) for own in terms], terms)
 
+    def weighted(self, terms: Terms, output: Any, weights: Tensor) -> Terms:
+        heads = zip(self._heads.values(), self._parts(output), terms.observed, strict=True)
+        own = [head.weighted(part_terms, part, weights) for head, part, part_terms in heads]
+        return Terms(None, [float(part.divisor) for part in own], own)
+
     def scale(self, f: Tensor, terms: Terms, c: Tensor) -> Tensor:
         scales = [
             head.scale(part, own, c[i : i + 1]).expand(part.shape).reshape(len(f), -1)

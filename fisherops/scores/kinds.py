@@ -118,6 +118,8 @@ class FactorOf:
         What each head is divided by.
     sums : bool
         Whether the vectors of the terms of a datum are summed.
+    weights : torch.Tensor or None
+        The weight of each datum, (size,) in float64.
     """
 
     kind: Kind
@@ -130,6 +132,7 @@ class FactorOf:
     draws: StreamSampler | CounterDraws | None
     c: Tensor
     sums: bool
+    weights: Tensor | None = None
 
     def __call__(self, evaluation: Evaluation, compressed: bool = True) -> OutputFactor:
         """Return S for the present outputs: √(w/c) times the vectors, at most as many as outputs if compressed."""
@@ -137,7 +140,7 @@ class FactorOf:
         terms = self.terms
         if evaluation.output is not self.output:  # other kernels round differently
             with torch.enable_grad():
-                terms = self.likelihood.terms(evaluation.output, self.y)
+                terms = terms_of(self.likelihood, evaluation.output, self.y, self.weights)
         draws = self.draws.again() if self.draws is not None else None
         factor = self.kind.factor(q, f, terms, draws).scaled(q.scale(f, terms, self.c * self.kind.samples))
         if self.sums:
@@ -151,6 +154,12 @@ class FactorOf:
     def divided(self, c: Tensor) -> FactorOf:
         """Return the same with another divisor."""
         return replace(self, c=c)
+
+
+def terms_of(likelihood: Likelihood, output: Any, y: Any, weights: Tensor | None) -> Terms:
+    """Return what the targets say about the loss terms, with the weight of each datum if there are weights."""
+    terms = likelihood.terms(output, y)
+    return terms if weights is None else likelihood.weighted(terms, output, weights)
 
 
 def _checked(factor: OutputFactor, q: Likelihood, f: Tensor, samples: int | None) -> OutputFactor:

@@ -7,17 +7,18 @@ from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager, nullcontext
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from fisherops import _torch
+from fisherops import _arrays, _torch
 from fisherops._checks import noting, prefixing
 from fisherops._data import Batch, Data
 from fisherops._ranks import Alone
 from fisherops._tree import copied
 from fisherops.likelihoods import Likelihood, Terms
 from fisherops.problem import Problem
-from fisherops.scores.kinds import FactorOf, Kind
+from fisherops.scores.kinds import FactorOf, Kind, terms_of
 
 
 class Reader:
@@ -35,6 +36,8 @@ class Reader:
         Whether layers that are random or couple data are refused.
     ranks : Alone
         The processes among which the data are divided.
+    weights : torch.Tensor or None
+        The weight of each example by its index in the data set, (N,) in float64 on the CPU.
 
     Attributes
     ----------
@@ -45,10 +48,19 @@ class Reader:
     """
 
     def __init__(
-        self, problem: Problem, data: Data, kind: Kind, *, name: str, rows: str, checks: bool, ranks: Alone
+        self,
+        problem: Problem,
+        data: Data,
+        kind: Kind,
+        *,
+        name: str,
+        rows: str,
+        checks: bool,
+        ranks: Alone,
+        weights: Tensor | None = None,
     ) -> None:
         self.problem, self.data, self.kind, self.name = problem, data, kind, name
-        self.sums, self.checks, self._ranks = rows == "datum", checks, ranks
+        self.sums, self.checks, self._ranks, self.weights = rows == "datum", checks, ranks, weights
         self.c: Tensor | None = None
         self._divisors = Divisors(problem.likelihood)
         self._reached: frozenset[str] = frozenset()
@@ -118,12 +130,20 @@ class Reader:
             if self.sums or kind.by_datum:
                 _check_terms_by_datum(evaluation.outputs, batch)
             draws = sampler.batch(batch.places) if sampler is not None else None
-            output, size, places = evaluation.output, batch.size, batch.places
-            yield (
-                batch,
-                evaluation,
-                FactorOf(kind, problem.likelihood, batch.y, output, terms, size, places, draws, c, self.sums),
+            factor_of = FactorOf(
+                kind,
+                problem.likelihood,
+                batch.y,
+                evaluation.output,
+                terms,
+                batch.size,
+                batch.places,
+                draws,
+                c,
+                self.sums,
+                self._weights_of(batch),
             )
+            yield batch, evaluation, factor_of
         if not skipped:
             self._finish(reached, divisors)
 
@@ -213,6 +233,7 @@ class Reader:
     def _batches(self, description: str) -> Iterator[Iterator[Batch]]:
         with closing(self.data.batches(f"{self.name} {description}")) as batches:
             yield batches
+        self._check_weights()
 
     def _terms(self, output: Any, batch: Batch, needs_targets: bool = False) -> Terms:
         # Whether a distribution depends on the parameters shows in its graph.
@@ -224,7 +245,28 @@ class Reader:
                     f"the targets y must be given for {self.name}, got None. Pass (X, y), or use "
                     "FisherMCLinearOperator or FisherLinearOperator, which most losses need no targets for."
                 )
-            return self.problem.likelihood.terms(output, batch.y)
+            return terms_of(self.problem.likelihood, output, batch.y, self._weights_of(batch))
+
+    def _weights_of(self, batch: Batch) -> Tensor | None:
+        """Return the weights of a batch's examples, (size,), if there are weights."""
+        if self.weights is None:
+            return None
+        index = batch.places.cpu()
+        if int(index.max()) >= len(self.weights):
+            raise ValueError(
+                f"`sample_weight` must have a weight for each example, got {len(self.weights)} weights and an example "
+                f"with the index {int(index.max())}."
+            )
+        return self.weights[index].to(self.problem.device)
+
+    def _check_weights(self) -> None:
+        """Raise ValueError if there are more weights than examples, which are numbered by their order."""
+        data, weights = self.data, self.weights
+        if weights is not None and not data.is_indexed and data.total != len(weights):
+            raise ValueError(
+                f"`sample_weight` must have a weight for each example, got {len(weights)} weights for {data.total} "
+                "examples."
+            )
 
     def _finish(self, reached: frozenset[str], divisors: Divisors) -> None:
         """Compare what a pass over all data found with what earlier passes did."""
@@ -280,6 +322,27 @@ class Divisors:
                 "check `ignore_index` and the class weights, or use reduction='sum'."
             )
         return torch.where(self._mean, total, torch.ones_like(total))
+
+
+def as_weights(sample_weight: Any) -> Tensor:
+    """Return the weights of examples as a tensor (N,) of our own in float64 on the CPU."""
+    if not _arrays.is_array(sample_weight):
+        sample_weight = np.asarray(sample_weight)
+    if sample_weight.ndim != 1 or str(sample_weight.dtype).split(".")[-1].startswith(
+        ("complex", "object", "str", "<U")
+    ):
+        raise ValueError(
+            "`sample_weight` must be real numbers of shape (N,), one for each example, got shape "
+            f"{tuple(sample_weight.shape)} of {sample_weight.dtype}."
+        )
+    weights = _arrays.to_tensor(sample_weight, "sample_weight").to("cpu", torch.float64, copy=True)
+    wrong = ~(weights.isfinite() & (weights >= 0))
+    if wrong.any():
+        number = int(wrong.nonzero()[0])
+        raise ValueError(
+            f"`sample_weight` must be finite and at least 0, got {float(weights[number])} for example {number}."
+        )
+    return weights
 
 
 def name_of_loss(loss_func: Any) -> str:
