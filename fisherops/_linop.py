@@ -66,6 +66,13 @@ def as_damping(damping: Any, dtype: torch.dtype = torch.float64) -> float:
     return float(value)
 
 
+def add_shift(result: Tensor, V: Tensor, shift: float | Tensor) -> Tensor:
+    """Add λV, or V diag(λ) for λ (N,), to a product (K, N), in place."""
+    if isinstance(shift, Tensor):
+        return result.addcmul_(V, shift)
+    return result.add_(V, alpha=shift) if shift else result
+
+
 def check_result(result: Tensor, *inputs: Tensor) -> Tensor:
     """Return a result that leaves if it is finite, or an input is not."""
     # The sum is finite if all entries are, unless it overflows, which the second test settles.
@@ -382,21 +389,42 @@ class TorchLinearOperator(LinearOperator):
         return _Sum(self, other)
 
     def damped(self, damping: Any) -> TorchLinearOperator:
-        """Return ``op + damping · I``.
+        """Return ``op + damping · I``, or ``op + diag(damping)`` for a vector.
 
         Parameters
         ----------
-        damping : float
-            λ ≥ 0, the number added to the diagonal, in the units of the operator's eigenvalues.
+        damping : float or array
+            λ ≥ 0, the number added to the diagonal, in the units of the operator's eigenvalues; or one number for each
+            entry of the diagonal, (N,), such as the precision of a prior for each parameter, or a multiple of
+            ``op.diagonal()``.
 
         Raises
         ------
         TypeError
-            If `damping` is not a real number.
+            If `damping` is not a real number or array of real numbers.
         ValueError
-            If `damping` is negative or not finite, or the operator is not square.
+            If `damping` is negative or not finite, has another shape than (N,), or the operator is not square.
         """
-        return _Damped(self, as_damping(damping, self.torch_dtype))
+        return _Damped(self, self._as_shift(damping))
+
+    def _as_shift(self, damping: Any) -> float | Tensor:
+        """Return what is added to the diagonal: a number, or a tensor (N,) of our own in the operator's dtype."""
+        if _arrays.scalar(damping) is not None or not _arrays.is_array(damping):
+            return as_damping(damping, self.torch_dtype)
+        d = _arrays.enter(damping)[0]
+        if d.is_complex() or d.dtype == torch.bool:
+            raise TypeError(f"`damping` must be real numbers, got {d.dtype}.")
+        if d.shape != self.shape[:1]:
+            raise ValueError(f"`damping` must be a number or have shape {self.shape[:1]}, got {tuple(d.shape)}.")
+        own = d.to(self.device, self.torch_dtype, copy=True)
+        wrong = ~(own.isfinite() & (own >= 0))
+        if wrong.any():
+            number = int(wrong.nonzero()[0])
+            raise ValueError(
+                f"`damping` must be at least 0 and finite in {str(self.torch_dtype).removeprefix('torch.')}, got "
+                f"{float(d[number])} for entry {number}."
+            )
+        return own
 
 
 class Transposed(TorchLinearOperator):
@@ -453,16 +481,16 @@ class _Scaled(TorchLinearOperator):
 
 
 class _Damped(TorchLinearOperator):
-    """A + λI."""
+    """A + λI, or A + diag(λ) for a vector."""
 
-    def __init__(self, A: TorchLinearOperator, damping: float) -> None:
+    def __init__(self, A: TorchLinearOperator, damping: float | Tensor) -> None:
         if A.shape[0] != A.shape[1]:
             raise ValueError(f"the operator must be square to be damped, got shape {A.shape}.")
         super().__init__(A.shape, A.torch_dtype, A.device)
         self._A, self.damping = A, damping
 
     def _mul(self, V: Tensor) -> Tensor:
-        return self._A._times(V).add_(V, alpha=self.damping)
+        return add_shift(self._A._times(V), V, self.damping)
 
     def _transpose(self) -> TorchLinearOperator:
         return self if self._A.T is self._A else _Damped(self._A.T, self.damping)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fisherops._linop import TorchLinearOperator, as_damping, check_result, opaque
+from fisherops._linop import TorchLinearOperator, add_shift, check_result, opaque
 from fisherops._ranks import Alone
 from fisherops._sharding import Sharding
 from fisherops.score_matrix import Kept, ScoreMatrix
@@ -19,17 +19,19 @@ from fisherops.stacked import StackedScores
 class FisherOperator(TorchLinearOperator):
     """GᵀG + shift · I, symmetric and positive semi-definite; its positive multiples and sums are of this class too.
 
+    With a vector as shift, its entries are added to the diagonal.
+
     Parameters
     ----------
     scores : ScoreMatrix or StackedScores
         G.
-    shift : float
-        λ ≥ 0.
+    shift : float or torch.Tensor
+        λ ≥ 0, or (D,).
     """
 
     score_matrix: ScoreMatrix | StackedScores
 
-    def __init__(self, scores: ScoreMatrix | StackedScores, shift: float = 0.0) -> None:
+    def __init__(self, scores: ScoreMatrix | StackedScores, shift: float | Tensor = 0.0) -> None:
         D = scores.parameters.numel
         super().__init__((D, D), scores.torch_dtype, scores.device)
         self.score_matrix, self.shift = scores, shift
@@ -47,8 +49,7 @@ class FisherOperator(TorchLinearOperator):
     # ---- Products -----------------------------------------------------------------------------
 
     def _mul(self, V: Tensor) -> Tensor:
-        result = self.score_matrix.product(V)
-        return result.add_(V, alpha=self.shift) if self.shift else result
+        return add_shift(self.score_matrix.product(V), V, self.shift)
 
     def multiply(self, V: Tensor) -> Tensor:
         """Multiply with torch vectors (K, D); with DTensors where the parameters are sharded."""
@@ -76,15 +77,16 @@ class FisherOperator(TorchLinearOperator):
     @opaque
     def trace(self) -> float:
         """Return the trace of F, exactly: the squared Frobenius norm of G."""
-        return float(self.score_matrix.square_norm() + self.shift * self.shape[0])
+        total = self.shift.double().sum() if isinstance(self.shift, Tensor) else self.shift * self.shape[0]
+        return float(self.score_matrix.square_norm() + total)
 
     def damped(self, damping: Any) -> FisherOperator:  # noqa: D102 (that of the base class)
-        return FisherOperator(self.score_matrix, self.shift + as_damping(damping, self.torch_dtype))
+        return FisherOperator(self.score_matrix, self.shift + self._as_shift(damping))
 
     @property
     def undamped(self) -> FisherOperator:
         """GᵀG alone."""
-        return FisherOperator(self.score_matrix) if self.shift else self
+        return self if isinstance(self.shift, float) and self.shift == 0 else FisherOperator(self.score_matrix)
 
     def _scaled(self, alpha: Any) -> TorchLinearOperator:
         if isinstance(alpha, complex) or not 0 < alpha < float("inf") or self.sharding is not None:

@@ -62,7 +62,7 @@ def summands(op: Any, factor: float = 1.0) -> Iterator[tuple[TorchLinearOperator
         yield from summands(op._A, factor * op._alpha)
     elif isinstance(op, _Damped):
         yield from summands(op._A, factor)
-        yield None, factor * op.damping
+        yield None, factor * op.damping  # type: ignore[misc]
     elif isinstance(op, FisherOperator) and op.shift:
         yield op.undamped, factor
         yield None, factor * op.shift
