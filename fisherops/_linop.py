@@ -415,7 +415,7 @@ class TorchLinearOperator(LinearOperator):
         if d.is_complex() or d.dtype == torch.bool:
             raise TypeError(f"`damping` must be real numbers, got {d.dtype}.")
         if d.shape != self.shape[:1]:
-            raise ValueError(f"`damping` must be a number or have shape {self.shape[:1]}, got {tuple(d.shape)}.")
+            raise ValueError(f"`damping` must be a real number or have shape {self.shape[:1]}, got {tuple(d.shape)}.")
         own = d.to(self.device, self.torch_dtype, copy=True)
         wrong = ~(own.isfinite() & (own >= 0))
         if wrong.any():

@@ -69,8 +69,8 @@ def test_a_solver_of_scipy():
 @pytest.mark.parametrize(
     ("change", "error", "text"),
     [
-        (lambda d: d[:-1], ValueError, r"a number or have shape \(31,\), got \(30,\)"),
-        (lambda d: d[:, None], ValueError, r"a number or have shape \(31,\), got \(31, 1\)"),
+        (lambda d: d[:-1], ValueError, r"a real number or have shape \(31,\), got \(30,\)"),
+        (lambda d: d[:, None], ValueError, r"a real number or have shape \(31,\), got \(31, 1\)"),
         (lambda d: -d, ValueError, "at least 0 and finite in float32, got -0.1 for entry 0"),
         (lambda d: d * np.inf, ValueError, "at least 0 and finite in float32, got inf for entry 0"),
         (lambda d: d * 1e300, ValueError, "at least 0 and finite in float32, got 1e.299 for entry 0"),
