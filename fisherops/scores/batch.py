@@ -191,45 +191,58 @@ class MaterializedBatch:
 
     # ---- What rows say of each other ----------------------------------------------------------
 
-    def gram(self, other: MaterializedBatch) -> Tensor:
-        """Multiply with the transpose of another batch: (rows, rows of the other).
+    def gram(self, other: MaterializedBatch, scale: Tensor | None = None) -> Tensor:
+        """Multiply with the transpose of another batch: (rows, rows of the other); G diag(scale) Hᵀ with scale (D,).
 
         Parameters that both hold dense go by one matrix product, uses of the same elements by their factors, and what
         is left by its rows, a block at a time.
         """
         total = self._dense.new_zeros(self.count, other.count)
         left, right = self._by_name(), other._by_name()
+        factors = {name: _constant(scale, span) for name, span in self._parameters.items()}
         # Weight and bias of a layer together.
-        layers = {w: b for w, b in self._layers.items() if other._layers.get(w) == b and _same(left[w], right[w])}
+        layers = {
+            weight: bias
+            for weight, bias in self._layers.items()
+            if other._layers.get(weight) == bias
+            and _same(left[weight], right[weight])
+            and factors[weight] is not None
+            and factors[weight] == factors[bias]
+        }
         joint = {self._parameters[bias] for bias in layers.values()}
         shared = [span for span in self._own_spans if span in set(other._own_spans) - joint]
-        if not joint and self._own_spans == other._own_spans:
+        if not joint and self._own_spans == other._own_spans and scale is None:
             total += times_transposed(self._dense, other._dense)
         elif shared:
-            total += times_transposed(self._dense_at(shared), other._dense_at(shared))
+            total += times_transposed(self._dense_at(shared, scale), other._dense_at(shared))
         for name, span in self._parameters.items():
-            if span in joint:
+            if span in joint or factors[name] == 0:
                 continue
             mine, theirs = left.get(name, []), right.get(name, [])
             mixed = (span in self._own_spans) != (span in other._own_spans) or (
                 span in self._own_spans and bool(mine or theirs)
             )
-            blocks = None if mixed else _gram_of_blocks(mine, theirs, bias=name in layers)
-            if blocks is not None:
-                total += blocks
+            factor = factors[name]
+            blocks = None if mixed or factor is None else _gram_of_blocks(mine, theirs, bias=name in layers)
+            if blocks is not None and factor is not None:
+                total.add_(blocks, alpha=factor)
             elif mixed or (mine and theirs):
-                already = times_transposed(self._dense_at([span]), other._dense_at([span])) if span in shared else None
-                total += self._gram_of_rows(name, other)
-                if already is not None:
-                    total -= already
+                own = None
+                if span in shared:
+                    own = times_transposed(self._dense_at([span], scale), other._dense_at([span]))
+                total += self._gram_of_rows(name, other, scale)
+                if own is not None:
+                    total -= own
         return total
 
-    def _gram_of_rows(self, name: str, other: MaterializedBatch) -> Tensor:
+    def _gram_of_rows(self, name: str, other: MaterializedBatch, scale: Tensor | None = None) -> Tensor:
         result = self._dense.new_zeros(self.count, other.count)
         start, stop = self._parameters[name]
         step = max(1, _BLOCK_BYTES // (max(self._q, other._q) * (stop - start) * self._dense.itemsize))
         for n in range(0, self._N, step):
             rows = self._rows_of(name, n, min(n + step, self._N))
+            if scale is not None:
+                rows *= scale[start:stop]
             for m in range(0, other._N, step):
                 own = other._rows_of(name, m, min(m + step, other._N))
                 at = slice(n * self._q, n * self._q + len(rows)), slice(m * other._q, m * other._q + len(own))
@@ -247,14 +260,38 @@ class MaterializedBatch:
                 found.setdefault(name, []).append(block)
         return found
 
-    def _dense_at(self, spans: Sequence[Span]) -> Tensor:
-        """Return the dense columns of some parameters."""
+    def row_norms(self) -> Tensor:
+        """Return the squared norms of the rows, (rows,) in float64."""
+        by_name = self._by_name()
+        alone = [span for name, span in self._parameters.items() if span in self._own_spans and name not in by_name]
+        total = self._dense.new_zeros(self.count, dtype=torch.float64)
+        if alone:
+            dense = self._dense if alone == self._own_spans else self._dense_at(alone)
+            total += torch.linalg.vector_norm(dense, dim=1).double().square()
+        for name, blocks in by_name.items():
+            derived, columns = blocks[0]
+            mixed = self._parameters[name] in self._own_spans or len(blocks) > 1
+            if not mixed and isinstance(derived, Strided) and derived.is_injective:
+                total += columns.row_norms().flatten()
+                continue
+            # What is held for a parameter is summed before it is squared.
+            start, stop = self._parameters[name]
+            step = max(1, _BLOCK_BYTES // (self._q * (stop - start) * self._dense.itemsize))
+            for n in range(0, self._N, step):
+                last = min(n + step, self._N)
+                norms = torch.linalg.vector_norm(self._rows_of(name, n, last), dim=1).double().square()
+                total[n * self._q : last * self._q] += norms
+        return total
+
+    def _dense_at(self, spans: Sequence[Span], scale: Tensor | None = None) -> Tensor:
+        """Return the dense columns of some parameters, each multiplied by its entry of `scale` (D,)."""
         starts: dict[Span, int] = {}
         offset = 0
         for span in self._own_spans:
             starts[span] = offset
             offset += span[1] - span[0]
-        return torch.cat([self._dense[:, starts[s] : starts[s] + s[1] - s[0]] for s in spans], 1)
+        dense = torch.cat([self._dense[:, starts[s] : starts[s] + s[1] - s[0]] for s in spans], 1)
+        return dense if scale is None else dense.mul_(torch.cat([scale[slice(*span)] for span in spans]))
 
     def _rows_of(self, name: str, first: int, last: int) -> Tensor:
         """Return the rows of some data for one parameter, (n · q, numel)."""
@@ -292,18 +329,19 @@ class MaterializedBatch:
             total.add(self._rows_of(name, n, min(n + step, self._N)).square().sum(0))
         return total.value()
 
-    def rows(self) -> Iterator[Tensor]:
-        """List G in blocks of rows (r, D)."""
-        q = self._q
+    def rows(self, start: int = 0, stop: int | None = None) -> Iterator[Tensor]:
+        """List the rows from `start` to `stop` in blocks (r, D)."""
+        q, stop = self._q, self.count if stop is None else stop
         step = max(1, _BLOCK_BYTES // (q * self._numel * self._dense.itemsize))
-        for first in range(0, self._N, step):
-            last = min(first + step, self._N)
+        end = -(-stop // q)
+        for first in range(start // q, end, step):
+            last = min(first + step, end)
             rows = self._dense.new_zeros((last - first) * q, self._numel)
             self._scatter(self._dense[first * q : last * q], rows)
             for derived, columns in self._blocks:
                 for name, piece in derived.pull(columns.rows(first, last).flatten(0, 1)).items():
                     rows[:, slice(*self._parameters[name])] += piece
-            yield rows
+            yield rows[max(start - first * q, 0) : stop - first * q]
 
     # ---- For files, other processes, and sharded parameters -----------------------------------
 
@@ -334,6 +372,14 @@ class MaterializedBatch:
     def empty(self, *shape: int) -> Tensor:
         """Return an uninitialized buffer with the dtype and device of the rows."""
         return self._dense.new_empty(shape)
+
+
+def _constant(scale: Tensor | None, span: Span) -> float | None:
+    """Return the number that all entries of a span are, or None if they differ; 1 without a scale."""
+    if scale is None:
+        return 1.0
+    low, high = torch.aminmax(scale[slice(*span)]) if span[0] < span[1] else (scale.new_ones(()),) * 2
+    return float(low) if low == high else None
 
 
 def _same(mine: Sequence[Block], theirs: Sequence[Block]) -> bool:

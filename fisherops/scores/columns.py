@@ -74,6 +74,15 @@ class Columns(ABC):
         step = min(_TERMS, max(1, _FILLING // math.prod(self.shape)))
         return _total(self.rows(n, n + step).square().sum((0, 1)) for n in range(0, self.count, step))
 
+    def row_norms(self) -> Tensor:
+        """Return the squared norms of the rows, (N, q) in float64."""
+        step = max(1, _FILLING // math.prod(self.shape))
+        norms = [
+            torch.linalg.vector_norm(self.rows(n, min(n + step, self.count)).flatten(2), dim=2).double().square()
+            for n in range(0, self.count, step)
+        ]
+        return torch.cat(norms)
+
 
 def rows_are_smaller(T: int, q: int, o: int, i: int) -> bool:
     """Whether q dense rows of o × i for each datum are no more elements than the factors of T positions."""
@@ -221,6 +230,14 @@ class Factors(Columns):
             norms = torch.matmul(squares, A.square())
         return _times_power(norms, 2 * (a + b))
 
+    def row_norms(self) -> Tensor:
+        _, o, i = self.shape
+        if self._T > 1 and self._T * (i + self._q * o) > self._q * o * i:
+            return super().row_norms()
+        A, B = self._by_datum()
+        norms = [_norms_of_pairs(torch.einsum("ntgi,nsgi->ntgs", a, a), b) for a, b in _by_pairs(A, B)]
+        return torch.cat(norms)
+
     def scale(self, factor: float) -> None:
         self._B = self._B * factor
 
@@ -290,6 +307,14 @@ class Table(Columns):
 
         return _gram(inputs, self._B.transpose(1, 2), other._B.transpose(1, 2))
 
+    def row_norms(self) -> Tensor:
+        B = self._B.transpose(1, 2).unsqueeze(3)
+        norms = [
+            _norms_of_pairs((index.unsqueeze(2) == index.unsqueeze(1)).unsqueeze(2), b)
+            for index, b in _by_pairs(self._index, B)
+        ]
+        return torch.cat(norms)
+
     def _gram_with_factors(self, other: Factors) -> Tensor:
         """Multiply with a dense use of the same table, as of tied embeddings: Σ ⟨b_t, a_s⟩ b_s[index_t]."""
         A, B = other._by_datum()  # (M, S, 1, i), (M, S, p, 1, o)
@@ -319,6 +344,23 @@ class Table(Columns):
     def elements_per_vector(self) -> int:
         N, _, T, d = self._B.shape
         return (N * T + self._sum.rows + self.shape[1]) * d
+
+
+def _by_pairs(A: Tensor, B: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Cut factors into blocks of data, of which products of every two positions are few numbers.
+
+    In float64, because the sum over the pairs may be much smaller than its terms.
+    """
+    T, q, g = B.shape[1:4]
+    step = max(1, _FILLING // (T * T * q * g))
+    for a, b in zip(A.split(step), B.split(step), strict=True):
+        yield a.double() if a.is_floating_point() else a, b.double()
+
+
+def _norms_of_pairs(inputs: Tensor, B: Tensor) -> Tensor:
+    """Return Σ_{t,s} ⟨a_t, a_s⟩ ⟨b_t, b_s⟩, (n, q), for products of inputs (n, t, g, s) and B (n, t, q, g, o)."""
+    outputs = torch.einsum("ntqgo,nsqgo->ntqgs", B, B)
+    return (inputs.unsqueeze(2) * outputs).sum((1, 3, 4)).clamp_min_(0)
 
 
 def _owned(t: Tensor) -> Tensor:

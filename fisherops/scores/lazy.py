@@ -98,6 +98,16 @@ class LazyBatch:
         f = self._evaluation.outputs
         return identity(self._evaluation.problem.parameters.numel, f.dtype, f.device, self.columns)
 
-    def rows(self) -> Iterator[Tensor]:
-        """List G in blocks of rows (r, D)."""
-        return list_rows(self._evaluation, self.factor, self._factor_of.size)
+    def rows(self, start: int = 0, stop: int | None = None) -> Iterator[Tensor]:
+        """List the rows from `start` to `stop` in blocks (r, D)."""
+        stop = self.count if stop is None else stop
+        first = 0
+        for rows in list_rows(self._evaluation, self.factor, self._factor_of.size):
+            yield rows[max(start - first, 0) : max(stop - first, 0)]
+            first += len(rows)
+            if first >= stop:
+                return
+
+    def row_norms(self) -> Tensor:
+        """Return the squared norms of the rows, (rows,) in float64."""
+        return torch.cat([torch.linalg.vector_norm(rows, dim=1).double().square() for rows in self.rows()])
