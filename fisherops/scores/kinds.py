@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fisherops._draws import CounterDraws, CounterSampler, StreamSampler
-from fisherops.likelihoods import Draws, Likelihood, OutputFactor, Terms
+from fisherops.likelihoods import DiagonalFactor, Draws, Likelihood, OutputFactor, Terms
 from fisherops.problem import Evaluation
 
 Sampler = CounterSampler | StreamSampler
@@ -30,6 +30,8 @@ class Kind(ABC):
     """M, what sums over draws are divided by."""
     by_datum = False
     """Whether terms must belong to data in equal numbers, for the draws."""
+    needs_terms = True
+    """Whether what the targets say about the terms, and their weights, enter G."""
 
     def sampler(self, rank: int, device: torch.device) -> Sampler | None:
         """Return the sampler for one pass over the data of a rank, if any is needed."""
@@ -95,6 +97,16 @@ class Empirical(Kind):
         return factor.scaled(q.scale(f, terms, torch.ones(len(q.reductions), dtype=torch.float64, device="cpu")))
 
 
+class Outputs(Kind):
+    """The unit vectors, so that G is the Jacobian J of the outputs, as the likelihood arranges them."""
+
+    description = "'outputs'"
+    needs_terms = False
+
+    def factor(self, q: Likelihood, f: Tensor, terms: Terms, draws: Draws | None) -> OutputFactor:
+        return DiagonalFactor(torch.ones_like(f))
+
+
 @dataclass(frozen=True)
 class FactorOf:
     """What the output factor of one batch is made from, beside the outputs.
@@ -138,11 +150,13 @@ class FactorOf:
         """Return S for the present outputs: √(w/c) times the vectors, at most as many as outputs if compressed."""
         q, f = self.likelihood.bind(evaluation.output), evaluation.outputs
         terms = self.terms
-        if evaluation.output is not self.output:  # other kernels round differently
+        if evaluation.output is not self.output and self.kind.needs_terms:  # other kernels round differently
             with torch.enable_grad():
                 terms = terms_of(self.likelihood, evaluation.output, self.y, self.weights)
         draws = self.draws.again() if self.draws is not None else None
-        factor = self.kind.factor(q, f, terms, draws).scaled(q.scale(f, terms, self.c * self.kind.samples))
+        factor = self.kind.factor(q, f, terms, draws)
+        if self.kind.needs_terms:
+            factor = factor.scaled(q.scale(f, terms, self.c * self.kind.samples))
         if self.sums:
             factor = factor.summed(factor.blocks // self.size)
         return factor.compressed() if compressed else factor
