@@ -176,19 +176,19 @@ class TorchLinearOperator(LinearOperator):
     # ---- Products -----------------------------------------------------------------------------
 
     def matvec(self, x: Any) -> Any:
-        """Multiply with one vector of shape (N,) or (N, 1)."""
+        """Multiply with one vector of shape (N,) or (N, 1), or with batches of vectors (..., N)."""
         return self._product(x, "matvec", vector=True)
 
     def matmat(self, X: Any) -> Any:
-        """Multiply with the columns of a matrix of shape (N, K)."""
+        """Multiply with the columns of a matrix of shape (N, K), or of batches of matrices (..., N, K)."""
         return self._product(X, "matmat", vector=False)
 
     def rmatvec(self, x: Any) -> Any:
-        """Multiply the adjoint with one vector of shape (M,) or (M, 1)."""
+        """Multiply the adjoint with one vector of shape (M,) or (M, 1), or with batches of vectors (..., M)."""
         return self.H._product(x, "rmatvec", vector=True)
 
     def rmatmat(self, X: Any) -> Any:
-        """Multiply the adjoint with the columns of a matrix of shape (M, K)."""
+        """Multiply the adjoint with the columns of a matrix of shape (M, K), or of batches of matrices (..., M, K)."""
         return self.H._product(X, "rmatmat", vector=False)
 
     def dot(self, x: Any) -> Any:
@@ -197,7 +197,7 @@ class TorchLinearOperator(LinearOperator):
         Parameters
         ----------
         x : array, scalar or scipy.sparse.linalg.LinearOperator
-            An array of shape (N,) or (N, K), a number, or an operator with N rows.
+            An array of shape (N,) or (..., N, K), a number, or an operator with N rows.
 
         Returns
         -------
@@ -222,12 +222,12 @@ class TorchLinearOperator(LinearOperator):
         Parameters
         ----------
         x : array, scalar or scipy.sparse.linalg.LinearOperator
-            An array of shape (M,) or (K, M), a number, or an operator with M columns.
+            An array of shape (M,) or (..., K, M), a number, or an operator with M columns.
 
         Returns
         -------
         array or TorchLinearOperator
-            As for :meth:`dot`; an array of shape (N,) or (K, N).
+            As for :meth:`dot`; an array of shape (N,) or (..., K, N).
         """
         if isinstance(x, LinearOperator):
             return _Product(as_torch_operator(x, self.device, self.torch_dtype), self)
@@ -254,25 +254,46 @@ class TorchLinearOperator(LinearOperator):
                 "`x.toarray()`."
             )
         X, leave = _arrays.enter(x)
-        self._check_shape(X, name, vector, rows)
-        V = X.unsqueeze(0) if X.ndim == 1 else X if rows else X.T
+        are_columns = self._are_columns(X, name, vector, rows)
+        if X.ndim > 2:  # vectors of all batches together
+            V = (X.mT if are_columns else X).flatten(0, -2)
+        else:
+            V = X.unsqueeze(0) if X.ndim == 1 else X.T if are_columns else X
         if is_sharded(X):
             Y = self.multiply(V)
             return Y.squeeze(0) if X.ndim == 1 else Y.T
         Y = self.multiply(V.to(self.device).resolve_conj().resolve_neg())
-        return leave(Y.squeeze(0) if X.ndim == 1 else Y if rows else Y.T)
+        if X.ndim > 2:
+            Y = Y.unflatten(0, (*X.shape[:-2], X.shape[-1]) if are_columns else X.shape[:-1])
+        return leave(Y.squeeze(0) if X.ndim == 1 else Y.mT if are_columns else Y)
 
-    def _check_shape(self, X: Tensor, name: str, vector: bool | None = None, rows: bool = False) -> None:
-        N = self.shape[1]
-        allowed_ndim = (1, 2) if vector is not False else (2,)
-        length = X.shape[-1 if rows else 0] if X.ndim else None
-        if X.ndim not in allowed_ndim or length != N or (vector and X.ndim == 2 and X.shape[1] != 1):
-            expected = "({0},) or (K, {0})" if rows else _SHAPES[vector]
-            shape = self.shape[::-1] if name.startswith("r") else self.shape  # of the operator that the caller sees
-            raise ValueError(
-                f"dimension mismatch in {name}: for an operator of shape {shape} the array must have shape "
-                f"{expected.format(N)}, got {tuple(X.shape)}."
-            )
+    def _are_columns(self, X: Tensor, name: str, vector: bool | None, rows: bool) -> bool:
+        """Return whether vectors are the columns of `X`, (..., N, K), and not its rows; its shape must fit one of them.
+
+        As in SciPy from 1.18 on: `matvec` takes (..., N), and (N, 1); `matmat` and `dot` take (..., N, K), and `rdot`
+        (..., K, N).
+        """
+        N, shape = self.shape[1], X.shape
+        if len(shape) == 1 and vector is not False and shape[0] == N:
+            return False
+        if len(shape) >= 2:
+            if vector and tuple(shape) == (N, 1):
+                return True
+            if shape[-1 if rows or vector else -2] == N:
+                return not rows and not vector
+        raise self._mismatch(X, name, "({0},) or (K, {0})" if rows else _SHAPES[vector])
+
+    def _check_shape(self, X: Tensor, name: str) -> None:
+        """Raise ValueError unless `X` is a vector (N,) or a matrix (N, K)."""
+        if X.ndim not in (1, 2) or X.shape[0] != self.shape[1]:
+            raise self._mismatch(X, name, _SHAPES[None])
+
+    def _mismatch(self, X: Tensor, name: str, expected: str) -> ValueError:
+        shape = self.shape[::-1] if name.startswith("r") else self.shape  # of the operator that the caller sees
+        return ValueError(
+            f"dimension mismatch in {name}: for an operator of shape {shape} the array must have shape "
+            f"{expected.format(self.shape[1])}, got {tuple(X.shape)}."
+        )
 
     def multiply(self, V: Tensor) -> Tensor:
         """Multiply with torch vectors (K, N) of any dtype: (K, M) in the operator's dtype, complex ones in parts.

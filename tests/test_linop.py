@@ -390,9 +390,38 @@ def test_a_wrong_shape_is_an_error_that_names_both_shapes(op, shape, name):
         with pytest.raises(ValueError, match="operand of `@` must be an array or an operator, got a scalar"):
             op @ np.zeros(shape)
         return
+    if name.endswith("vec") and shape == (1, 31):
+        return  # a batch of one vector, see test_batches
     products = {**VECTOR_PRODUCTS, **MATRIX_PRODUCTS}
     with pytest.raises(ValueError, match=r"an operator of shape \(31, 31\) the array must have shape .*, got \(.*\)"):
         products[name](op, np.zeros(shape))
+
+
+@pytest.mark.parametrize("batch", [(), (1,), (4,), (2, 3), (0,), (2, 0)])
+def test_batches(op, batch):
+    """Those that SciPy's own operators take from 1.18 on; `matvec` those of vectors, the others those of matrices."""
+    A = op @ op.damped(0.1) @ aslinearoperator(np.tri(31, 5).astype(op.dtype))  # (31, 5)
+    dense = A @ np.eye(5, dtype=op.dtype)
+    x, X = (np.random.default_rng(0).standard_normal((*batch, 5, *k)).astype(op.dtype) for k in ((), (2,)))
+    y, Y = (np.random.default_rng(1).standard_normal((*batch, *k, 31)).astype(op.dtype) for k in ((), (2,)))
+    tolerance = {"rtol": 1e-4, "atol": 1e-5}
+    for got, expected in [
+        (A.matvec(x), x @ dense.T),
+        (A.rmatvec(y), y @ dense),
+        (A.matmat(X), dense @ X),
+        (A @ X, dense @ X),
+        (A.dot(torch.as_tensor(X)), dense @ X),
+        (A.rmatmat(np.swapaxes(Y, -1, -2)), dense.T @ np.swapaxes(Y, -1, -2)),
+        (Y @ A, Y @ dense),
+        (A.T.matvec(y), y @ dense),
+    ]:
+        np.testing.assert_allclose(got, expected, **tolerance)
+        assert got.shape == expected.shape
+        assert got.dtype == (torch.as_tensor(X).dtype if isinstance(got, torch.Tensor) else op.dtype)
+        contiguous = got.is_contiguous() if isinstance(got, torch.Tensor) else got.flags.c_contiguous
+        assert contiguous
+    assert A.matvec(np.ones((5, 1), op.dtype)).shape == (31, 1)  # a column, as up to SciPy 1.19
+    assert A.matvec(np.ones((1, 5), op.dtype)).shape == (1, 31)
 
 
 def test_matvec_and_matmat_keep_vectors_and_matrices_apart(op):
