@@ -17,8 +17,6 @@ import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
-from fisherops._sharding import is_sharded
-
 Leave = Callable[[Tensor], Any]
 
 _ACCEPTED = "an array of NumPy, CuPy, JAX or another array-API library, a strided torch tensor or a sequence of numbers"
@@ -30,6 +28,11 @@ _WIDE_UNSIGNED = frozenset({torch.uint16, torch.uint32, torch.uint64})
 _DLPACK_DTYPES = frozenset(
     np.dtype(name) for name in ("?", "i1", "i2", "i4", "i8", "u1", "f2", "f4", "f8", "c8", "c16")
 )
+
+
+# Classes of tensors that are divided among processes, with functions that return the part in this process. They enter
+# and leave as they are: the operators that take them are made of parts too.
+DIVIDED: dict[type, Callable[[Any], Tensor]] = {}
 
 
 def enter(x: Any) -> tuple[Tensor, Leave]:
@@ -55,7 +58,7 @@ def enter(x: Any) -> tuple[Tensor, Leave]:
     ValueError
         If `x` is a sequence of sequences of unequal lengths.
     """
-    if is_sharded(x):
+    if type(x) in DIVIDED:
         return x, lambda y: y
     if isinstance(x, Tensor):
         return _enter_torch(x)
@@ -73,9 +76,20 @@ def enter(x: Any) -> tuple[Tensor, Leave]:
     )
 
 
+def part_of(x: Tensor) -> Tensor:
+    """Return the part of a tensor that is in this process: all of it, unless its class is in `DIVIDED`."""
+    part = DIVIDED.get(type(x))
+    return x if part is None else part(x)
+
+
+def as_numpy(x: Tensor) -> Any:
+    """Return a result as a NumPy array; a tensor that is divided among processes as it is."""
+    return x if type(x) in DIVIDED else x.cpu().numpy()
+
+
 def leave_like(x: Any) -> Leave:
     """Return a function that converts tensors, in their own dtype, to the library and device of an array."""
-    if is_sharded(x):
+    if type(x) in DIVIDED:
         return lambda y: y
     if isinstance(x, Tensor):
         return lambda y: y.to(x.device).contiguous()

@@ -7,7 +7,6 @@ import types
 import weakref
 import zlib
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,7 +18,6 @@ from tqdm import tqdm
 
 from fisherops import _arrays
 from fisherops._checks import integer
-from fisherops._ranks import Alone
 from fisherops._tree import leaves, map_arrays
 
 _EXPECTED = (
@@ -27,7 +25,7 @@ _EXPECTED = (
     "pair of arrays (X, y)."
 )
 
-_INDEX = (
+INDEX = (
     "The third element of a batch (X, y, index) is the index of each example in the data set. If yours means something "
     "else, such as a task or a weight, leave it out (`[(X, y) for X, y, _ in loader]`), or pass it to the model in X "
     "(`[((X, task), y) for X, y, task in loader]`)."
@@ -35,9 +33,6 @@ _INDEX = (
 
 # Bytes of examples that are hashed at a time.
 _HASH_BYTES = 2**24
-
-# Places that ranks compare at a time.
-_PLACES_AT_ONCE = 2**20
 
 
 class Batch(NamedTuple):
@@ -51,6 +46,23 @@ class Batch(NamedTuple):
     """The place of each datum in the data set, (size,)."""
     as_before: bool
     """Whether it is the batch that earlier passes read as this number."""
+
+
+class Placed(NamedTuple):
+    """Where the data of a process are among those of all."""
+
+    first: int
+    """Index of the first, if they are numbered by their order."""
+    total: int
+    """Number of data of all processes."""
+    is_indexed: bool
+    """Whether batches are (X, y, index)."""
+
+
+def place_alone(number: int, num_data: int | None, index: Tensor | None) -> Placed:
+    """Check the number of data that no other process has a part of."""
+    check_number(number, num_data)
+    return Placed(0, number, index is not None)
 
 
 class Data:
@@ -79,8 +91,9 @@ class Data:
         (X, y, index) identify them; or none at all.
     progressbar : bool
         Whether passes show a tqdm bar on stderr.
-    ranks : Alone
-        Those among which the data are divided.
+    place : callable
+        ``(number, num_data, index) -> Placed``: at the end of the first pass, where the data are among those of all
+        processes, from their number here, what `num_data` is, and the indices (number,) if batches have them.
 
     Attributes
     ----------
@@ -101,7 +114,7 @@ class Data:
         verify: bool,
         order: str,
         progressbar: bool,
-        ranks: Alone,
+        place: Callable[[int, int | None, Tensor | None], Placed] = place_alone,
     ) -> None:
         self._device = device
         self._dtype = dtype
@@ -110,9 +123,9 @@ class Data:
         self._said_num_data = None if num_data is None else integer("num_data", num_data, 1)
         self._verify = verify
         self._order = order
-        self._progressbar = progressbar and ranks.rank == 0
-        self._ranks = ranks
-        self._offset = 0
+        self._progressbar = progressbar
+        self._place = place
+        self._first = 0
         self._prints: list[_Print] = []
         self._sum_of_places = 0
         # Of the examples of each batch, whatever their order; None if some cannot be told apart.
@@ -180,7 +193,7 @@ class Data:
                         raise RuntimeError(self._changed(f"batch {index} does not have the shapes of the first pass"))
                     sums_of_prints.append(_print_of_examples(contents, size))
                 if places is None:
-                    places = torch.arange(total, total + size, device="cpu") + self._offset
+                    places = torch.arange(total, total + size, device="cpu") + self._first
                 else:
                     sum_of_places += int(places.sum())
                     if first_pass:
@@ -192,36 +205,14 @@ class Data:
             raise RuntimeError(self._changed(f"the first pass read {len(prints)} batches, this one only {count}"))
         if first_pass:
             _check_distinct(seen)
-            self._join(total, seen)
+            indices = torch.cat(seen) if seen else None
+            self._first, self.total, self.is_indexed = self._place(total, self._said_num_data, indices)
             self._sums_of_prints = sums_of_prints
         elif (total, sum_of_places) != (self.num_data, self._sum_of_places):
             raise RuntimeError(self._changed(f"the first pass read {self.num_data} examples, this one {total} others"))
         elif self.order_is_free and _total_print(sums_of_prints) != _total_print(self._sums_of_prints):
             raise RuntimeError(self._changed("it read other examples than the first pass, not only another order"))
         self._prints, self.num_data, self._sum_of_places = prints, total, sum_of_places
-
-    def _join(self, own: int, places: list[Tensor]) -> None:
-        """Compare with the data of the other ranks: without indices, ours follow those of the ranks before."""
-        ranks = self._ranks
-        ranks.agree("the first pass over the data", num_data=self._said_num_data)
-        shares = ranks.share((own, bool(places)))
-        total = sum(number for number, _ in shares)
-        if total == 0:
-            raise ValueError(f"`data` must have at least one batch, got none. {_EXPECTED}")
-        if self._said_num_data is not None and total != self._said_num_data:
-            raise ValueError(
-                f"`num_data` must be the number of examples in `data`, {total}, got {self._said_num_data}. Leave it "
-                "out, or correct it or the `batch_size_fn`."
-            )
-        if len({indexed for number, indexed in shares if number}) > 1:
-            raise ValueError(
-                "the batches of all ranks must be (X, y, index) if those of one are, got some without. Add the indices."
-            )
-        self.total, self.is_indexed = total, any(indexed for _, indexed in shares)
-        if self.is_indexed:
-            _check_distinct_over(ranks, torch.cat(places) if places else torch.zeros(0, dtype=torch.int64))
-        else:
-            self._offset = sum(number for number, _ in shares[: ranks.rank])
 
     def _changed(self, what: str) -> str:
         """Return the text of the error for data that differ from pass to pass."""
@@ -287,22 +278,20 @@ class Data:
     def _places(self, index: int, places: Any, size: int) -> Tensor:
         if not _arrays.is_array(places):
             raise TypeError(
-                f"the indices of batch {index} must be a tensor or array, got {type(places).__name__}. {_INDEX}"
+                f"the indices of batch {index} must be a tensor or array, got {type(places).__name__}. {INDEX}"
             )
         t = _arrays.to_tensor(places, f"index of batch {index}").cpu()
         if t.is_floating_point() or t.is_complex() or t.dtype == torch.bool or tuple(t.shape) != (size,):
             raise ValueError(
                 f"the indices of batch {index} must be {size} integers, one for each example, got shape "
-                f"{tuple(t.shape)} of {t.dtype}. {_INDEX}"
+                f"{tuple(t.shape)} of {t.dtype}. {INDEX}"
             )
         if len(t.unique()) < len(t):
             raise ValueError(
-                f"the indices of batch {index} must be distinct, got {_repeated(t)} more than once. {_INDEX}"
+                f"the indices of batch {index} must be distinct, got {_repeated(t)} more than once. {INDEX}"
             )
         if int(t.min()) < 0 or int(t.max()) >= 2**32:
-            raise ValueError(
-                f"the indices of batch {index} must be in [0, 2**32), got {t.min()} to {t.max()}. {_INDEX}"
-            )
+            raise ValueError(f"the indices of batch {index} must be in [0, 2**32), got {t.min()} to {t.max()}. {INDEX}")
         return t.long()
 
     def _tensor(self, a: Any, name: str) -> Tensor:
@@ -444,6 +433,17 @@ def length_of_pair(X: Any, y: Any) -> int:
     return N
 
 
+def check_number(total: int, num_data: int | None) -> None:
+    """Raise ValueError if there are no data, or not as many as the user said."""
+    if total == 0:
+        raise ValueError(f"`data` must have at least one batch, got none. {_EXPECTED}")
+    if num_data is not None and total != num_data:
+        raise ValueError(
+            f"`num_data` must be the number of examples in `data`, {total}, got {num_data}. Leave it out, or correct "
+            "it or the `batch_size_fn`."
+        )
+
+
 def _repeated(t: Tensor) -> int:
     """Return an integer that occurs twice."""
     values, counts = t.unique(return_counts=True)
@@ -460,27 +460,9 @@ def _check_distinct(places: list[Tensor]) -> None:
             if place in batches:
                 raise ValueError(
                     f"the indices of all batches must be distinct, got {place} in batch {batches[place]} and in batch "
-                    f"{number}. {_INDEX}"
+                    f"{number}. {INDEX}"
                 )
             batches[place] = number
-
-
-def _check_distinct_over(ranks: Alone, own: Tensor) -> None:
-    """Raise ValueError if a datum occurs on two ranks."""
-    ends = [int(own.min()), int(own.max()) + 1] if len(own) else [0, 0]
-    spans = sorted((start, stop) for start, stop in ranks.share(ends) if stop)
-    if all(before[1] <= after[0] for before, after in pairwise(spans)):
-        return
-    for start in range(spans[0][0], max(stop for _, stop in spans), _PLACES_AT_ONCE):
-        inside = own[(own >= start) & (own < start + _PLACES_AT_ONCE)] - start
-        counts = ranks.sum(torch.bincount(inside, minlength=_PLACES_AT_ONCE))
-        if (counts > 1).any():
-            place = start + int(counts.argmax())
-            holders = [rank for rank, holds in enumerate(ranks.share(bool((own == place).any()))) if holds]
-            raise ValueError(
-                f"the indices of all ranks must be distinct, got {place} on rank {holders[0]} and on rank "
-                f"{holders[1]}. {_INDEX}"
-            )
 
 
 class _Print:

@@ -21,9 +21,7 @@ from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
 from fisherops import _arrays
-from fisherops._processes import Processes
-from fisherops._ranks import Alone
-from fisherops._sharding import is_sharded
+from fisherops._processes import ONE, Processes
 
 # Shapes that products take: with one vector, with a matrix, with either.
 _SHAPES = {True: "({0},) or ({0}, 1)", False: "({0}, K)", None: "({0},) or ({0}, K)"}
@@ -75,8 +73,13 @@ def add_shift(result: Tensor, V: Tensor, shift: float | Tensor) -> Tensor:
 
 def check_result(result: Tensor, *inputs: Tensor) -> Tensor:
     """Return a result that leaves if it is finite, or an input is not."""
+    own = _arrays.part_of(result) if type(result) is not Tensor else result
     # The sum is finite if all entries are, unless it overflows, which the second test settles.
-    if not result.sum().isfinite() and not result.isfinite().all() and all(x.isfinite().all() for x in inputs):
+    if (
+        not own.sum().isfinite()
+        and not own.isfinite().all()
+        and all(_arrays.part_of(x).isfinite().all() for x in inputs)
+    ):
         raise FloatingPointError(
             "the result must be finite, got NaN or infinity, although the inputs and the model's outputs are finite: a "
             "derivative of the model is not finite, or values exceed the precision. Check the model's operations, or "
@@ -162,16 +165,9 @@ class TorchLinearOperator(LinearOperator):
         return [part for part in vars(self).values() if isinstance(part, TorchLinearOperator)]
 
     @property
-    def ranks(self) -> Alone:
-        """The processes that multiply together; all of them make the same calls."""
-        parts = (getattr(self, name, None) for name in ("_A", "_B", "_op", "_fisher"))
-        known = [part.ranks for part in parts if isinstance(part, TorchLinearOperator) and part.ranks.size > 1]
-        return known[0] if known else Alone()
-
-    @property
     def processes(self) -> Processes:
-        """The processes that multiply together, for linear algebra."""
-        return self.ranks
+        """The processes that multiply together; all of them make the same calls."""
+        return next((own for part in self._parts() if (own := part.processes) is not ONE), ONE)
 
     # ---- Products -----------------------------------------------------------------------------
 
@@ -259,9 +255,6 @@ class TorchLinearOperator(LinearOperator):
             V = (X.mT if are_columns else X).flatten(0, -2)
         else:
             V = X.unsqueeze(0) if X.ndim == 1 else X.T if are_columns else X
-        if is_sharded(X):
-            Y = self.multiply(V)
-            return Y.squeeze(0) if X.ndim == 1 else Y.T
         Y = self.multiply(V.to(self.device).resolve_conj().resolve_neg())
         if X.ndim > 2:
             Y = Y.unflatten(0, (*X.shape[:-2], X.shape[-1]) if are_columns else X.shape[:-1])
@@ -320,7 +313,9 @@ class TorchLinearOperator(LinearOperator):
 
     def _narrowed(self, V: Tensor) -> Tensor:
         """Convert vectors (K, N) to the operator's dtype, which must be able to represent each of them."""
-        if V.dtype == self.torch_dtype or is_sharded(V):
+        if V.dtype == self.torch_dtype:
+            return V
+        if type(V) in _arrays.DIVIDED:
             return V.to(self.torch_dtype)
         cure = "Scale the vectors, or make the operator with dtype='float64'."
         return _arrays.narrowed(V.T, self.torch_dtype, cure).T

@@ -12,8 +12,10 @@ Result = TypeVar("Result")
 
 
 class Processes:
-    """One process, which has all data; subclasses speak for several."""
+    """One process, which has all data; a subclass is for several."""
 
+    rank = 0
+    size = 1
     leads = True
     """Whether this process shows progress and writes files."""
 

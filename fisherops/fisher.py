@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fisherops._linop import TorchLinearOperator, add_shift, check_result, opaque
-from fisherops._ranks import Alone
-from fisherops._sharding import Sharding
+from fisherops import _arrays
+from fisherops._linop import TorchLinearOperator, add_shift, opaque
+from fisherops._processes import Processes
 from fisherops.score_matrix import Kept, ScoreMatrix
 from fisherops.scores import Kind
 from fisherops.stacked import StackedScores
@@ -51,13 +51,6 @@ class FisherOperator(TorchLinearOperator):
     def _mul(self, V: Tensor) -> Tensor:
         return add_shift(self.score_matrix.product(V), V, self.shift)
 
-    def multiply(self, V: Tensor) -> Tensor:
-        """Multiply with torch vectors (K, D); with DTensors where the parameters are sharded."""
-        if self.sharding is None:
-            return super().multiply(V)
-        local = self.sharding.local(V.T).T.to(self.torch_dtype)
-        return self.sharded(check_result(self._mul(local), local).T).T  # type: ignore[no-any-return]
-
     @opaque
     def todense(self) -> np.ndarray[Any, Any]:
         """Return F as a NumPy array of shape (D, D), from the rows of G."""
@@ -71,8 +64,7 @@ class FisherOperator(TorchLinearOperator):
 
         A DTensor where the parameters are sharded.
         """
-        diagonal: Any = self.score_matrix.col_norms() + self.shift
-        return self.sharded(diagonal) if self.sharding is not None else diagonal.cpu().numpy()  # type: ignore[no-any-return]
+        return _arrays.as_numpy(self.score_matrix.col_norms() + self.shift)  # type: ignore[no-any-return]
 
     @opaque
     def trace(self) -> float:
@@ -81,15 +73,19 @@ class FisherOperator(TorchLinearOperator):
         return float(self.score_matrix.square_norm() + total)
 
     def damped(self, damping: Any) -> FisherOperator:  # noqa: D102 (that of the base class)
-        return FisherOperator(self.score_matrix, self.shift + self._as_shift(damping))
+        return self._shifted(self.shift + self._as_shift(damping))
 
     @property
     def undamped(self) -> FisherOperator:
         """GᵀG alone."""
-        return self if isinstance(self.shift, float) and self.shift == 0 else FisherOperator(self.score_matrix)
+        return self if isinstance(self.shift, float) and self.shift == 0 else self._shifted(0.0)
+
+    def _shifted(self, shift: float | Tensor) -> FisherOperator:
+        """Return GᵀG + shift · I."""
+        return FisherOperator(self.score_matrix, shift)
 
     def _scaled(self, alpha: Any) -> TorchLinearOperator:
-        if isinstance(alpha, complex) or not 0 < alpha < float("inf") or self.sharding is not None:
+        if isinstance(alpha, complex) or not 0 < alpha < float("inf") or self.score_matrix.is_divided:
             return super()._scaled(alpha)
         return FisherOperator(StackedScores([(alpha * a, G) for a, G in self.score_matrix.parts]), alpha * self.shift)
 
@@ -104,31 +100,6 @@ class FisherOperator(TorchLinearOperator):
     def kinds(self) -> frozenset[Kind]:
         """Which vectors make the rows of G."""
         return self.score_matrix.kinds
-
-    def sharded(self, local: Tensor) -> Any:
-        """Return a vector of this operator from each rank's own part of it, where the parameters are sharded (FSDP2).
-
-        Parameters
-        ----------
-        local : torch.Tensor
-            (d,) or (d, K), d the numbers of this rank's pieces of all parameters: these pieces (``p.to_local()``), flat
-            and one after the other in the order of the parameters.
-
-        Returns
-        -------
-        torch.distributed.tensor.DTensor
-            (D,) or (D, K), which products take and give.
-
-        Raises
-        ------
-        ValueError
-            If the parameters are not sharded, or the length is not d.
-        """
-        if self.sharding is None:
-            raise ValueError("the parameters are not sharded: vectors are plain arrays.")
-        if local.ndim not in (1, 2) or len(local) != self.sharding.numel:
-            raise ValueError(f"got shape {tuple(local.shape)}, and this rank has {self.sharding.numel} numbers.")
-        return self.sharding.whole(local.to(self.device, self.torch_dtype), self.shape[0])
 
     # ---- What linear algebra asks ---------------------------------------------------------------
 
@@ -190,11 +161,6 @@ class FisherOperator(TorchLinearOperator):
         self.score_matrix.refresh()
 
     @property
-    def ranks(self) -> Alone:
+    def processes(self) -> Processes:
         """The processes among which the data are divided; all of them make the same calls (see `process_group`)."""
-        return self.score_matrix.ranks
-
-    @property
-    def sharding(self) -> Sharding | None:
-        """How the parameters are divided among the ranks; None where each rank has all of them."""
-        return self.score_matrix.sharding
+        return self.score_matrix.processes

@@ -8,25 +8,57 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from fisherops import _arrays
 from fisherops._checks import integer
-from fisherops._data import Data
+from fisherops._data import Data, place_alone
 from fisherops._linop import opaque
 from fisherops._memory import as_bytes, as_folder
-from fisherops._ranks import ranks_of
-from fisherops.distributed import with_indices
 from fisherops.fisher import FisherOperator
-from fisherops.problem import Problem
+from fisherops.parallel.fsdp import ShardedScores, group_for, make_problem, scores_of
+from fisherops.parallel.scores import DistributedScores
+from fisherops.parallel.shard import Placement, with_indices
 from fisherops.score_matrix import ScoreMatrix
 from fisherops.scores import CACHES, Empirical, Exact, Kind, MonteCarlo, Plan
 from fisherops.scores.reader import Reader, as_weights, name_of_loss
 
 
-class ModelFisherOperator(FisherOperator):
+class ShardableFisherOperator(FisherOperator):
+    """F, with a method that makes vectors where they are divided among processes."""
+
+    score_matrix: ScoreMatrix | DistributedScores
+
+    def _shifted(self, shift: float | Tensor) -> ShardableFisherOperator:
+        return ShardableFisherOperator(self.score_matrix, shift)
+
+    def sharded(self, local: Tensor) -> Any:
+        """Return a vector of this operator from each rank's own part of it, where the parameters are sharded (FSDP2).
+
+        Parameters
+        ----------
+        local : torch.Tensor
+            (d,) or (d, K), d the numbers of this rank's pieces of all parameters: these pieces (``p.to_local()``), flat
+            and one after the other in the order of the parameters.
+
+        Returns
+        -------
+        torch.distributed.tensor.DTensor
+            (D,) or (D, K), which products take and give.
+
+        Raises
+        ------
+        ValueError
+            If the parameters are not sharded, or the length is not d.
+        """
+        if not isinstance(self.score_matrix, ShardedScores):
+            raise ValueError("the parameters are not sharded: vectors are plain arrays.")
+        return self.score_matrix.sharded(local)
+
+
+class ModelFisherOperator(ShardableFisherOperator):
     """F of one model and one data set; subclasses choose the output factor."""
 
-    score_matrix: ScoreMatrix
     _kind: Kind
     """Which vectors make the output factor."""
 
@@ -55,14 +87,14 @@ class ModelFisherOperator(FisherOperator):
             raise ValueError(f"`cache` must be one of {', '.join(map(repr, CACHES))}, got {cache!r}.")
         if rows not in ("term", "datum"):
             raise ValueError(f"`rows` must be 'term' or 'datum', got {rows!r}.")
-        problem = Problem(model_func, loss_func, params, dtype=dtype, any_loss=self._kind.any_loss)
-        ranks = ranks_of(process_group, problem.device)
-        if problem.sharded and cache not in ("auto", "factors"):
+        problem = make_problem(model_func, loss_func, params, dtype=dtype, any_loss=self._kind.any_loss)
+        group = group_for(problem, process_group)
+        if problem.is_divided and cache not in ("auto", "factors"):
             raise NotImplementedError(
                 f"cache={cache!r} cannot be had where the parameters are sharded: use 'auto' or 'factors'."
             )
         own = Data(
-            with_indices(data, ranks),
+            data if group is None else with_indices(data, group),
             device=problem.device,
             dtype=problem.parameters.dtype,
             convert=problem.model.converts,
@@ -71,10 +103,11 @@ class ModelFisherOperator(FisherOperator):
             num_data=num_data,
             verify=check_deterministic,
             order=self._kind.order,
-            progressbar=progressbar,
-            ranks=ranks,
+            progressbar=progressbar and (group is None or group.leads),
+            place=place_alone if group is None else Placement(group),
         )
         self._loss_name, self._num_data, self._cache_name = name_of_loss(loss_func), num_data, cache
+        shared: dict[str, Any] = {} if group is None else {"stream": group.rank, "total": group.sum}
         reader = Reader(
             problem,
             own,
@@ -82,18 +115,18 @@ class ModelFisherOperator(FisherOperator):
             name=type(self).__name__,
             rows=rows,
             checks=check_deterministic,
-            ranks=ranks,
             weights=None if sample_weight is None else as_weights(sample_weight),
+            **shared,
         )
         memory = as_bytes(max_memory, problem.device)
-        scores = ScoreMatrix(reader, cache=cache, max_memory=memory, spill=as_folder(spill), ranks=ranks)
-        super().__init__(scores)
+        local = ScoreMatrix(reader, cache=cache, max_memory=memory, spill=as_folder(spill))
+        super().__init__(scores_of(local, group))
 
     def __repr__(self) -> str:
-        N, ranks = self.score_matrix.num_data or self._num_data, self.ranks
+        N, processes = self.score_matrix.num_data or self._num_data, self.processes
         data = "number of examples unknown before the first pass" if N is None else f"{N:,} examples"
-        if ranks.size > 1:
-            data += f" on rank {ranks.rank} of {ranks.size}"
+        if processes.size > 1:
+            data += f" on rank {processes.rank} of {processes.size}"
         return (
             f"<{type(self).__name__}: D={self.shape[0]}, kind={self.score_matrix.kind.description}, "
             f"loss={self._loss_name}, {data}, {self.device}, {self.dtype.name}, cache={self._cache_name!r}>"

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -15,10 +13,9 @@ from torch import Tensor
 
 from fisherops import _torch
 from fisherops._checks import noting
+from fisherops._fingerprint import checksum_of
 from fisherops._linop import TorchLinearOperator, Transposed, check_result, identity, opaque
 from fisherops._memory import is_memory_error
-from fisherops._ranks import Alone, fingerprint
-from fisherops._sharding import Sharding
 from fisherops._sums import CompensatedSum
 from fisherops.problem import Parameters
 from fisherops.scores import (
@@ -29,7 +26,6 @@ from fisherops.scores import (
     MaterializedBatch,
     Plan,
     compute,
-    sharded,
 )
 from fisherops.scores.reader import Reader
 
@@ -40,21 +36,16 @@ _FEW_COLUMNS = 8
 # Rows that are summed in the compute precision without compensation.
 _ROWS_PER_SUM = 4096
 
-# Rows of the Gram matrix that are summed over ranks at a time.
-_FEW_ROWS = 128
-
-# What the ranks of a process group compare before they sum.
-_VECTORS = (
-    "the checksum of the vectors (SciPy's solvers draw others on each rank unless v0 or rng is given; "
-    "ranks with other processors or numbers of threads round differently)"
+NO_ORDER = (
+    "the batches come in another order in every pass and are not all kept, so the rows of the score matrix have no "
+    "order: pass data in a fixed order, or a larger max_memory."
 )
 
 Result = TypeVar("Result")
-Item = TypeVar("Item")
 
 
 class Kept(NamedTuple):
-    """What all ranks cache, and the memory that is left on the one with the least."""
+    """What is cached, and the memory that is left; of several processes, on the one with the least."""
 
     nbytes: int
     memory_left: int
@@ -77,8 +68,6 @@ class ScoreMatrix(TorchLinearOperator):
         The problem, its data and the kind of output factor.
     cache, max_memory, spill
         What is cached between products, see `FisherMCLinearOperator`.
-    ranks : Alone
-        The processes among which the data are divided.
 
     Attributes
     ----------
@@ -86,64 +75,41 @@ class ScoreMatrix(TorchLinearOperator):
         (rows, D).
     """
 
-    def __init__(self, reader: Reader, *, cache: str, max_memory: int, spill: Any, ranks: Alone) -> None:
+    is_divided = False
+    """Whether vectors (D,) are divided among processes."""
+
+    def __init__(self, reader: Reader, *, cache: str, max_memory: int, spill: Any) -> None:
         self._reader, self.problem = reader, reader.problem
-        self._asked, self.max_memory, self._spill, self._ranks = cache, max_memory, spill, ranks
-        self.sharding = Sharding(self.parameters.tensors, ranks) if self.problem.sharded else None
+        self._asked, self.max_memory, self._spill = cache, max_memory, spill
         self._cache: Cache | None = None
         self._version, self._refreshes = -1, 0
-        self._counts: list[int] | None = None
-        self._by_rank: list[int] | None = None
-        self._number = ranks.number()
+        self.counts: list[int] | None = None
+        """Rows of each batch, after the first pass that computes them; each such pass makes another list."""
         D = self.parameters.numel
         super().__init__((D, D), self.parameters.dtype, self.parameters.device)
-        with self._step("construction", **self._identity()):
-            if self.sharding is not None or (ranks.size > 1 and not reader.checks):
-                self._read_once()  # which data are whose must be known before the first draw
-            if reader.checks:
-                reader.check()
 
-    def _identity(self) -> dict[str, Any]:
-        """Return what must be the same on all ranks."""
-        if self._ranks.size == 1:
-            return {}
-        reader, likelihood = self._reader, self.problem.likelihood
-        return {
-            "the operator": reader.name,
-            "the dtype": str(self.torch_dtype),
-            "the loss": f"{type(likelihood).__name__} ({', '.join(likelihood.reductions)})",
-            "the checksum of the loss's options": fingerprint(likelihood),
-            "the shapes of the parameters": {name: tuple(shape) for name, shape in self.parameters.shapes.items()},
-            "the checksum of the parameters": self.parameter_checksum,
-            "the checksum of all parameters and buffers of the model": self._checksum_of_model(),
-            "check_deterministic": reader.checks,
-            "rows": "datum" if reader.sums else "term",
-            **self.kind.identity(),
-        }
-
-    def _read_once(self) -> None:
-        counts = self._ranks.share(self._reader.count())
-        if self.sharding is not None and len(set(counts)) > 1:
-            raise ValueError(
-                f"a sharded model is evaluated by all ranks together, and they have {', '.join(map(str, counts))} "
-                "batches: give them equally many."
-            )
+    def check(self) -> None:
+        """Check that the model is deterministic and the data do not change, if that was asked for."""
+        if self._reader.checks:
+            self._reader.check()
 
     # ---- What it is ---------------------------------------------------------------------------
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(rows, D), the rows of all ranks; found by a pass over the data if there was none."""
-        if self._counts is None:
+        """(rows, D); the rows are found by a pass over the data if there was none."""
+        if self.counts is None:
             _ = self.plan
-        if self._by_rank is None:
-            with self._step("rows"):
-                self._by_rank = self._ranks.share(sum(self._counts or ()))
-        return sum(self._by_rank), self.parameters.numel
+        return sum(self.counts or ()), self.parameters.numel
 
     @shape.setter
     def shape(self, _: Any) -> None:
         """Do nothing: SciPy's constructor sets a shape."""
+
+    @property
+    def reader(self) -> Reader:
+        """The problem, its data and the kind of output factor."""
+        return self._reader
 
     @property
     def parameters(self) -> Parameters:
@@ -172,7 +138,7 @@ class ScoreMatrix(TorchLinearOperator):
 
     @property
     def num_data(self) -> int | None:
-        """Number of data on this rank, if they were read."""
+        """Number of data, if they were read."""
         return self._reader.data.num_data
 
     @property
@@ -181,33 +147,33 @@ class ScoreMatrix(TorchLinearOperator):
         return self.problem.look() + self._refreshes
 
     @property
-    def ranks(self) -> Alone:
-        """The processes among which the data are divided."""
-        return self._ranks
+    def is_current(self) -> bool:
+        """Whether a pass has found G of the present model, some batches of which may be cached."""
+        return self._cache is not None and self._version == self.problem.look()
+
+    @property
+    def is_cached(self) -> bool:
+        """Whether all batches of G of the present model are cached."""
+        return self.is_current and self._cache is not None and self._cache.is_complete
 
     @property
     def rows_have_order(self) -> bool:
         """Whether every pass lists the rows in the same order, as products with G need it."""
         _ = self.plan
         assert self._cache is not None
-        with self._step("order of the rows"):
-            return all(self._ranks.share(not self._reader.data.order_is_free or self._cache.is_complete))
+        return not self._reader.data.order_is_free or self._cache.is_complete
 
     @property
     def kept(self) -> Kept:
-        """What is cached between products on all ranks together."""
+        """What is cached between products."""
         plan = self.plan
-        with self._step("what is kept"):
-            own = plan.nbytes + plan.file_size, self.max_memory - plan.nbytes, plan.holds_rows
-            shares = self._ranks.share(own)
-        nbytes, left, rows = zip(*shares, strict=True)
-        return Kept(sum(nbytes), min(left), all(rows))
+        return Kept(plan.nbytes + plan.file_size, self.max_memory - plan.nbytes, plan.holds_rows)
 
     @property
     @opaque
     def plan(self) -> Plan:
         """What is cached between products, its memory and why; made by a pass over the data if there was none."""
-        if self._cache is None or self._version != self.problem.look():
+        if not self.is_current:
             self._over("plan", lambda batches: deque(batches, 0))
         assert self._cache is not None
         return self._cache.plan
@@ -220,23 +186,18 @@ class ScoreMatrix(TorchLinearOperator):
     @property
     def parameter_checksum(self) -> int:
         """A checksum of the present values of the parameters."""
-        return self._checksum(self.parameters.point().values())
+        return checksum_of(self.parameters.point().values())
 
     def redrawn(self, kind: Kind) -> ScoreMatrix:
         """Return G of the same problem and data with other draws; what was learnt about these is shared."""
         other = copy.copy(self)
         other._reader = self._reader.of_kind(kind)
-        other._number = self._ranks.number()
-        other._counts = other._by_rank = None
-        with self._step("resampling", **kind.identity()):
-            cache = None
-            if self._cache is not None and self._version == self.problem.look():
-                with self.problem.isolated(), torch.no_grad():
-                    cache = self._cache.redrawn(kind, kind.sampler(self._ranks.rank, self.device))
-            # All ranks share what was learnt, or none does.
-            shared = all(self._ranks.share(cache is not None))
-        other._cache, other._version = (cache, self._version) if shared else (None, -1)
-        other._counts = self._counts if shared else None
+        other._cache, other.counts = None, None
+        if self._cache is not None and self.is_current:
+            with self.problem.isolated(), torch.no_grad():
+                other._cache = self._cache.redrawn(kind, kind.sampler(self._reader.stream, self.device))
+        if other._cache is not None:
+            other._version, other.counts = self._version, self.counts
         return other
 
     def __getstate__(self) -> dict[str, Any]:
@@ -246,125 +207,72 @@ class ScoreMatrix(TorchLinearOperator):
     # ---- Products -----------------------------------------------------------------------------
 
     def product(self, V: Tensor) -> Tensor:
-        """Multiply GᵀG: (K, D) → (K, D); each rank's pieces (K, d) if the parameters are sharded."""
-        if self.sharding is not None:
-            sharding, spans = self.sharding, self.parameters.spans
-
-            def product(held: list[MaterializedBatch]) -> Tensor:
-                products = sharded.apply(held, sharding, spans, V.T)
-                return sharded.apply_transposed(held, sharding, spans, products).T
-
-            return self._over_held("product", product, V)
-        return self._over("product", lambda batches: self._sum_of_products(batches, V), V)
+        """Multiply GᵀG: (K, D) → (K, D)."""
+        return self._over("product", lambda batches: _sum_of_products(batches, V))
 
     def _mul(self, V: Tensor) -> Tensor:
         def product(batches: Iterable[BatchScores]) -> Tensor:
             own = [
                 torch.cat([batch.apply(part) for part in V.contiguous().split(batch.columns)]).T for batch in batches
             ]
-            return torch.cat(self._ranks.gather(torch.cat(own) if own else V.new_empty(0, len(V)))).T
+            return torch.cat(own).T if own else V.new_empty(len(V), 0)
 
-        return self._over_in_order("scores", product, V)
+        return self._over_in_order("scores", product)
 
-    def _mul_t(self, W: Tensor) -> Any:
-        if self.sharding is not None:
-            sharding, spans, products = self.sharding, self.parameters.spans, self._own(W)
-            local = self._over_held(
-                "transposed scores", lambda held: sharded.apply_transposed(held, sharding, spans, products), W
-            )
-            return sharding.whole(local, self.parameters.numel).T
+    def _mul_t(self, W: Tensor) -> Tensor:
+        _ = self.shape
+        assert self.counts is not None
+        pieces = W.split(self.counts, 1)
         total = CompensatedSum(W.new_empty(len(W), self.parameters.numel))
 
         def product(batches: Iterable[BatchScores]) -> Tensor:
-            for batch, own in zip(batches, self._own(W), strict=True):
+            for batch, own in zip(batches, pieces, strict=True):
                 parts = [batch.apply_t(part.contiguous()) for part in own.split(batch.columns)]
                 total.add(torch.cat(parts) if len(parts) > 1 else parts[0])
-            return self._ranks.sum(total.value())
+            return total.value()
 
-        return self._over_in_order("transposed scores", product, W)
-
-    def _own(self, W: Tensor) -> Any:
-        """Return the pieces of vectors (K, rows) for this rank's batches."""
-        _ = self.shape
-        assert self._by_rank is not None
-        assert self._counts is not None
-        start = sum(self._by_rank[: self._ranks.rank])
-        return W[:, start : start + sum(self._counts)].split(self._counts, 1)
+        return self._over_in_order("transposed scores", product)
 
     def _transpose(self) -> Transposed:
         return Transposed(self)
-
-    def multiply(self, V: Tensor) -> Tensor:
-        """Multiply G; from a DTensor (K, D) where the parameters are sharded."""
-        sharding = self.sharding
-        if sharding is None:
-            return super().multiply(V)
-        local = sharding.local(V.T).to(self.torch_dtype)
-
-        def product(held: list[MaterializedBatch]) -> Tensor:
-            products = sharded.apply(held, sharding, self.parameters.spans, local)
-            return torch.cat(self._ranks.gather(torch.cat(products, 1).T)).T
-
-        return check_result(self._over_held("scores", product, local.T), local)
-
-    def _sum_of_products(self, batches: Iterable[BatchScores], V: Tensor) -> Tensor:
-        # Few vectors at a time, whose memory is used again for the next; as many on all ranks.
-        step = max(_FEW_COLUMNS, _CHUNK_BYTES // (V.shape[1] * V.itemsize))
-        if len(V) <= step:
-            total = CompensatedSum(V)
-            for batch in batches:
-                total.add(_product(batch, V.contiguous()))
-            return self._ranks.sum(total.value())
-        # The sum of a block over the ranks is under way while the next block is multiplied.
-        sums = _one_ahead(map(self._ranks.begin_sum, _sums_of_products(batches, V.split(step))))
-        result = torch.empty_like(V, memory_format=torch.contiguous_format)
-        for rows, pending in zip(result.split(step), sums, strict=True):
-            rows.copy_(pending.value())
-        return result
 
     # ---- What F = GᵀG asks --------------------------------------------------------------------
 
     def dense(self) -> Tensor:
         """Return GᵀG as a matrix (D, D), from the rows."""
-        if self.sharding is not None:
-            raise NotImplementedError("the parameters are sharded, and F as a dense matrix would be on every rank.")
+        return check_result(self.sum_of_squares())
+
+    def sum_of_squares(self) -> Tensor:
+        """Return GᵀG as `dense` does, finite or not."""
         D = self.parameters.numel
 
         def dense(batches: Iterable[BatchScores]) -> Tensor:
             return self._sum((part for batch in batches for part in _squares(batch)), D, D)
 
-        return check_result(self._over("dense", dense))
+        return self._over("dense", dense)
 
     def col_norms(self) -> Tensor:
-        """Return the squared norms of the columns, (D,): the diagonal of F; (d,) if the parameters are sharded."""
-        if self.sharding is not None:
-            sharding = self.sharding
-            return check_result(
-                self._over_held("diagonal", lambda held: sharded.diagonal(held, sharding, self.parameters.spans))
-            )
+        """Return the squared norms of the columns, (D,): the diagonal of F."""
+        return check_result(self.sum_of_diagonals())
+
+    def sum_of_diagonals(self) -> Tensor:
+        """Return the squared norms of the columns as `col_norms` does, finite or not."""
         D = self.parameters.numel
-        return check_result(
-            self._over("diagonal", lambda batches: self._sum((batch.diagonal() for batch in batches), D))
-        )
+        return self._over("diagonal", lambda batches: self._sum((batch.diagonal() for batch in batches), D))
 
     def square_norm(self) -> float:
         """Return the squared Frobenius norm, which is the trace of F."""
-        norms = self.col_norms()
-        if self.sharding is None:
-            total = float(norms.sum(dtype=torch.float64))
-            limits = torch.finfo(self.torch_dtype)
-            return total if total > limits.tiny / limits.eps else self._square_norm_of_rows()
-        with self._step("trace"):
-            return float(self._ranks.sum(norms.sum(dtype=torch.float64)))
+        total = float(self.col_norms().sum(dtype=torch.float64))
+        return float(self.square_norm_of_rows()) if is_tiny(total, self.torch_dtype) else total
 
-    def _square_norm_of_rows(self) -> float:
+    def square_norm_of_rows(self) -> Tensor:
         """Sum the squares in float64, which are below the range of the compute precision."""
 
         def norm(batches: Iterable[BatchScores]) -> Tensor:
             squares = (rows.double().square().sum() for batch in batches for rows in batch.rows())
             return self._sum(squares, dtype=torch.float64)
 
-        return float(self._over("trace", norm))
+        return self._over("trace", norm)
 
     def square_root(self, triangular: bool) -> Tensor:
         """Return B in float64 with BᵀB = F: the rows of G that are not zero, or the triangle R of G = QR.
@@ -393,25 +301,26 @@ class ScoreMatrix(TorchLinearOperator):
                     if triangular and rows > 2 * D:
                         blocks = [torch.linalg.qr(torch.cat(blocks), mode="r")[1]]
                         rows = len(blocks[0])
-            return torch.cat(self._ranks.gather(torch.cat(blocks)))
+            return torch.cat(blocks)
 
         B = self._over("square root", root)
         return torch.linalg.qr(B, mode="r")[1] if triangular and len(B) > D else B
 
     def gradient(self) -> Tensor:
         """Return the gradient of the loss over all data, (D,)."""
-        if self.sharding is not None:
-            raise NotImplementedError(
-                "the gradient of sharded parameters is not supported. Compute it by `loss.backward()` and pass "
-                "`{name: p.grad}` to `linalg.natural_gradient`."
-            )
+        return check_result(self.sum_of_gradients())
+
+    def sum_of_gradients(self) -> Tensor:
+        """Return the gradient as `gradient` does, finite or not."""
         D = self.parameters.numel
-        return check_result(
-            self._over("gradient", lambda gradients: self._sum(gradients, D), read=self._reader.gradients)
-        )
+        return self._over("gradient", lambda gradients: self._sum(gradients, D), read=self._reader.gradients)
 
     def moments_of_forms(self, V: Tensor) -> Tensor:
         """Sum the variance and the second moment of vᵀFv over the M samples of each term, (2, K) in float64."""
+        return check_result(self.sum_of_moments(V), V)
+
+    def sum_of_moments(self, V: Tensor) -> Tensor:
+        """Return the moments as `moments_of_forms` does, finite or not."""
         M = self.kind.samples
 
         def moments(batches: Iterable[BatchScores]) -> Tensor:
@@ -424,7 +333,7 @@ class ScoreMatrix(TorchLinearOperator):
                 with noting(f"batch {batch.number}"):
                     yield compute(evaluation, factor_of, compressed=False)
 
-        return check_result(self._over("standard error", moments, V, read=drawn), V)
+        return self._over("standard error", moments, read=drawn)
 
     def gram(self) -> np.ndarray[Any, Any]:
         """Return the Gram matrix G Gᵀ as a NumPy array of shape (rows, rows).
@@ -437,68 +346,26 @@ class ScoreMatrix(TorchLinearOperator):
     @opaque
     def gram_tensor(self) -> Tensor:
         """Return the Gram matrix as a torch tensor on the operator's device; see `gram`."""
-        R = self.shape[0]
+        self.require_order()
+        batches = self.materialized()
+        return check_result(_gram_of_batches(batches) if batches is not None else gram_by_products(self))
 
-        def gram(batches: Iterable[BatchScores]) -> Tensor | None:
-            return self._gram_of_held(batches if isinstance(batches, list) else None)
-
-        result: Tensor | None = self._over_in_order("Gram matrix", gram)
-        if result is None:
-            with torch.no_grad():
-                blocks = [self._mul(self._mul_t(rows)) for rows in identity(R, self.torch_dtype, self.device)]
-            result = torch.cat(blocks) if blocks else torch.empty(0, 0, dtype=self.torch_dtype, device=self.device)
-            result = (result + result.T).div_(2)
-        return check_result(result)
-
-    def cross(self, other: ScoreMatrix) -> Tensor | None:
+    def cross(self, other: Any) -> Tensor | None:
         """Multiply with the transpose of another score matrix of the same parameters, if both have cached all rows."""
-        if self._ranks.size > 1 or self.parameters.spans != other.parameters.spans:
+        if not isinstance(other, ScoreMatrix) or self.parameters.spans != other.parameters.spans:
             return None
-
-        def held(batches: Any) -> list[MaterializedBatch] | None:
-            own = list(batches)
-            return own if all(isinstance(batch, MaterializedBatch) for batch in own) else None
-
-        if not self.kept.holds_rows or not other.kept.holds_rows:
-            return None
-        mine, theirs = self._over_in_order("rows", held), other._over_in_order("rows", held)
+        self.require_order()
+        other.require_order()
+        mine, theirs = self.materialized(), other.materialized()
         if mine is None or theirs is None:
             return None
         return check_result(torch.cat([torch.cat([left.gram(right) for right in theirs], 1) for left in mine]))
 
-    def _gram_of_held(self, batches: list[BatchScores] | None) -> Tensor | None:
-        """Multiply every two batches that are cached, whatever rank has them; None if some are not."""
-        ranks = self._ranks
-        own = [batch for batch in batches or [] if isinstance(batch, MaterializedBatch)]
-        known = ranks.share(len(own) if batches is not None and len(own) == len(batches) else None)
-        if None in known:
+    def materialized(self) -> list[MaterializedBatch] | None:
+        """Return all batches, if the rows of each are cached."""
+        if not self.plan.holds_rows:
             return None
-        if ranks.size > 1:
-            own = [batch.without_graphs() for batch in own]
-        # A rank fills in the blocks that it finds, and leaves zeros for the others.
-        assert self._by_rank is not None
-        R, first = sum(self._by_rank), sum(self._by_rank[: ranks.rank])
-        result = torch.zeros(R, R, dtype=self.torch_dtype, device=self.device)
-        column = 0
-        for source, count in enumerate(known):
-            for k in range(count):
-                other = ranks.broadcast(own[k] if source == ranks.rank else None, source)
-                row = first
-                for j, batch in enumerate(own):
-                    mine, theirs = slice(row, row + batch.count), slice(column, column + other.count)
-                    row += batch.count
-                    if source == ranks.rank and j == k:
-                        block = batch.gram(batch)
-                        result[mine, mine] = (block + block.T).div_(2)
-                    elif j < k if source == ranks.rank else _falls_to(ranks.rank, source, ranks.size):
-                        block = batch.gram(other)
-                        result[mine, theirs] = block
-                        result[theirs, mine] = block.T
-                column += other.count
-        if ranks.size > 1:
-            for rows in result.split(_FEW_ROWS):
-                rows.copy_(ranks.sum(rows))
-        return result
+        return self._over("rows", lambda batches: [batch for batch in batches if isinstance(batch, MaterializedBatch)])
 
     # ---- Passes over the batches --------------------------------------------------------------
 
@@ -506,7 +373,6 @@ class ScoreMatrix(TorchLinearOperator):
         self,
         description: str,
         function: Callable[[Any], Result],
-        V: Tensor | None = None,
         read: Callable[[Iterator[Any]], Iterator[Any]] | None = None,
     ) -> Result:
         """Return ``function(batches)`` for all batches of G, which it must go through to the end.
@@ -516,23 +382,13 @@ class ScoreMatrix(TorchLinearOperator):
         """
         version = self.problem.look()
         cache = self._cache if read is None and self._version == version else None
-        if cache is not None and self._ranks.size == 1 and cache.is_complete:
+        if cache is not None and cache.is_complete:
             # Nothing of the process is touched: no lock, no random numbers.
             if not _torch.needs_own_precision(self.device):
                 return function(cache.in_order())
             with _torch.own_precision(self.device):
                 return function(cache.in_order())
-        values: dict[str, Any] = {}
-        if V is not None:
-            values = {"the number of columns": len(V)}
-            if self.sharding is None:
-                values[_VECTORS] = self._ranks.checksum(V)
-        # What a rank does next must not depend on more than the ranks have compared.
-        values["whether the parameters are those of the last product"] = cache is not None
-        with torch.no_grad(), self._step(description, **values):
-            if cache is not None and cache.is_complete:
-                with _torch.own_precision(self.device):
-                    return function(cache.in_order())
+        with torch.no_grad():
             reader = self._reader
             with reader.reading(description) as batches:
                 if read is not None or cache is not None or self._spill is not None or self._asked == "none":
@@ -542,39 +398,23 @@ class ScoreMatrix(TorchLinearOperator):
                     return function(self._filled(batches, None, version))
                 # c is known when all data were read, and divides what is cached.
                 deque(self._filled(batches, None, version), 0)
-        return self._over(description, function, V)
+        return self._over(description, function)
 
-    def _over_in_order(self, description: str, function: Callable[[Any], Result], V: Tensor | None = None) -> Result:
+    def _over_in_order(self, description: str, function: Callable[[Any], Result]) -> Result:
         """As `_over`, with batches that come in the same order every time, as the rows of G do."""
         self.require_order()
-        return self._over(description, function, V)
+        return self._over(description, function)
 
     def require_order(self) -> None:
         """Raise ValueError if the rows have no order."""
         if not self.rows_have_order:
-            raise ValueError(
-                "the batches come in another order in every pass and are not all kept, so the rows of the score "
-                "matrix have no order: pass data in a fixed order, or a larger max_memory."
-            )
-
-    def _over_held(
-        self, description: str, function: Callable[[list[MaterializedBatch]], Tensor], V: Tensor | None = None
-    ) -> Tensor:
-        """As `_over`, where the parameters are sharded and so all batches are cached; vectors are not compared."""
-
-        def held(batches: Iterable[BatchScores]) -> Tensor:
-            return function([batch for batch in batches if isinstance(batch, MaterializedBatch)])
-
-        return self._over(description, held, V)
+            raise ValueError(NO_ORDER)
 
     def _filled(self, batches: Iterator[Any], known: Cache | None, version: int) -> Iterator[BatchScores]:
         """Compute each batch that is not cached; if none is known yet, a new cache chooses the forms."""
         reader, cache, late = self._reader, known, self._reader.finds_c_late
         if cache is None:
             self._cache = None
-            if self._ranks.size > 1:
-                checksum = self._checksum_of_model()
-                self._ranks.agree("parameters", **{"the checksum of the parameters and buffers": checksum})
             cache = Cache(self._asked, self.max_memory, self._spill)
         counts = []
         records = self._asked != "linearization"
@@ -594,43 +434,48 @@ class ScoreMatrix(TorchLinearOperator):
             return
         if late:
             cache.divide(reader.divisor())
-        self._cache, self._version, self._counts, self._by_rank = cache, version, counts, None
-
-    def _step(self, description: str, **values: Any) -> AbstractContextManager[None]:
-        """Do something together with the other ranks, which must pass the same values."""
-        return self._ranks.step(f"{description} of operator {self._number}", **values)
+        self._cache, self._version, self.counts = cache, version, counts
 
     def _sum(self, terms: Iterable[Tensor], *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        """Sum over batches and ranks."""
+        """Sum over batches."""
         total = CompensatedSum(torch.empty(shape, dtype=dtype or self.torch_dtype, device=self.device))
         for term in terms:
             total.add(term)
-        return self._ranks.sum(total.value())
-
-    def _checksum_of_model(self) -> int:
-        return self._checksum(self.problem.model.tensors())
-
-    def _checksum(self, tensors: Iterable[Tensor]) -> int:
-        checksum = zlib.crc32(repr([fingerprint(tensor) for tensor in tensors]).encode())
-        if self.sharding is None:
-            return checksum
-        with self._step("checksum of the parameters"):
-            return zlib.crc32(repr(self._ranks.share(checksum)).encode())
+        return total.value()
 
 
-def _falls_to(rank: int, other: int, size: int) -> bool:
-    """Whether the products of the rows of two ranks are found by the first, so that each rank has as many."""
-    distance = (other - rank) % size
-    return distance < size - distance or (2 * distance == size and rank < other)
+def column_step(V: Tensor) -> int:
+    """Return how many of the vectors (K, D) are multiplied together: few, whose memory is used again for the next."""
+    return max(_FEW_COLUMNS, _CHUNK_BYTES // (V.shape[1] * V.itemsize))
 
 
-def _one_ahead(items: Iterable[Item]) -> Iterator[Item]:
-    """Yield each item when the next is made."""
-    previous: list[Item] = []
-    for item in items:
-        yield from previous
-        previous = [item]
-    yield from previous
+def is_tiny(square: float, dtype: torch.dtype) -> bool:
+    """Whether a sum of squares is so small that some of them may be below the range of a precision."""
+    limits = torch.finfo(dtype)
+    return square <= limits.tiny / limits.eps
+
+
+def gram_by_products(G: Any) -> Tensor:
+    """Return G Gᵀ by products with Gᵀ and G for each row."""
+    with torch.no_grad():
+        blocks = [G._mul(G._mul_t(rows)) for rows in identity(G.shape[0], G.torch_dtype, G.device)]
+    result = torch.cat(blocks) if blocks else torch.empty(0, 0, dtype=G.torch_dtype, device=G.device)
+    return (result + result.T).div_(2)
+
+
+def _gram_of_batches(batches: Sequence[MaterializedBatch]) -> Tensor:
+    """Return G Gᵀ from the rows of all batches."""
+    counts = [batch.count for batch in batches]
+    result = batches[0].empty(sum(counts), sum(counts))
+    blocks = [rows.split(counts, 1) for rows in result.split(counts)]
+    for k, other in enumerate(batches):
+        block = other.gram(other)
+        blocks[k][k].copy_((block + block.T).div_(2))
+        for j, batch in enumerate(batches[:k]):
+            block = batch.gram(other)
+            blocks[j][k].copy_(block)
+            blocks[k][j].copy_(block.T)
+    return result
 
 
 def _squares(batch: BatchScores) -> Iterator[Tensor]:
@@ -652,16 +497,25 @@ def _rows_or_columns(batch: BatchScores, D: int, dtype: torch.dtype, device: tor
         yield torch.cat([batch.apply(units) for units in identity(D, dtype, device, batch.columns)]).T
 
 
-def _sums_of_products(batches: Iterable[BatchScores], blocks: Sequence[Tensor]) -> Iterator[Tensor]:
-    """Sum GᵀG V over batches for blocks of V, one after the other; but data are read once for all blocks."""
-    in_memory = type(batches) is list
-    for group in [[V] for V in blocks] if in_memory else [blocks]:
-        totals = deque(CompensatedSum(V) for V in group)
+def _sum_of_products(batches: Iterable[BatchScores], V: Tensor) -> Tensor:
+    """Sum GᵀG V over batches; in blocks of V if it is large, but data are read once for all blocks."""
+    step = column_step(V)
+    if len(V) <= step:
+        total = CompensatedSum(V)
         for batch in batches:
-            for total, V in zip(totals, group, strict=True):
-                total.add(_product(batch, V.contiguous()))
-        while totals:
-            yield totals.popleft().value()
+            total.add(_product(batch, V.contiguous()))
+        return total.value()
+    result = torch.empty_like(V, memory_format=torch.contiguous_format)
+    blocks = list(zip(V.split(step), result.split(step), strict=True))
+    in_memory = type(batches) is list  # and not read from files
+    for group in [[block] for block in blocks] if in_memory else [blocks]:
+        totals = [CompensatedSum(own) for own, _ in group]
+        for batch in batches:
+            for total, (own, _) in zip(totals, group, strict=True):
+                total.add(_product(batch, own.contiguous()))
+        for total, (_, out) in zip(totals, group, strict=True):
+            out.copy_(total.value())
+    return result
 
 
 def _product(batch: BatchScores, V: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fisherops._linop import TorchLinearOperator, Transposed, check_result, identity, opaque
-from fisherops._ranks import Alone
+from fisherops._processes import Processes
 from fisherops.problem import Parameters
 from fisherops.score_matrix import Kept, ScoreMatrix
 from fisherops.scores import Kind
@@ -26,7 +26,7 @@ class StackedScores(TorchLinearOperator):
         Factors α > 0 and score matrices of equal parameters' number, precision, device and processes.
     """
 
-    sharding = None
+    is_divided = False
 
     def __init__(self, parts: Sequence[tuple[float, ScoreMatrix]]) -> None:
         self.parts = tuple(parts)
@@ -37,12 +37,10 @@ class StackedScores(TorchLinearOperator):
     @staticmethod
     def fits(G: ScoreMatrix | StackedScores, H: ScoreMatrix | StackedScores) -> bool:
         """Whether two can be stacked."""
-        alone = G.ranks.size == H.ranks.size == 1
         return (
             (G.parameters.numel, G.torch_dtype, G.device) == (H.parameters.numel, H.torch_dtype, H.device)
-            and (alone or G.ranks is H.ranks)
-            and G.sharding is None
-            and H.sharding is None
+            and G.processes is H.processes
+            and not (G.is_divided or H.is_divided)
         )
 
     @property
@@ -80,9 +78,9 @@ class StackedScores(TorchLinearOperator):
             G.refresh()
 
     @property
-    def ranks(self) -> Alone:
+    def processes(self) -> Processes:
         """The processes among which the data are divided."""
-        return self.parts[0][1].ranks
+        return self.parts[0][1].processes
 
     @property
     def parameter_checksum(self) -> int:

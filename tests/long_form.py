@@ -118,7 +118,7 @@ def names_of(uses):
 
 def spoil_facts(op):
     """Exchange examples and positions in what an operator knows of arrangements."""
-    for facts in op._G.problem.facts._known.values():
+    for facts in op.score_matrix.problem.facts._known.values():
         for known in facts.rows.values():
             for place, arrangement in known.arrangements.items():
                 known.arrangements[place] = replace(arrangement, axis=1 - arrangement.axis)

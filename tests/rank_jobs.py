@@ -519,7 +519,12 @@ def resampled(group, how):
     op = fo.FisherMCLinearOperator(network(), loss(), data=data, process_group=group, mc_samples=2, seed=5, **options)
     v = np.ones(op.shape[0])
     op @ v
-    return op.resample(9) @ v, (op.damped(1e-2) @ v).shape, linalg.inv(op, 1e-2).ranks.size, op.scores.T.ranks.size
+    return (
+        op.resample(9) @ v,
+        (op.damped(1e-2) @ v).shape,
+        linalg.inv(op, 1e-2).processes.size,
+        op.scores.T.processes.size,
+    )
 
 
 def odd_samplers(group, kind):

@@ -43,7 +43,7 @@ def data_for(model, *shape, n=4):
 
 
 def mode(op):
-    return op._G.problem.mode.name
+    return op.score_matrix.problem.mode.name
 
 
 @pytest.mark.parametrize(

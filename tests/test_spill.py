@@ -199,7 +199,7 @@ def test_a_fork_does_not_remove_the_files(tmp_path):
     _, op = build(tmp_path)
     v = np.ones(op.shape[0], "f4")
     expected = op @ v
-    finalizer = op._G._cache._spill.close
+    finalizer = op.score_matrix._cache._spill.close
     with mock.patch("os.getpid", return_value=-1):
         finalizer()
     np.testing.assert_array_equal(op @ v, expected)

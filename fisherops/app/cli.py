@@ -163,7 +163,7 @@ def _describe(problem: Problem, op: FisherOperator, arguments: argparse.Namespac
         "seed": (_SEED if arguments.seed is None else arguments.seed) if sampled else None,
         "dtype": op.dtype.name,
         "device": str(op.device),
-        "processes": op.ranks.size,
+        "processes": op.processes.size,
         "held_out_accuracy": problem.held_out_accuracy,
     }
 

@@ -47,10 +47,8 @@ class Checkpoint:
             self._identity["checksum of the parameters"] = op.parameter_checksum
         self._numbers = {name: np.asarray(value, dtype=float) for name, value in options.items()}
         self._numbers["the operator"] = (probe.T @ op.times_columns(probe)).double().cpu().numpy()
-        self._ranks = op.ranks
-        with self._ranks.step("checkpoint"):
-            if self._ranks.rank == 0:
-                self._check_folder()
+        self._processes = op.processes
+        self._processes.from_leader(self._check_folder)
 
     def _check_folder(self) -> None:
         folder = self.path.parent
@@ -61,9 +59,9 @@ class Checkpoint:
 
     def save(self, **arrays: Any) -> None:
         """Write the state, on the first rank; the file is the old one until the new one is complete."""
-        if self._ranks.rank > 0:
+        if not self._processes.leads:
             return
-        with self._ranks.guard("writing a checkpoint"):
+        with self._processes.guard("writing a checkpoint"):
             self._write(arrays)
 
     def _write(self, arrays: dict[str, Any]) -> None:
@@ -89,9 +87,7 @@ class Checkpoint:
         ValueError
             If the file is damaged, or of another problem; it is left as it is.
         """
-        with self._ranks.step("checkpoint"):
-            state: dict[str, Any] | None = self._ranks.broadcast(self._load() if self._ranks.rank == 0 else None, 0)
-        return state
+        return self._processes.from_leader(self._load)
 
     def _load(self) -> dict[str, Any] | None:
         if not self.path.exists():

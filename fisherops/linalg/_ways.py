@@ -99,7 +99,7 @@ def choose(op: TorchLinearOperator, method: str, products: float, dense_flops: f
     sizes: dict[str, int] = {"dense": D}
     rows = D
     if fisher is not None:
-        if fisher.sharding is not None:
+        if fisher.score_matrix.is_divided:
             del sizes["dense"]
             if method == "dense":
                 raise NotImplementedError(
@@ -114,8 +114,7 @@ def choose(op: TorchLinearOperator, method: str, products: float, dense_flops: f
         kept = fisher.kept
         memory = kept.memory_left
     else:
-        with op.ranks.step("free memory"):
-            memory = min(op.ranks.share(as_bytes(None, op.device)))
+        memory = op.processes.least(as_bytes(None, op.device))
     fitting = {way: n for way, n in sizes.items() if n * n * (itemsize + 8 * _DENSE_WORK) <= memory}
     if method != "auto":
         if method not in fitting:

@@ -105,7 +105,7 @@ def crlb(op: Any, of: Any = None, *, method: str = "auto") -> Bounds:
             "the Cramér-Rao bound needs the information of all data, and this operator is of a mean: use a loss with "
             "reduction='sum'."
         )
-    if any(fisher.sharding is not None for fisher in fishers):
+    if any(fisher.score_matrix.is_divided for fisher in fishers):
         raise NotImplementedError("`op` must have whole parameters, got sharded ones. Gather the parameters first.")
     if any(factor < 0 for _, factor in parts):
         raise ValueError(

@@ -114,7 +114,7 @@ def eigsh(
     A, shift = undamped(as_operator(op))
     D = A.shape[0]
     k = integer("k", k, 1, D)
-    if isinstance(A, FisherOperator) and A.sharding is not None and (return_eigenvectors or method != "dual"):
+    if isinstance(A, FisherOperator) and A.score_matrix.is_divided and (return_eigenvectors or method != "dual"):
         raise NotImplementedError(
             "`method` must be 'dual' and `return_eigenvectors` False for sharded parameters, of which eigenvalues "
             "alone are supported."
@@ -327,7 +327,7 @@ def _primal(
         if state is not None:
             basis = torch.as_tensor(state["basis"])
             space.restore(basis, state["projected"], float(state["coupling"]), int(state["products"]))
-    bar = tqdm(desc="eigsh", unit=" products", leave=False, disable=not progressbar or A.ranks.rank > 0)
+    bar = tqdm(desc="eigsh", unit=" products", leave=False, disable=not progressbar or not A.processes.leads)
     bar.update(space.products)
 
     def multiply(v: Tensor) -> Tensor:
@@ -345,7 +345,7 @@ def _primal(
         bar.set_postfix_str(f"residual {residuals.max(initial=0) / scale:.1e} of the largest", refresh=False)
         save()
         if callback is not None:
-            with A.ranks.guard("the callback of eigsh"):
+            with A.processes.guard("the callback of eigsh"):
                 callback(space.products, values, residuals)
 
     tol = max(tol, float(torch.finfo(A.torch_dtype).eps))

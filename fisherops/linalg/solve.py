@@ -13,7 +13,6 @@ from tqdm import tqdm
 from fisherops import _arrays
 from fisherops._checks import integer
 from fisherops._linop import TorchLinearOperator, as_damping, identity
-from fisherops._sharding import reduced
 from fisherops.fisher import FisherOperator
 from fisherops.linalg._checkpoint import Checkpoint
 from fisherops.linalg._results import Interrupted, Solution
@@ -127,7 +126,7 @@ def solve(
         raise ValueError(
             f"`rtol` must be at least 0 and below 1, and `atol` finite and at least 0, got {rtol!r} and {atol!r}."
         )
-    targets = (rtol * _norms(B)).clamp_min(atol)
+    targets = (rtol * _norms(A, B)).clamp_min(atol)
     if damping == 0 and not least_norm:
         _refuse_singular(A)
     products = float("inf") if least_norm else 100.0 * B.shape[1] ** 0.5
@@ -148,7 +147,7 @@ def solve(
 
         def report(done: int, norms: Tensor) -> None:
             if callback is not None:
-                with A.ranks.guard("the callback of solve"):
+                with A.processes.guard("the callback of solve"):
                     callback(done, leave(norms[0] if single else norms))
 
         try:
@@ -160,9 +159,9 @@ def solve(
     else:
         inverse = _Pseudoinverse(A, way) if least_norm and damping == 0 else DampedInverse(A, damping, way)
         X, R, iterations = _refined(A, B, damping, inverse, targets)
-    norms = reached = _norms(R)
+    norms = reached = _norms(A, R)
     if isinstance(inverse, _Pseudoinverse):
-        reached = _norms(A.times_columns(R)) / max(inverse.largest, torch.finfo(B.dtype).tiny)
+        reached = _norms(A, A.times_columns(R)) / max(inverse.largest, torch.finfo(B.dtype).tiny)
     return _solution(X, norms, bool((reached <= targets).all()), iterations, way, leave, single)
 
 
@@ -287,17 +286,15 @@ def natural_gradient(op: Any, grad: Any, damping: float, **options: Any) -> Any:
         for name, g in by_name.items()
     }
     entered = {name: _arrays.enter(g) for name, g in gradients.items()}
-    sharding = op.sharding
     for name, (g, _) in entered.items():
         if g.shape != shapes[name]:
             raise ValueError(
                 f"`grad[{name!r}]` must have the parameter's shape {tuple(shapes[name])}, got {tuple(g.shape)}."
             )
-    if sharding is not None:
-        local = torch.cat([sharding.piece(g) for g, _ in entered.values()])
-        x = _converged(solve(op, op.sharded(local), damping, **options)).x
-        pieces = x.to_local().split([sharding.piece(g).numel() for g, _ in entered.values()])
-        steps = {name: sharding.like(g, piece) for (name, (g, _)), piece in zip(entered.items(), pieces, strict=True)}
+    if op.score_matrix.is_divided:
+        pieces = {name: g for name, (g, _) in entered.items()}
+        x = _converged(solve(op, op.score_matrix.join(pieces), damping, **options)).x
+        steps = op.score_matrix.split(x, pieces)
     else:
         # In the widest of their precisions, so that the solver sees which numbers the operator's cannot represent.
         flat = torch.cat([g.reshape(-1).to(op.device) for g, _ in entered.values()])
@@ -388,12 +385,12 @@ class DampedInverse(TorchLinearOperator):
             if self.method == "primal":
                 solution = solve(self._op, V, self.damping, method="primal", rtol=self._rtol, maxiter=self._maxiter)
             else:
-                targets = self._rtol * _norms(V)
+                targets = self._rtol * _norms(self._op, V)
                 X, R, steps = _refined(self._op, V, self.damping, self, targets)
-                norms = _norms(R)
+                norms = _norms(self._op, R)
                 # Or as small as the rounding of products with F lets it be, while that leaves some digits.
-                rounding = 10 * float(torch.finfo(V.dtype).eps) * (self._norm + self.damping) * _norms(X)
-                targets = targets.maximum(rounding.minimum(_LEAST_DIGITS * _norms(V)))
+                rounding = 10 * float(torch.finfo(V.dtype).eps) * (self._norm + self.damping) * _norms(self._op, X)
+                targets = targets.maximum(rounding.minimum(_LEAST_DIGITS * _norms(self._op, V)))
                 solution = Solution(X, norms, steps, bool((norms <= targets).all()), self.method)
             product: Tensor = _converged(solution).x
         return product.T
@@ -463,11 +460,11 @@ def _refined(
     X = inverse.direct(B)
     R = B - A.times_columns(X).add_(X, alpha=damping)
     for step in range(_REFINEMENTS):
-        if bool((_norms(R) <= targets).all()):
+        if bool((_norms(A, R) <= targets).all()):
             return X, R, step
         better = X + inverse.direct(R)
         left = B - A.times_columns(better).add_(better, alpha=damping)
-        improved = _norms(left) < _norms(R)
+        improved = _norms(A, left) < _norms(A, R)
         if not bool(improved.any()):
             return X, R, step
         X, R = torch.where(improved, better, X), torch.where(improved, left, R)
@@ -494,7 +491,7 @@ def _conjugate_gradients(
     """
     maxiter = 10 * A.shape[0] if maxiter is None else integer("maxiter", maxiter, 0)
     # Columns of norm 1, so that squares stay in the range of the precision.
-    scales = _norms(B)
+    scales = _norms(A, B)
     scales = torch.where(scales > 0, scales, torch.ones_like(scales))
     B, targets = (B / scales).to(B.dtype), targets / scales
     x0 = None if x0 is None else (x0 / scales).to(B.dtype)
@@ -516,7 +513,7 @@ def _conjugate_gradients(
         X = torch.zeros_like(B) if x0 is None else x0.clone()
         R = B.clone() if x0 is None else B - multiply(X)
         P = precondition(R)
-        rho, done = _dots(R, P), 0
+        rho, done = _dots(A, R, P), 0
 
     def save() -> None:
         if file is not None:
@@ -525,32 +522,34 @@ def _conjugate_gradients(
             )
 
     replacements = 0
-    bar = tqdm(desc="solve", unit=" iterations", initial=done, leave=False, disable=not progressbar or A.ranks.rank > 0)
+    bar = tqdm(
+        desc="solve", unit=" iterations", initial=done, leave=False, disable=not progressbar or not A.processes.leads
+    )
     with bar:
         try:
             while done < maxiter:
-                if bool((_norms(R) <= targets).all()):
+                if bool((_norms(A, R) <= targets).all()):
                     # The residual of the recursion drifts from the true one; where that matters, start from it.
                     R = B - multiply(X)
-                    if replacements == _REFINEMENTS or bool((_norms(R) <= targets).all()):
+                    if replacements == _REFINEMENTS or bool((_norms(A, R) <= targets).all()):
                         break
                     P = precondition(R)
-                    rho, replacements = _dots(R, P), replacements + 1
+                    rho, replacements = _dots(A, R, P), replacements + 1
                 product = multiply(P)
-                curvature = _dots(P, product)
+                curvature = _dots(A, P, product)
                 active = curvature > 0  # columns that are solved exactly have no direction left
                 if not bool(active.any()):
                     break
                 alpha = torch.where(active, rho / curvature, torch.zeros_like(rho))
                 step = X + alpha * P, R - alpha * product
                 Z = precondition(step[1])
-                following = _dots(step[1], Z)
+                following = _dots(A, step[1], Z)
                 beta = torch.where(rho > 0, following / rho, torch.zeros_like(rho))
                 # All at once, so that an interrupt finds one state or the next.
                 X, R, P, rho, done = *step, Z + beta * P, following, done + 1
-                norms = _norms(R)
+                norms = _norms(A, R)
                 bar.update()
-                bar.set_postfix_str(f"residual {float((norms / _norms(B)).nan_to_num().max()):.1e}", refresh=False)
+                bar.set_postfix_str(f"residual {float((norms / _norms(A, B)).nan_to_num().max()):.1e}", refresh=False)
                 report(done, (norms * scales).to(B.dtype))
                 if done % 20 == 0:
                     save()
@@ -559,7 +558,7 @@ def _conjugate_gradients(
             return (X * scales).to(B.dtype), (R * scales).to(B.dtype), done
         except KeyboardInterrupt:
             save()
-            raise _HaltedError((X * scales).to(B.dtype), _norms(R) * scales, done) from None
+            raise _HaltedError((X * scales).to(B.dtype), _norms(A, R) * scales, done) from None
 
 
 class _HaltedError(Exception):
@@ -635,16 +634,18 @@ def _crc(X: Tensor) -> int:
     return zlib.crc32(X.cpu().contiguous().numpy().tobytes())
 
 
-def _norms(X: Tensor) -> Tensor:
+def _norms(A: TorchLinearOperator, X: Tensor) -> Tensor:
     """Return the norms of columns in float64, also where their squares are out of the range of the precision."""
-    norms: Tensor = reduced(torch.linalg.vector_norm(X, dim=0, dtype=torch.float64))
-    return norms
+    if type(X) is Tensor:
+        norms: Tensor = torch.linalg.vector_norm(X, dim=0, dtype=torch.float64)
+        return norms
+    wide = X.double().T
+    return A.processes.inner(wide, wide).sqrt()
 
 
-def _dots(X: Tensor, Y: Tensor) -> Tensor:
+def _dots(A: TorchLinearOperator, X: Tensor, Y: Tensor) -> Tensor:
     """Return the scalar products of columns."""
-    products: Tensor = reduced((X * Y).sum(0))
-    return products
+    return A.processes.inner(X.T, Y.T)
 
 
 def _converged(solution: Solution) -> Solution:

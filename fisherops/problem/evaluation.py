@@ -271,7 +271,7 @@ class Evaluation:
 
     def check_custom_functions(self) -> None:
         """Compare custom autograd functions' reverse mode with the other modes that they offer, if any."""
-        if self.custom_functions and not self.problem.sharded:
+        if self.custom_functions and not self.problem.is_divided:
             try:
                 self.choose_mode()
             except ModesError as error:
@@ -294,7 +294,7 @@ class Evaluation:
         tensors = problem.parameters.tensors
         own = {n: t for n, t in tensors.items() if t.requires_grad and t.is_leaf and not t._backward_hooks}
         unreached = own.keys() - self.reached
-        if not own or problem.sharded or problem.model.converts or not (self.custom_functions or unreached):
+        if not own or problem.is_divided or problem.model.converts or not (self.custom_functions or unreached):
             return
         generator = torch.Generator(device=self.outputs.device).manual_seed(0)
         u = torch.randn(self.outputs.shape, dtype=self.outputs.dtype, device=self.outputs.device, generator=generator)

@@ -14,7 +14,6 @@ from torch.nn.modules import batchnorm, dropout
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 
-from fisherops._sharding import is_sharded, reshard
 from fisherops.problem.parameters import Parameters
 from fisherops.problem.version import BOOKKEEPING, LONG
 
@@ -22,6 +21,8 @@ from fisherops.problem.version import BOOKKEEPING, LONG
 class ModelFunction:
     """A model as ``(point, X) -> f``, where `point` maps parameter names to the values to use."""
 
+    is_divided = False
+    """Whether the parameters are divided among processes, so that their values are there during evaluations only."""
     converts: bool
     """Whether the model is evaluated in another precision than its own, so that inputs must be converted too."""
 
@@ -99,8 +100,7 @@ def as_function(model_func: Any, parameters: Parameters, functional: bool) -> Mo
             "the module that it was made from."
         )
     if isinstance(model_func, nn.Module):
-        sharded = any(map(is_sharded, parameters.tensors.values()))
-        return (_ShardedModule if sharded else _ModuleFunction)(model_func, parameters)
+        return _ModuleFunction(model_func, parameters)
     if not callable(model_func):
         raise TypeError(
             f"`model_func` must be an nn.Module or a callable, got {type(model_func).__name__}. "
@@ -150,9 +150,7 @@ class _ModuleFunction(ModelFunction):
     def converts(self) -> bool:  # type: ignore[override]
         """Asked anew, because the user may convert the model."""
         floating = self.tensors() if self._parameters.asks_dtype else self._chosen.values()
-        return self._parameters.converts or any(
-            t.dtype != self._dtype for t in floating if t.is_floating_point() and not is_sharded(t)
-        )
+        return self._parameters.converts or any(t.dtype != self._dtype for t in floating if t.is_floating_point())
 
     def tensors(self) -> list[Tensor]:
         return [*self._module.parameters(), *self._module.buffers()]
@@ -179,41 +177,6 @@ class _ModuleFunction(ModelFunction):
         if faults:
             raise ValueError(_describe_faults(faults))
         yield
-
-
-class _ShardedModule(_ModuleFunction):
-    """A module whose parameters `fully_shard` divided: it gathers them itself, group by group, at their own values."""
-
-    def __init__(self, module: nn.Module, parameters: Parameters) -> None:
-        super().__init__(module, parameters)
-        if self.converts:
-            raise NotImplementedError("sharded parameters are computed in their own precision: leave out `dtype`.")
-        from torch.distributed.fsdp import FSDPModule
-
-        self._gathered: dict[str, Tensor] = {}
-        for prefix, part in module.named_modules():
-            if not isinstance(part, FSDPModule):
-                continue
-            assert isinstance(part, nn.Module)
-            part.unshard()  # the tensors with all values, which last; their memory does not
-            for name, p in part.named_parameters(prefix, remove_duplicate=False):
-                if name in self._chosen and not is_sharded(p):
-                    self._gathered.setdefault(name, p)
-            part.reshard()
-        missing = [name for name, p in self._chosen.items() if is_sharded(p) and name not in self._gathered]
-        if missing:
-            raise NotImplementedError(
-                f"the parameters {missing[:3]} are DTensors that `fully_shard` did not make: these are taken alone."
-            )
-
-    def __call__(self, point: Mapping[str, Tensor], X: Any) -> Any:  # noqa: ARG002 (at its own values)
-        with _Restoring(called=self._called) as self.substitutes:
-            output = self._module(X)
-        reshard(self._module)
-        return output
-
-    def leaves(self, point: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {name: self._gathered[name] for name in point}  # in the order of the parameters
 
 
 class _PureFunction(ModelFunction):

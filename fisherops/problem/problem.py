@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,12 +11,11 @@ import torch
 from torch import Tensor
 
 from fisherops import _torch, likelihoods
-from fisherops._sharding import is_sharded, reshard
 from fisherops._tree import leaves, map_arrays
 from fisherops.likelihoods import Likelihood
 from fisherops.problem.calls import Calls, Kernels
 from fisherops.problem.evaluation import MODES, SEED, Evaluation, GraphFacts
-from fisherops.problem.model import as_function
+from fisherops.problem.model import ModelFunction, as_function
 from fisherops.problem.parameters import Parameters, as_dtype, select
 from fisherops.problem.version import Version
 
@@ -53,6 +52,8 @@ class Problem:
         Compute precision.
     any_loss : bool
         Whether losses are accepted that are not a likelihood.
+    make_function : callable
+        ``(model_func, parameters, functional) -> ModelFunction``, see `as_function`.
 
     Attributes
     ----------
@@ -65,19 +66,25 @@ class Problem:
         Dropped when modules, their modes or hooks have changed.
     mode : Mode
         How the last model that needed J v was differentiated, and so with which kernels it is evaluated first.
-    sharded : bool
-        Whether the parameters are divided among processes (FSDP2), so that there is reverse mode only.
+    is_divided : bool
+        Whether the parameters are divided among processes, so that there is reverse mode only.
     """
 
     def __init__(
-        self, model_func: Any, loss_func: Any, params: Any = None, *, dtype: Any = None, any_loss: bool = False
+        self,
+        model_func: Any,
+        loss_func: Any,
+        params: Any = None,
+        *,
+        dtype: Any = None,
+        any_loss: bool = False,
+        make_function: Callable[[Any, Parameters, bool], ModelFunction] = as_function,
     ) -> None:
         self._make_likelihood = functools.partial(likelihoods.of_loss, loss_func, any_loss)
         self.likelihood: Likelihood = self._make_likelihood()
-        reshard(model_func)
         self.parameters = Parameters(select(model_func, params), as_dtype(dtype))
-        self.sharded = any(map(is_sharded, self.parameters.tensors.values()))
-        self.model = as_function(model_func, self.parameters, functional=isinstance(params, Mapping))
+        self.model = make_function(model_func, self.parameters, isinstance(params, Mapping))
+        self.is_divided = self.model.is_divided
         self.clones_inputs = True
         """Whether inputs are copied for each evaluation, because the model may write into them."""
         # Calls of `isolated` that are under way, and whether the model was evaluated in them.

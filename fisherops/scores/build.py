@@ -160,8 +160,8 @@ class RowsBuilder:
                 "`log_prob` or `exact`, or pass dtype='float64'."
             )
         gradients = self._backpropagated(vectors)
-        if e.problem.sharded:
-            return self._build_sharded(gradients, vectors), {}
+        if e.problem.is_divided:
+            return self._build_divided(gradients, vectors), {}
         known = None if e.custom_functions else facts.rows.get((self._N, self._q))
         with torch.no_grad():
             places = self._places()
@@ -306,7 +306,7 @@ class RowsBuilder:
 
     def _copy_of(self, use: Use, names: tuple[str, ...]) -> Tensor:
         """Return D without its history; only its place in memory if the parameters are sharded, which is freed."""
-        if not self._evaluation.problem.sharded:
+        if not self._evaluation.problem.is_divided:
             return use.value.detach()
         leaf = self._leaves[names[0]]
         if len(names) > 1 or (use.value is not leaf and use.value._base is not leaf):
@@ -317,11 +317,11 @@ class RowsBuilder:
         if not names:
             raise UnknownUseError("no parameter is behind its value")
         leaves = [self._leaves[name] for name in names]
-        if self._evaluation.problem.sharded:
+        if self._evaluation.problem.is_divided:
             leaves = [torch.empty(leaves[0].shape, dtype=leaves[0].dtype, device="meta")]
         if len(names) == 1 and Strided.fits(leaves[0], view):
             return Strided(names[0], leaves[0].detach(), view.detach(), split)
-        if self._evaluation.problem.sharded:
+        if self._evaluation.problem.is_divided:
             raise UnknownUseError("it is no view of a sharded parameter")
         is_leaf = len(names) == 1 and use.value is leaves[0]
         o, i = split
@@ -468,7 +468,7 @@ class RowsBuilder:
 
     # ---- Sharded parameters -------------------------------------------------------------------
 
-    def _build_sharded(self, gradients: Mapping[Any, Tensor], vectors: Tensor) -> MaterializedBatch:
+    def _build_divided(self, gradients: Mapping[Any, Tensor], vectors: Tensor) -> MaterializedBatch:
         """Build the rows where no rank has memory for a gradient of all parameters.
 
         A plain backward pass gives them one after the other, and each is compared when it is there.

@@ -72,7 +72,7 @@ class Cache:
             try:
                 return self._rows(evaluation, factor_of, left, patient=cache != "auto")
             except CannotHoldError as error:
-                if evaluation.problem.sharded:
+                if evaluation.problem.is_divided:
                     raise NotImplementedError(
                         f"the parameters are sharded, and their rows cannot be held as factors: {error}. There is no "
                         "other form for them."
@@ -143,7 +143,7 @@ class Cache:
         try:
             # Where the cheapest form does not fit, factors may, which are smaller for long sequences.
             forms = ("auto", "factors") if self.plan.cache == "auto" else (self.plan.cache,)
-            for form in ("factors",) if evaluation.problem.sharded else forms:
+            for form in ("factors",) if evaluation.problem.is_divided else forms:
                 nbytes = builder.nbytes(form)
                 if nbytes <= limit:
                     held, differentiated = builder.build(form, patient)

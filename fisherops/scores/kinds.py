@@ -33,8 +33,8 @@ class Kind(ABC):
     needs_terms = True
     """Whether what the targets say about the terms, and their weights, enter G."""
 
-    def sampler(self, rank: int, device: torch.device) -> Sampler | None:
-        """Return the sampler for one pass over the data of a rank, if any is needed."""
+    def sampler(self, stream: int, device: torch.device) -> Sampler | None:
+        """Return the sampler for one pass over the data, if any is needed; of a stream, by its number."""
         return None
 
     @abstractmethod
@@ -42,7 +42,7 @@ class Kind(ABC):
         """Return S for flattened outputs (T, C), without the weights of observations and normalization."""
 
     def identity(self) -> dict[str, Any]:
-        """Return what must be the same on all ranks."""
+        """Return what must be the same in all processes that share the data."""
         return {"mc_samples": self.samples}
 
 
@@ -57,11 +57,11 @@ class MonteCarlo(Kind):
         self.by_datum = not stream
         self.description = f"'mc', mc_samples={samples}"
 
-    def sampler(self, rank: int, device: torch.device) -> Sampler:
+    def sampler(self, stream: int, device: torch.device) -> Sampler:
         if not self._stream:
             return CounterSampler(self.seed)
-        # Ranks must not draw the same numbers; the golden ratio spreads their seeds.
-        return StreamSampler((self.seed + 0x9E3779B97F4A7C15 * rank) % 2**64, device)
+        # Two streams must not draw the same numbers; the golden ratio spreads their seeds.
+        return StreamSampler((self.seed + 0x9E3779B97F4A7C15 * stream) % 2**64, device)
 
     def factor(self, q: Likelihood, f: Tensor, terms: Terms, draws: Draws | None) -> OutputFactor:
         assert draws is not None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager, nullcontext
 from typing import Any
 
@@ -14,11 +14,15 @@ from torch import Tensor
 from fisherops import _arrays, _torch
 from fisherops._checks import noting, prefixing
 from fisherops._data import Batch, Data
-from fisherops._ranks import Alone
 from fisherops._tree import copied
 from fisherops.likelihoods import Likelihood, Terms
 from fisherops.problem import Problem
 from fisherops.scores.kinds import FactorOf, Kind, terms_of
+
+
+def itself(tensor: Tensor) -> Tensor:
+    """Return a tensor as it is: the sum over one process."""
+    return tensor
 
 
 class Reader:
@@ -34,10 +38,12 @@ class Reader:
     rows : {"term", "datum"}
     checks : bool
         Whether layers that are random or couple data are refused.
-    ranks : Alone
-        The processes among which the data are divided.
     weights : torch.Tensor or None
         The weight of each example by its index in the data set, (N,) in float64 on the CPU.
+    stream : int
+        Number of the stream of draws, where data that other processes read have others.
+    total : callable
+        Sums a small tensor over all processes that share the data.
 
     Attributes
     ----------
@@ -56,11 +62,13 @@ class Reader:
         name: str,
         rows: str,
         checks: bool,
-        ranks: Alone,
         weights: Tensor | None = None,
+        stream: int = 0,
+        total: Callable[[Tensor], Tensor] = itself,
     ) -> None:
         self.problem, self.data, self.kind, self.name = problem, data, kind, name
-        self.sums, self.checks, self._ranks, self.weights = rows == "datum", checks, ranks, weights
+        self.sums, self.checks, self.weights = rows == "datum", checks, weights
+        self.stream, self._total = stream, total
         self.c: Tensor | None = None
         self._divisors = Divisors(problem.likelihood)
         self._reached: frozenset[str] = frozenset()
@@ -70,6 +78,12 @@ class Reader:
     def finds_c_late(self) -> bool:
         """Whether c is found by the pass that needs it: there is one head, whose rows can be divided afterwards."""
         return self.c is None and len(self.problem.likelihood.reductions) == 1
+
+    @property
+    def repeats(self) -> tuple[bool, bool]:
+        """Whether the next pass checks the model again, and whether it sums c again."""
+        version = self.problem.version
+        return self.checks and self._structure != version.structure, self.c is None or self._loss != version.loss
 
     @contextmanager
     def reading(self, description: str) -> Iterator[Iterator[Batch]]:
@@ -108,7 +122,7 @@ class Reader:
             Both None for a known batch.
         """
         problem, kind = self.problem, self.kind
-        sampler = kind.sampler(self._ranks.rank, problem.device)
+        sampler = kind.sampler(self.stream, problem.device)
         divisors, reached, skipped = Divisors(problem.likelihood), frozenset[str](), False
         c = torch.ones(1, dtype=torch.float64, device="cpu") if self.finds_c_late else self.divisor()
         # A graph that is kept must not share memory with the user, and products must round the same whether it is kept
@@ -179,7 +193,7 @@ class Reader:
                         with noting(f"batch {batch.number}"), torch.enable_grad():
                             output = self.problem.call(point, batch.X)
                         divisors.add(self._terms(output, batch))
-            self._divisors, self.c = divisors, divisors.total(self._ranks)
+            self._divisors, self.c = divisors, divisors.total(self._total)
         return self.c
 
     def count(self) -> int:
@@ -217,7 +231,7 @@ class Reader:
                     for _ in batches:
                         pass
         problem.clones_inputs = writes
-        self._divisors, self.c = divisors, divisors.total(self._ranks)
+        self._divisors, self.c = divisors, divisors.total(self._total)
 
     def _follow_changes(self) -> None:
         """Repeat the checks if modules, modes or hooks have changed, and forget c if the loss has."""
@@ -273,7 +287,7 @@ class Reader:
         if self.data.num_data:
             self._check_reached(reached)
         if self.c is None:
-            self._divisors, self.c = divisors, divisors.total(self._ranks)
+            self._divisors, self.c = divisors, divisors.total(self._total)
         elif not torch.allclose(divisors.sum, self._divisors.sum, rtol=1e-6):
             raise RuntimeError(
                 "what reduction='mean' divides by changed from one pass to the next: the weights of the loss were "
@@ -313,9 +327,9 @@ class Divisors:
         """Add those of one batch."""
         self.sum = self.sum + torch.as_tensor(terms.divisor, dtype=torch.float64, device="cpu") * self._mean
 
-    def total(self, ranks: Alone) -> Tensor:
-        """Return c for each head, of the data of all ranks: 1 where the reduction is a sum."""
-        total = ranks.sum(self.sum.clone())
+    def total(self, over_processes: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return c for each head: 1 where the reduction is a sum."""
+        total = over_processes(self.sum.clone())
         if (self._mean & (total == 0)).any():
             raise ValueError(
                 "every loss term of the data is ignored or has weight 0, so reduction='mean' divides by zero: "

@@ -1,0 +1,334 @@
+"""The score matrix of data that are divided among processes: each has the rows of its own data."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from contextlib import AbstractContextManager
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fisherops._fingerprint import checksum_of, fingerprint
+from fisherops._linop import TorchLinearOperator, Transposed, check_result, opaque
+from fisherops._processes import Processes
+from fisherops.parallel.group import Group, checksum
+from fisherops.problem import Parameters
+from fisherops.score_matrix import NO_ORDER, Kept, ScoreMatrix, column_step, gram_by_products, is_tiny
+from fisherops.scores import Kind, Plan
+
+# Rows of the Gram matrix that are summed over the ranks at a time.
+_FEW_ROWS = 128
+
+Item = TypeVar("Item")
+
+
+class DistributedScores(TorchLinearOperator):
+    """The score matrix G of all processes of a group, each with the rows of its own data; as `ScoreMatrix`.
+
+    Everything that asks the other ranks is inside of a step, in which all ranks compare what they do, with which
+    vectors, and whether a pass over the data must find the rows again: such a pass sums the divisor of the loss over
+    the ranks, so it must not happen on one of them alone.
+
+    Parameters
+    ----------
+    local : ScoreMatrix
+        G of this rank's data.
+    group : Group
+    """
+
+    is_divided = False
+
+    def __init__(self, local: ScoreMatrix, group: Group) -> None:
+        self.local, self.group = local, group
+        self._number = group.number()
+        self._counts: list[int] | None = None
+        self._by_rank: list[int] = []
+        super().__init__((local.parameters.numel,) * 2, local.torch_dtype, local.device)
+        with self._step("construction", **self._identity()):
+            self._read_once()
+            local.check()
+
+    def _read_once(self) -> None:
+        """Read the data if no check does: which data are whose must be known before the first draw."""
+        if not self.local.reader.checks:
+            self.local.reader.count()
+
+    # ---- Steps --------------------------------------------------------------------------------
+
+    def _step(self, description: str, **values: Hashable) -> AbstractContextManager[None]:
+        """Do something together with the other ranks, which must pass the same values."""
+        return self.group.step(f"{description} of operator {self._number}", **values)
+
+    def _pass(self, description: str, V: Tensor | None = None) -> AbstractContextManager[None]:
+        """Do something with the batches together with the other ranks, and with the same vectors (K, n)."""
+        values: dict[str, Any] = {} if V is None else {"columns": len(V), "vectors": self._checksum(V)}
+        # What a rank does next must not depend on more than the ranks have compared.
+        values["is_current"] = self.local.is_current
+        if not values["is_current"]:
+            values |= {"repeats": self.local.reader.repeats, "present_tensors": self._checksum_of_model()}
+        return self._step(description, **values)
+
+    def _checksum(self, V: Tensor) -> int:
+        return checksum(V)
+
+    def _checksum_of_model(self) -> int:
+        return checksum_of(self.local.problem.model.tensors())
+
+    def _identity(self) -> dict[str, Any]:
+        """Return what must be the same on all ranks."""
+        reader, likelihood = self.local.reader, self.local.problem.likelihood
+        return {
+            "name": reader.name,
+            "dtype": str(self.torch_dtype),
+            "loss": f"{type(likelihood).__name__} ({', '.join(likelihood.reductions)})",
+            "loss_options": fingerprint(likelihood),
+            "shapes": {name: tuple(shape) for name, shape in self.parameters.shapes.items()},
+            "parameters": self.parameter_checksum,
+            "tensors": self._checksum_of_model(),
+            "sample_weight": fingerprint(reader.weights),
+            "check_deterministic": reader.checks,
+            "rows": "datum" if reader.sums else "term",
+            **self.kind.identity(),
+        }
+
+    # ---- What it is ---------------------------------------------------------------------------
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(rows, D), the rows of all ranks; found by a pass over the data if there was none."""
+        if self._counts is None or self._counts is not self.local.counts:
+            with self._pass("rows"):
+                _ = self.local.plan
+                self._by_rank = self.group.share(self.local.shape[0])
+            self._counts = self.local.counts
+        return sum(self._by_rank), self.parameters.numel
+
+    @shape.setter
+    def shape(self, _: Any) -> None:
+        """Do nothing: SciPy's constructor sets a shape."""
+
+    @property
+    def processes(self) -> Processes:
+        """The processes among which the data are divided."""
+        return self.group
+
+    @property
+    def parameters(self) -> Parameters:
+        """The parameters, which the columns belong to."""
+        return self.local.parameters
+
+    @property
+    def kind(self) -> Kind:
+        """Which vectors make the output factor."""
+        return self.local.kind
+
+    @property
+    def kinds(self) -> frozenset[Kind]:
+        """The kind, as one of a stack has it."""
+        return self.local.kinds
+
+    @property
+    def parts(self) -> tuple[tuple[float, DistributedScores], ...]:
+        """Itself with the factor 1, as one of a stack."""
+        return ((1.0, self),)
+
+    @property
+    def reductions(self) -> tuple[str, ...]:
+        """The reduction, "mean" or "sum", of each head of the loss."""
+        return self.local.reductions
+
+    @property
+    def num_data(self) -> int | None:
+        """Number of data on this rank, if they were read."""
+        return self.local.num_data
+
+    @property
+    def max_memory(self) -> int:
+        """Bytes that may be cached, on this rank."""
+        return self.local.max_memory
+
+    @property
+    def version(self) -> int:
+        """A number that grows whenever the model, its tensors or the loss were seen to change."""
+        return self.local.version
+
+    @property
+    def rows_have_order(self) -> bool:
+        """Whether every pass lists the rows in the same order, on all ranks."""
+        with self._pass("order of the rows"):
+            return all(self.group.share(self.local.rows_have_order))
+
+    def require_order(self) -> None:
+        """Raise ValueError if the rows have no order."""
+        if not self.rows_have_order:
+            raise ValueError(NO_ORDER)
+
+    @property
+    def kept(self) -> Kept:
+        """What is cached between products on all ranks together."""
+        with self._pass("what is kept"):
+            shares = self.group.share(tuple(self.local.kept))
+        nbytes, left, rows = zip(*shares, strict=True)
+        return Kept(sum(nbytes), min(left), all(rows))
+
+    @property
+    @opaque
+    def plan(self) -> Plan:
+        """What this rank caches between products, its memory and why; made by a pass if there was none."""
+        with self._pass("plan"):
+            return self.local.plan
+
+    def refresh(self) -> None:
+        """Forget what is cached; see `FisherMCLinearOperator.refresh`."""
+        self.local.refresh()
+
+    @property
+    def parameter_checksum(self) -> int:
+        """A checksum of the present values of the parameters."""
+        return self.local.parameter_checksum
+
+    def redrawn(self, kind: Kind) -> DistributedScores:
+        """Return G of the same problem and data with other draws; what was learnt about these is shared."""
+        other = copy.copy(self)
+        other._number, other._counts = self.group.number(), None
+        with self._step("resampling", **kind.identity()):
+            other.local = self.local.redrawn(kind)
+            # All ranks share what was learnt, or none does.
+            if not all(self.group.share(other.local.is_current)):
+                other.local.refresh()
+        return other
+
+    # ---- Products -----------------------------------------------------------------------------
+
+    def product(self, V: Tensor) -> Tensor:
+        """Multiply GᵀG: (K, D) → (K, D)."""
+        local, step = self.local, column_step(V)
+        with self._pass("product", V):
+            if len(V) <= step:
+                return self.group.sum(local.product(V))
+            # Data that are not cached are read once for all blocks. Else the sum of a block over the ranks is under way
+            # while the next block is multiplied.
+            blocks = map(local.product, V.split(step)) if local.is_cached else iter(local.product(V).split(step))
+            sums = _one_ahead(map(self.group.begin_sum, blocks))
+            result = torch.empty_like(V, memory_format=torch.contiguous_format)
+            for rows, pending in zip(result.split(step), sums, strict=True):
+                rows.copy_(pending.value())
+        return result
+
+    def _mul(self, V: Tensor) -> Tensor:
+        self.require_order()
+        with self._pass("scores", V):
+            return torch.cat(self.group.gather(self.local._mul(V).T)).T
+
+    def _mul_t(self, W: Tensor) -> Tensor:
+        self.require_order()
+        own = self._own(W)
+        with self._pass("transposed scores", W):
+            return self.group.sum(self.local._mul_t(own))
+
+    def _own(self, W: Tensor) -> Tensor:
+        """Return the pieces (K, rows) of vectors that belong to this rank's rows."""
+        _ = self.shape
+        start = sum(self._by_rank[: self.group.rank])
+        return W[:, start : start + self._by_rank[self.group.rank]]
+
+    def _transpose(self) -> Transposed:
+        return Transposed(self)
+
+    # ---- What F = GᵀG asks --------------------------------------------------------------------
+
+    def _sum(self, description: str, own: Callable[[], Tensor], V: Tensor | None = None) -> Tensor:
+        """Return the sum over the ranks, which is finite if the vectors are."""
+        with self._pass(description, V):
+            total = self.group.sum(own())
+        return check_result(total, *(() if V is None else (V,)))
+
+    def dense(self) -> Tensor:
+        """Return GᵀG as a matrix (D, D), from the rows."""
+        return self._sum("dense", self.local.sum_of_squares)
+
+    def col_norms(self) -> Tensor:
+        """Return the squared norms of the columns, (D,): the diagonal of F."""
+        return self._sum("diagonal", self.local.sum_of_diagonals)
+
+    def square_norm(self) -> float:
+        """Return the squared Frobenius norm, which is the trace of F."""
+        total = float(self.col_norms().sum(dtype=torch.float64))
+        return float(self._sum("trace", self.local.square_norm_of_rows)) if is_tiny(total, self.torch_dtype) else total
+
+    def square_root(self, triangular: bool) -> Tensor:
+        """Return B in float64 with BᵀB = F; see `ScoreMatrix.square_root`."""
+        with self._pass("square root"):
+            B = torch.cat(self.group.gather(self.local.square_root(triangular)))
+        return torch.linalg.qr(B, mode="r")[1] if triangular and len(B) > B.shape[1] else B
+
+    def gradient(self) -> Tensor:
+        """Return the gradient of the loss over all data, (D,)."""
+        return self._sum("gradient", self.local.sum_of_gradients)
+
+    def moments_of_forms(self, V: Tensor) -> Tensor:
+        """Sum the variance and the second moment of vᵀFv over the M samples of each term, (2, K) in float64."""
+        return self._sum("standard error", lambda: self.local.sum_of_moments(V), V)
+
+    def gram(self) -> np.ndarray[Any, Any]:
+        """Return the Gram matrix G Gᵀ as a NumPy array of shape (rows, rows); see `ScoreMatrix.gram`."""
+        return self.gram_tensor().cpu().numpy()
+
+    @opaque
+    def gram_tensor(self) -> Tensor:
+        """Return the Gram matrix as a torch tensor on the operator's device; see `gram`."""
+        R = self.shape[0]
+        self.require_order()
+        with torch.no_grad(), self._pass("Gram matrix"):
+            result = self._gram_of_batches(R)
+        return check_result(gram_by_products(self) if result is None else result)
+
+    def cross(self, other: Any) -> None:
+        """Return None: the product with the transpose of another is not found from rows of several processes."""
+
+    def _gram_of_batches(self, R: int) -> Tensor | None:
+        """Multiply every two batches, whatever rank has them; None if the rows of some are not cached."""
+        group, batches = self.group, self.local.materialized()
+        known = group.share(None if batches is None else len(batches))
+        if None in known:
+            return None
+        own = [batch.without_graphs() for batch in batches or []]
+        # A rank fills in the blocks that it finds, and leaves zeros for the others.
+        result = torch.zeros(R, R, dtype=self.torch_dtype, device=self.device)
+        first, column = sum(self._by_rank[: group.rank]), 0
+        for source, count in enumerate(known):
+            for k in range(count):
+                other = group.broadcast(own[k] if source == group.rank else None, source)
+                row = first
+                for j, batch in enumerate(own):
+                    mine, theirs = slice(row, row + batch.count), slice(column, column + other.count)
+                    row += batch.count
+                    if source == group.rank and j == k:
+                        block = batch.gram(batch)
+                        result[mine, mine] = (block + block.T).div_(2)
+                    elif j < k if source == group.rank else _falls_to(group.rank, source, group.size):
+                        block = batch.gram(other)
+                        result[mine, theirs] = block
+                        result[theirs, mine] = block.T
+                column += other.count
+        for rows in result.split(_FEW_ROWS):
+            rows.copy_(group.sum(rows))
+        return result
+
+
+def _falls_to(rank: int, other: int, size: int) -> bool:
+    """Whether the products of the rows of two ranks are found by the first, so that each rank has as many."""
+    distance = (other - rank) % size
+    return distance < size - distance or (2 * distance == size and rank < other)
+
+
+def _one_ahead(items: Iterable[Item]) -> Iterator[Item]:
+    """Yield each item when the next is made."""
+    previous: list[Item] = []
+    for item in items:
+        yield from previous
+        previous = [item]
+    yield from previous
