@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -208,7 +209,7 @@ class ScoreMatrix(TorchLinearOperator):
 
     def product(self, V: Tensor) -> Tensor:
         """Multiply GᵀG: (K, D) → (K, D)."""
-        return self._over("product", lambda batches: _sum_of_products(batches, V))
+        return self._over("product", partial(_sum_of_products, V))
 
     def _mul(self, V: Tensor) -> Tensor:
         def product(batches: Iterable[BatchScores]) -> Tensor:
@@ -365,7 +366,7 @@ class ScoreMatrix(TorchLinearOperator):
         """Return all batches, if the rows of each are cached."""
         if not self.plan.holds_rows:
             return None
-        return self._over("rows", lambda batches: [batch for batch in batches if isinstance(batch, MaterializedBatch)])
+        return self._over("rows", list[MaterializedBatch])
 
     # ---- Passes over the batches --------------------------------------------------------------
 
@@ -382,22 +383,23 @@ class ScoreMatrix(TorchLinearOperator):
         """
         version = self.problem.look()
         cache = self._cache if read is None and self._version == version else None
-        if cache is not None and cache.is_complete:
+        batches = None if cache is None else cache.in_order()
+        if batches is not None:
             # Nothing of the process is touched: no lock, no random numbers.
             if not _torch.needs_own_precision(self.device):
-                return function(cache.in_order())
+                return function(batches)
             with _torch.own_precision(self.device):
-                return function(cache.in_order())
+                return function(batches)
         with torch.no_grad():
             reader = self._reader
-            with reader.reading(description) as batches:
+            with reader.reading(description) as items:
                 if read is not None or cache is not None or self._spill is not None or self._asked == "none":
                     reader.divisor()
-                    return function(read(batches) if read is not None else self._filled(batches, cache, version))
+                    return function(read(items) if read is not None else self._filled(items, cache, version))
                 if not reader.finds_c_late:
-                    return function(self._filled(batches, None, version))
+                    return function(self._filled(items, None, version))
                 # c is known when all data were read, and divides what is cached.
-                deque(self._filled(batches, None, version), 0)
+                deque(self._filled(items, None, version), 0)
         return self._over(description, function)
 
     def _over_in_order(self, description: str, function: Callable[[Any], Result]) -> Result:
@@ -497,7 +499,7 @@ def _rows_or_columns(batch: BatchScores, D: int, dtype: torch.dtype, device: tor
         yield torch.cat([batch.apply(units) for units in identity(D, dtype, device, batch.columns)]).T
 
 
-def _sum_of_products(batches: Iterable[BatchScores], V: Tensor) -> Tensor:
+def _sum_of_products(V: Tensor, batches: Iterable[BatchScores]) -> Tensor:
     """Sum GᵀG V over batches; in blocks of V if it is large, but data are read once for all blocks."""
     step = column_step(V)
     if len(V) <= step:

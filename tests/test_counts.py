@@ -23,25 +23,26 @@ import fisherops as fo
 
 ROOT = Path(fo.__file__).parent
 
-# In words of the measured quantity: the number that must not grow, the target, and the landing that reaches it. Those of
+# In words of the measured quantity: the number that must not grow, the target, and the landing that reaches it, 0 if
+# it is reached. Those of
 # b2cece1 were 127, 61, 13, 129; 897, 29; 777, 110, 16; 5505, 11649; 41, 733; 2, 21. Problem, Version and uses by calls
 # (landings 2 and 3) raised them. The numbers of a first product are those without the determinism check.
 COUNTS = {
-    "calls of a warm product": (95, 35, 4),
-    "functions of a warm product": (60, 25, 4),
-    "files of a warm product": (15, 9, 4),
+    "calls of a warm product": (90, 35, 4),
+    "functions of a warm product": (56, 25, 4),
+    "files of a warm product": (13, 9, 4),
     "kernels of a warm product": (135, 90, 4),
-    "calls of a constructor and first product": (1700, 350, 4),
-    "files of a constructor and first product": (38, 18, 4),
-    "calls of eigsh": (490, 250, 6),
-    "functions of eigsh": (124, 70, 6),
-    "files of eigsh": (18, 10, 6),
-    "lines of the core": (7800, 2500, 4),
-    "lines of the package": (16950, 9200, 7),
-    "methods of the largest class": (49, 20, 4),
+    "calls of a constructor and first product": (1655, 350, 4),
+    "files of a constructor and first product": (37, 18, 4),
+    "calls of eigsh": (485, 250, 6),
+    "functions of eigsh": (122, 70, 6),
+    "files of eigsh": (17, 10, 6),
+    "lines of the core": (7050, 2500, 4),
+    "lines of the package": (17750, 9200, 7),
+    "methods of the largest class": (45, 20, 4),
     "lines of the largest file": (780, 350, 7),
-    "modules in import cycles": (4, 0, 7),
-    "files that mention ranks": (25, 2, 5),
+    "modules in import cycles": (2, 0, 7),
+    "files that mention ranks": (2, 2, 0),
 }
 
 # What the core is not: public constructors, likelihoods, linear algebra, processes, the command line, conversions, data
@@ -197,9 +198,9 @@ def names(nodes):
 
 
 def mention_ranks():
-    """Return the files outside of parallel/ that use ranks, process groups or sharded tensors."""
+    """Return the files outside of parallel/, and of its public name, that use process groups or sharded tensors."""
     word = re.compile(r"^_?ranks$|\b_ranks$|process_group|shard|dtensor|torch\.distributed", re.IGNORECASE)
-    files = {name: nodes for name, nodes in trees().items() if not name.startswith("parallel/")}
+    files = {name: nodes for name, nodes in trees().items() if not name.startswith(("parallel/", "distributed.py"))}
     return [name for name, nodes in files.items() if any(map(word.search, names(nodes)))]
 
 
@@ -228,7 +229,9 @@ def test_no_count_grows(name):
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=pytest.mark.xfail(strict=True, reason=f"landing {landing}: fewer {name}"))
+        pytest.param(
+            name, marks=[pytest.mark.xfail(strict=True, reason=f"landing {landing}: fewer {name}")] if landing else []
+        )
         for name, (_, _, landing) in COUNTS.items()
     ],
 )

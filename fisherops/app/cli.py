@@ -100,7 +100,8 @@ def _run(arguments: argparse.Namespace, group: Any, is_first: bool, progress: Pr
     problem = launch.load_everywhere(lambda: problems.load_problem(arguments, progress), group)
     try:
         progress.start("reading the data")
-        op = problems.make_operator(problem, arguments, group, progress)
+        batches, shared = launch.divide(problem, arguments.batch_size, group)
+        op = problems.make_operator(problem, arguments, batches, progress, **shared)
         progress.start(f"computing the {command.found} of the {op.shape[0]:,} × {op.shape[0]:,} matrix")
         begun = time.perf_counter()
         outcome = command.compute(op, arguments, progress)

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from fisherops.app.problems import Problem, UsageError
+from fisherops.distributed import shard
 
 
 @contextlib.contextmanager
@@ -50,3 +51,11 @@ def load_everywhere(load: Callable[[], Problem], group: Any) -> Problem:
         for _, t in tensors:
             dist.broadcast(t, 0, group=group)
     return problem
+
+
+def divide(problem: Problem, batch_size: int, group: Any) -> tuple[list[Any], dict[str, Any]]:
+    """Return this process's batches, and the options of an operator whose data are shared with other processes."""
+    X, y, B = problem.X, problem.y, batch_size
+    if group is None:
+        return [(X[i : i + B], y[i : i + B]) for i in range(0, len(y), B)], {}
+    return shard((X, y), group, batch_size=B), {"process_group": group}

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from fisherops._checks import first_line
 from fisherops.app.progress import Progress
-from fisherops.distributed import shard
 from fisherops.fisher import FisherOperator
 from fisherops.operators import EmpiricalFisherLinearOperator, FisherLinearOperator, FisherMCLinearOperator
 
@@ -252,24 +251,24 @@ def check_options(arguments: argparse.Namespace) -> None:
         raise UsageError("--reduction mean does not apply to --loss distribution, which is a sum: leave it out")
 
 
-def make_operator(problem: Problem, arguments: argparse.Namespace, group: Any, progress: Progress) -> FisherOperator:
-    """Return the operator that the options describe."""
+def make_operator(
+    problem: Problem, arguments: argparse.Namespace, batches: Sequence[Any], progress: Progress, **shared: Any
+) -> FisherOperator:
+    """Return the operator that the options describe, of batches that may be shared with other processes."""
     try:
         device = torch.device(arguments.device)
-        if group and arguments.device == "cuda":
+        if shared and arguments.device == "cuda":
             device = torch.device("cuda", torch.cuda.current_device())  # that of this process on its machine
         model = problem.model.to(device)
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"--device {arguments.device} cannot be used: {first_line(error)}") from None
     loss = LOSSES[problem.loss]
-    X, y, B = problem.X, problem.y, arguments.batch_size
-    cut = shard((X, y), group, batch_size=B) if group else [(X[i : i + B], y[i : i + B]) for i in range(0, len(y), B)]
     make, names = KINDS[arguments.kind]
     options = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
     op: FisherOperator = make(
         model, loss and loss(reduction=arguments.reduction or "mean"), _parameters(model, arguments.params),
-        _Batches(cut, progress), dtype=arguments.dtype, cache=arguments.cache, max_memory=arguments.max_memory,
-        process_group=group, **options,
+        _Batches(batches, progress), dtype=arguments.dtype, cache=arguments.cache, max_memory=arguments.max_memory,
+        **shared, **options,
     )  # fmt: skip
     return op
 

@@ -51,8 +51,10 @@ class Cache:
         """Whether every batch is cached, so that products need no data."""
         return None not in self._batches
 
-    def in_order(self) -> list[Any]:
-        """Return the batches, all of which are cached; those in files are read while they are used."""
+    def in_order(self) -> list[Any] | None:
+        """Return the batches if all are cached; those in files are read while they are used."""
+        if None in self._batches:
+            return None
         return self._batches if self._spill is None else InOrder(self._batches)
 
     def __contains__(self, number: int) -> bool:
