@@ -6,6 +6,7 @@ import pickle
 import signal
 import time
 import types
+from unittest import mock
 
 import numpy as np
 import scipy.sparse.linalg as sla
@@ -20,6 +21,8 @@ from torch.utils.data.distributed import DistributedSampler
 
 import fisherops as fo
 from fisherops import linalg
+from fisherops.parallel.group import Group, PendingSum
+from fisherops.score_matrix import ScoreMatrix
 
 N, D_IN, C = 37, 5, 3
 
@@ -101,6 +104,40 @@ def same_bits(group, cache):
     )  # fmt: skip
     V = torch.randn(op.shape[0], 3, generator=torch.Generator().manual_seed(2))
     return (op @ V).numpy().tobytes(), (op @ V[:, 0]).numpy()
+
+
+def blocks(group, where):
+    """Multiply with many vectors, in blocks, and list what is done with each; count the passes over the data."""
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    options = {"cached": {}, "not cached": {"cache": "none"}}.get(
+        where, {"max_memory": 0 if rank == size - 1 else None}
+    )
+    events = []
+
+    class Counting(list):
+        def __iter__(self):
+            events.append("read")
+            return super().__iter__()
+
+    def noted(name, function):
+        def wrapper(*args):
+            events.append(name)
+            return function(*args)
+
+        return wrapper
+
+    data = Counting(parts(group, "contiguous"))
+    op = fo.FisherMCLinearOperator(network(), loss(), data=data, process_group=group, mc_samples=2, seed=5, **options)
+    V = np.random.default_rng(0).standard_normal((op.shape[0], 20))
+    whole = op @ V
+    events.clear()
+    with (
+        mock.patch("fisherops.score_matrix._CHUNK_BYTES", 1),  # 8 columns at a time
+        mock.patch.object(ScoreMatrix, "product", noted("product", ScoreMatrix.product)),
+        mock.patch.object(Group, "begin_sum", noted("begin", Group.begin_sum)),
+        mock.patch.object(PendingSum, "value", noted("wait", PendingSum.value)),
+    ):
+        return whole, op @ V, events
 
 
 def rows(group, cache):
@@ -223,6 +260,21 @@ def disagree(group, what):
             with torch.no_grad():
                 model[0].weight.mul_(0.5)
         op.trace()
+
+
+def repeat(group, what):
+    """Change the parameters on all ranks, and what the next pass must repeat on the last one alone."""
+    last = dist.get_rank(group) == dist.get_world_size(group) - 1
+    model, criterion = network(), loss()
+    op = fo.FisherMCLinearOperator(model, criterion, data=parts(group, "contiguous"), process_group=group)
+    op.trace()
+    with torch.no_grad():
+        model[0].weight.mul_(0.5)
+        if last and what == "divisor":
+            criterion.weight.mul_(2)
+    if last and what == "check":
+        model[1].train(not model[1].training)
+    return op.trace()
 
 
 def fail(group, how):
@@ -372,7 +424,7 @@ def sharded_operator(group, kind, batch_size=4, **options):
         fully_shard(piece, mesh=mesh)
     own = fo.distributed.shard(data, group, batch_size=batch_size)
     loss = nn.CrossEntropyLoss()
-    return model, fo.FisherMCLinearOperator(model, loss, data=own, process_group=group, **options)
+    return model, fo.FisherMCLinearOperator(model, loss, data=own, **{"process_group": group, **options})
 
 
 def own_places(group, model):
@@ -453,6 +505,18 @@ def sharded_refusals(group):
         attempt(lambda: make(partly, ce, data=data, process_group=group)),
         attempt(lambda: make(model, ce, data=uneven, process_group=group)),
     ]
+
+
+def sharded_composites(group):
+    """Multiply by composites of an operator with sharded parameters, and by itself with a process group or without."""
+    model, op = sharded_operator(group, "dense", process_group=group if dist.get_world_size(group) > 1 else None)
+    places = own_places(group, model)
+    x = op.sharded(torch.linspace(-1, 1, op.shape[0], dtype=torch.float64)[places])
+    damped = op.damped(0.1)
+    same = damped.sharded(x.to_local())
+    operators = op, 2 * op, damped, op - 0.5 * op, op @ op, op**2, (op + op).damped(0.1)
+    products = [(A @ same).to_local().numpy() for A in operators]
+    return places, products, op.processes.inner(x.unsqueeze(0), x.unsqueeze(0)).to_local().numpy()
 
 
 def documented(group, code):

@@ -15,6 +15,8 @@ from ranks import DeathError, JobError, Processes
 
 import fisherops as fo
 from fisherops import linalg
+from fisherops.parallel.scores import DistributedScores
+from fisherops.score_matrix import ScoreMatrix
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +100,33 @@ def test_every_rank_gets_the_same_bits_and_no_digit_is_lost(four, cache):
     exact = (op @ v.double()).numpy()
     eps = np.finfo(np.float32).eps
     assert np.linalg.norm(answers[0][1] - exact) < 20 * eps * np.linalg.norm(exact)
+
+
+CACHED = ["product", "begin", "product", "begin", "wait", "product", "begin", "wait", "wait"]
+READ = ["product", "read", "begin", "begin", "wait", "begin", "wait", "wait"]
+
+
+@pytest.mark.parametrize(
+    ("where", "expected"),
+    [("cached", [CACHED, CACHED]), ("not cached", [READ, READ]), ("cached on one rank", [CACHED, READ])],
+)
+def test_the_sum_of_a_block_is_under_way_while_the_next_is_multiplied(two, where, expected):
+    F = alone().todense()
+    V = np.random.default_rng(0).standard_normal((len(F), 20))
+    for (whole, product, events), own in zip(two.results("blocks", where), expected, strict=True):
+        np.testing.assert_allclose(product, F @ V, atol=1e-13)
+        np.testing.assert_allclose(whole, product, atol=1e-13)
+        assert events == own
+
+
+def test_what_several_processes_share_has_all_that_a_score_matrix_offers():
+    # What a wrapper asks of the score matrix of one rank, and not what others ask of a score matrix.
+    of_one_rank = {
+        "reader", "problem", "counts", "check", "is_current", "is_cached", "materialized",
+        "sum_of_squares", "sum_of_diagonals", "sum_of_gradients", "sum_of_moments", "square_norm_of_rows",
+    }  # fmt: skip
+    offered = {name for name in vars(ScoreMatrix) if not name.startswith("_")} - of_one_rank
+    assert offered <= set(vars(DistributedScores))
 
 
 @pytest.mark.parametrize("cache", ["auto", "factors", "none"])
@@ -227,6 +256,13 @@ def test_ranks_that_disagree_are_told_how(two, what, text):
     assert two.results("recover")[0] == two.results("recover")[1]
 
 
+@pytest.mark.parametrize("what", ["divisor", "check"])
+def test_a_pass_that_repeats_more_on_one_rank_is_noticed_before_it_begins(two, what):
+    for answer in two.run("repeat", what, seconds=50):
+        assert isinstance(answer, JobError), answer
+        assert "whether the model is checked again" in answer.text, answer.text
+
+
 def test_the_others_are_told_of_an_error(four):
     answers = four.run("fail", "error", seconds=50)
     assert answers[3][0] == "ZeroDivisionError"
@@ -321,6 +357,20 @@ def test_a_natural_gradient_of_sharded_parameters(two):
         assert step.keys() == right.keys()
         for name, found in step.items():
             np.testing.assert_allclose(found, right[name], atol=1e-8)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_composites_of_sharded_parameters(size):
+    model, _, data = sharded_case("dense")
+    F = fo.FisherMCLinearOperator(model, torch.nn.CrossEntropyLoss(), data=data).todense()
+    D = len(F)
+    x, eye = np.linspace(-1, 1, D), np.eye(D)
+    matrices = F, 2 * F, F + 0.1 * eye, 0.5 * F, F @ F, F @ F, 2 * F + 0.1 * eye
+    with Processes(size) as processes:
+        for places, products, inner in processes.results("sharded_composites"):
+            np.testing.assert_allclose(inner, x @ x, rtol=1e-12)
+            for found, A in zip(products, matrices, strict=True):
+                np.testing.assert_allclose(found, (A @ x)[places], rtol=1e-9, atol=1e-12)
 
 
 def test_what_sharded_parameters_do_not_allow(two):
