@@ -347,7 +347,6 @@ class ScoreMatrix(TorchLinearOperator):
     @opaque
     def gram_tensor(self) -> Tensor:
         """Return the Gram matrix as a torch tensor on the operator's device; see `gram`."""
-        self.require_order()
         batches = self.materialized()
         return check_result(_gram_of_batches(batches) if batches is not None else gram_by_products(self))
 
@@ -355,15 +354,13 @@ class ScoreMatrix(TorchLinearOperator):
         """Multiply with the transpose of another score matrix of the same parameters, if both have cached all rows."""
         if not isinstance(other, ScoreMatrix) or self.parameters.spans != other.parameters.spans:
             return None
-        self.require_order()
-        other.require_order()
         mine, theirs = self.materialized(), other.materialized()
         if mine is None or theirs is None:
             return None
         return check_result(torch.cat([torch.cat([left.gram(right) for right in theirs], 1) for left in mine]))
 
     def materialized(self) -> list[MaterializedBatch] | None:
-        """Return all batches, if the rows of each are cached."""
+        """Return all batches, always in the same order, if the rows of each are cached."""
         if not self.plan.holds_rows:
             return None
         return self._over("rows", list[MaterializedBatch])

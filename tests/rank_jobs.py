@@ -140,8 +140,8 @@ def blocks(group, where):
         return whole, op @ V, events
 
 
-def rows(group, cache):
-    op = operator(group, cache=cache)
+def rows(group, cache, split):
+    op = operator(group, split=split, cache=cache)
     G = op.scores
     v, w = np.arange(G.shape[1]) / 10.0, np.arange(G.shape[0]) / 10.0
     dense = G @ np.eye(G.shape[1])
@@ -496,6 +496,7 @@ def sharded_refusals(group):
         attempt(lambda: op.sharded(torch.ones(3))),
         attempt(op.todense),
         attempt(op.gradient),
+        attempt(lambda: sharded_operator(group, "dense", mc_samples=2)[1].standard_error(op.diagonal())),
         attempt(lambda: linalg.eigsh(op, 2)),
         attempt(lambda: linalg.crlb(fo.FisherLinearOperator(model, ce_sum, data=data, process_group=group))),
         attempt(lambda: make(model, ce, data=data, process_group=group, cache="scores")),

@@ -129,10 +129,12 @@ def test_what_several_processes_share_has_all_that_a_score_matrix_offers():
     assert offered <= set(vars(DistributedScores))
 
 
-@pytest.mark.parametrize("cache", ["auto", "factors", "none"])
-def test_the_score_matrix_is_divided_by_rows(four, cache):
+@pytest.mark.parametrize(
+    ("cache", "split"), [("auto", "contiguous"), ("factors", "contiguous"), ("none", "contiguous"), ("auto", "nothing")]
+)
+def test_the_score_matrix_is_divided_by_rows(four, cache, split):
     F = alone().todense()
-    for shape, dense, applied, transposed, gram in four.results("rows", cache):
+    for shape, dense, applied, transposed, gram in four.results("rows", cache, split):
         assert shape == dense.shape
         np.testing.assert_allclose(dense.T @ dense, F, atol=1e-14)
         for difference in (applied, transposed, gram):
@@ -379,6 +381,7 @@ def test_what_sharded_parameters_do_not_allow(two):
         r"got shape \(3,\), and this rank has \d+ numbers",
         "F as a dense matrix would be on every rank",
         "the gradient of sharded parameters is not supported. Compute it by `loss.backward",
+        "the standard error of products with sharded parameters is not supported",
         "eigenvalues alone are supported",
         "`op` must have whole parameters, got sharded ones",
         "use 'auto' or 'factors'",

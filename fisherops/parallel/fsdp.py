@@ -357,6 +357,9 @@ class ShardedScores(DistributedScores):
             "`{name: p.grad}` to `linalg.natural_gradient`."
         )
 
+    def moments_of_forms(self, V: Any) -> Tensor:
+        raise NotImplementedError("the standard error of products with sharded parameters is not supported.")
+
     # ---- Vectors by parameter -----------------------------------------------------------------
 
     def join(self, pieces: Mapping[str, Any]) -> Any:

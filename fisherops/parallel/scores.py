@@ -281,7 +281,6 @@ class DistributedScores(TorchLinearOperator):
     def gram_tensor(self) -> Tensor:
         """Return the Gram matrix as a torch tensor on the operator's device; see `gram`."""
         R = self.shape[0]
-        self.require_order()
         with torch.no_grad(), self._pass("Gram matrix"):
             result = self._gram_of_batches(R)
         return check_result(gram_by_products(self) if result is None else result)
