@@ -65,6 +65,11 @@ def place_alone(number: int, num_data: int | None, index: Tensor | None) -> Plac
     return Placed(0, number, index is not None)
 
 
+def place_any(number: int, num_data: int | None, index: Tensor | None) -> Placed:  # noqa: ARG001
+    """As `place_alone`, where there may be no data."""
+    return Placed(0, number, index is not None)
+
+
 class Data:
     """A data set that is read once for every product.
 
@@ -138,6 +143,21 @@ class Data:
         self.order_is_free = False
         """Whether the examples were read in another order, or batches with indices were not compared."""
         self._source = _as_source(source, batch_size)
+
+    def of(self, source: Any, *, batch_size: int | None, order: str, **options: Any) -> Data:
+        """Return another data set, which may be empty, that is read for the same model."""
+        return Data(
+            source,
+            device=self._device,
+            dtype=self._dtype,
+            convert=self._convert,
+            batch_size=batch_size,
+            num_data=None,
+            verify=self._verify,
+            order=order,
+            place=place_any,
+            **options,
+        )
 
     @property
     def is_stored(self) -> bool:

@@ -21,6 +21,7 @@ from fisherops.parallel.scores import DistributedScores
 from fisherops.parallel.shard import Placement, with_indices
 from fisherops.score_matrix import ScoreMatrix
 from fisherops.scores import CACHES, Empirical, Exact, Kind, MonteCarlo, Plan
+from fisherops.scores.kinds import as_seed
 from fisherops.scores.reader import Reader, as_weights, name_of_loss
 
 
@@ -335,7 +336,7 @@ class FisherMCLinearOperator(ModelFisherOperator):
         sample_weight: Any = None,
         process_group: Any = None,
     ) -> None:
-        kind = MonteCarlo(integer("mc_samples", mc_samples, 1), _seed(seed), stream=sampler == "stream")
+        kind = MonteCarlo(integer("mc_samples", mc_samples, 1), as_seed(seed), stream=sampler == "stream")
         if sampler not in ("counter", "stream"):
             raise ValueError(f"`sampler` must be 'counter' or 'stream', got {sampler!r}.")
         self._kind = kind
@@ -375,7 +376,7 @@ class FisherMCLinearOperator(ModelFisherOperator):
         """
         other = copy.copy(self)
         assert isinstance(self.score_matrix.kind, MonteCarlo)
-        other._kind = self.score_matrix.kind.with_seed(_seed(seed))
+        other._kind = self.score_matrix.kind.with_seed(as_seed(seed))
         other.score_matrix = self.score_matrix.redrawn(other._kind)
         return other
 
@@ -553,7 +554,3 @@ class EmpiricalFisherLinearOperator(ModelFisherOperator):
     """
 
     _kind = Empirical()
-
-
-def _seed(seed: int) -> int:
-    return integer("seed", seed, -(2**63), 2**64 - 1)

@@ -15,11 +15,12 @@ from torch import Tensor
 from fisherops import _torch
 from fisherops._checks import noting
 from fisherops._fingerprint import checksum_of
-from fisherops._linop import TorchLinearOperator, Transposed, check_result, identity, opaque
-from fisherops._memory import is_memory_error
+from fisherops._linop import check_result, identity, opaque
+from fisherops._memory import as_bytes, as_folder, is_memory_error
 from fisherops._sums import CompensatedSum
 from fisherops.problem import Parameters
 from fisherops.scores import (
+    CACHES,
     BatchScores,
     Cache,
     Kind,
@@ -28,7 +29,9 @@ from fisherops.scores import (
     Plan,
     compute,
 )
-from fisherops.scores.reader import Reader
+from fisherops.scores.kinds import kind_of
+from fisherops.scores.protocol import Scores, by_rows
+from fisherops.scores.reader import Reader, as_weights
 
 # Columns of a product are taken together up to this size, but a few at least.
 _CHUNK_BYTES = 2**24
@@ -53,7 +56,7 @@ class Kept(NamedTuple):
     holds_rows: bool
 
 
-class ScoreMatrix(TorchLinearOperator):
+class ScoreMatrix(Scores):
     """The score matrix G of a Fisher, F = GᵀG: one row for each vector of each loss term, √(w/c) · gᵀJ.
 
     Made by ``op.scores``. Rows are ordered by batch, datum, term and vector; with ``rows="datum"`` by batch, datum and
@@ -76,14 +79,12 @@ class ScoreMatrix(TorchLinearOperator):
         (rows, D).
     """
 
-    is_divided = False
-    """Whether vectors (D,) are divided among processes."""
-
     def __init__(self, reader: Reader, *, cache: str, max_memory: int, spill: Any) -> None:
         self._reader, self.problem = reader, reader.problem
         self._asked, self.max_memory, self._spill = cache, max_memory, spill
         self._cache: Cache | None = None
         self._version, self._refreshes = -1, 0
+        self._index: list[Tensor] = []
         self.counts: list[int] | None = None
         """Rows of each batch, after the first pass that computes them; each such pass makes another list."""
         D = self.parameters.numel
@@ -126,11 +127,6 @@ class ScoreMatrix(TorchLinearOperator):
     def kinds(self) -> frozenset[Kind]:
         """The kind, as one of a stack has it."""
         return frozenset([self.kind])
-
-    @property
-    def parts(self) -> tuple[tuple[float, ScoreMatrix], ...]:
-        """Itself with the factor 1, as one of a stack."""
-        return ((1.0, self),)
 
     @property
     def reductions(self) -> tuple[str, ...]:
@@ -201,6 +197,84 @@ class ScoreMatrix(TorchLinearOperator):
             other._version, other.counts = self._version, self.counts
         return other
 
+    @opaque
+    def on(
+        self,
+        data: Any,
+        kind: str | None = None,
+        *,
+        reduction: str = "sum",
+        mc_samples: int | None = None,
+        seed: int | None = None,
+        rows: str | None = None,
+        cache: str = "auto",
+        max_memory: int | str | None = None,
+        spill: Any = None,
+        batch_size: int | None = None,
+        batch_size_fn: Callable[[Any], int] | None = None,
+        sample_weight: Any = None,
+        progressbar: bool = False,
+    ) -> ScoreMatrix:
+        """Return the score matrix of other data for the same model, loss and parameters.
+
+        What was learned about the model is shared, and the model is not checked again. Nothing is read before the first
+        product.
+
+        Parameters
+        ----------
+        data : iterable of (X, y) or (X, y, index), or a pair of arrays (X, y)
+            As for the operator; one example, or none, are accepted too.
+        kind : {"mc", "exact", "empirical", "outputs"}, optional
+            Which rows: of the Monte-Carlo, the exact or the empirical Fisher; or the Jacobian J of the outputs, with C
+            rows for each term, as the loss arranges the outputs, and without weights. Default: that of this matrix.
+        reduction : {"sum", "mean"}
+            Whether rows are divided by √c, with c what the mean of the loss over these data divides by. Default: "sum":
+            a row of kind "empirical" with rows="datum" is the gradient of the example's loss.
+        mc_samples, seed : int, optional
+            As for `FisherMCLinearOperator`, for kind "mc". Default: those of this matrix, or 1 and 2147483647.
+        rows : {"term", "datum"}, optional
+            As for `FisherMCLinearOperator`. Default: as in this matrix, and "term" for "outputs".
+        cache, max_memory, spill, batch_size, batch_size_fn, sample_weight, progressbar
+            As for `FisherMCLinearOperator`.
+
+        Returns
+        -------
+        ScoreMatrix
+            (rows, D).
+
+        Raises
+        ------
+        ValueError, TypeError
+            If an option, or the type of the data, does not fit.
+
+        Examples
+        --------
+        Inner products of the gradients of test losses with those of the training data:
+
+        >>> import torch, fisherops as fo
+        >>> _ = torch.manual_seed(0)
+        >>> X, y = torch.randn(50, 4), torch.randint(3, (50,))
+        >>> op = fo.EmpiricalFisherLinearOperator(
+        ...     torch.nn.Linear(4, 3), torch.nn.CrossEntropyLoss(reduction="sum"), data=(X[:40], y[:40])
+        ... )
+        >>> op.scores.on((X[40:], y[40:])).gram(op.scores).shape
+        (10, 40)
+        """
+        if cache not in CACHES:
+            raise ValueError(f"`cache` must be one of {', '.join(map(repr, CACHES))}, got {cache!r}.")
+        if rows not in ("term", "datum", None):
+            raise ValueError(f"`rows` must be 'term' or 'datum', got {rows!r}.")
+        if reduction not in ("sum", "mean"):
+            raise ValueError(f"`reduction` must be 'sum' or 'mean', got {reduction!r}.")
+        chosen = kind_of(kind, self.kind, mc_samples, seed)
+        own = self._reader.data.of(
+            data, batch_size=batch_size, order=chosen.order, batch_size_fn=batch_size_fn, progressbar=progressbar
+        )
+        weights = None if sample_weight is None else as_weights(sample_weight)
+        reader = self._reader.of_data(own, chosen, rows=rows, reduction=reduction, weights=weights)
+        memory = as_bytes(max_memory, self.device)
+        return ScoreMatrix(reader, cache=cache, max_memory=memory, spill=as_folder(spill))
+
     def __getstate__(self) -> dict[str, Any]:
         # Graphs cannot be copied; what is cached is found again. SciPy has a state of its own from 1.18 on.
         return {**super().__getstate__(), "_cache": None, "_version": -1}
@@ -233,9 +307,6 @@ class ScoreMatrix(TorchLinearOperator):
             return total.value()
 
         return self._over_in_order("transposed scores", product)
-
-    def _transpose(self) -> Transposed:
-        return Transposed(self)
 
     # ---- What F = GᵀG asks --------------------------------------------------------------------
 
@@ -336,28 +407,52 @@ class ScoreMatrix(TorchLinearOperator):
 
         return self._over("standard error", moments, read=drawn)
 
-    def gram(self) -> np.ndarray[Any, Any]:
-        """Return the Gram matrix G Gᵀ as a NumPy array of shape (rows, rows).
+    # ---- Its rows -----------------------------------------------------------------------------
 
-        Its nonzero eigenvalues are those of F. Where rows are cached, it is found from them by blocks: for factors Σ (A
-        Aᵀ) ∘ (B Bᵀ) over the layers; otherwise by products with G and Gᵀ, one of each for every row.
-        """
-        return self.gram_tensor().cpu().numpy()
+    @property
+    def datum(self) -> np.ndarray[Any, Any]:
+        """The index in the data set of the example that each row belongs to, (rows,) of int64."""
+        self.require_order()
+        _ = self.shape
+        index = [torch.empty(0, dtype=torch.int64)]
+        for own, count in zip(self._index, self.counts or (), strict=True):
+            if count % len(own):
+                raise ValueError(
+                    f"{count} rows do not belong to {len(own)} examples in equal numbers, so the example of a row is "
+                    "not known."
+                )
+            index.append(own.repeat_interleave(count // len(own)))
+        return torch.cat(index).numpy()
 
-    @opaque
-    def gram_tensor(self) -> Tensor:
-        """Return the Gram matrix as a torch tensor on the operator's device; see `gram`."""
-        batches = self.materialized()
-        return check_result(_gram_of_batches(batches) if batches is not None else gram_by_products(self))
+    def block(self, start: int, stop: int) -> Tensor:
+        """Return some rows, (stop − start, D)."""
 
-    def cross(self, other: Any) -> Tensor | None:
-        """Multiply with the transpose of another score matrix of the same parameters, if both have cached all rows."""
-        if not isinstance(other, ScoreMatrix) or self.parameters.spans != other.parameters.spans:
-            return None
-        mine, theirs = self.materialized(), other.materialized()
-        if mine is None or theirs is None:
-            return None
-        return check_result(torch.cat([torch.cat([left.gram(right) for right in theirs], 1) for left in mine]))
+        def rows(batches: Iterable[BatchScores]) -> Tensor:
+            found, first = [torch.empty(0, self.shape[1], dtype=self.torch_dtype, device=self.device)], 0
+            for batch in batches:
+                low, high = max(start - first, 0), min(stop - first, batch.count)
+                first += batch.count
+                if low < high:
+                    found.extend(batch.rows(low, high))
+            return torch.cat(found)
+
+        return self._over_in_order("rows", rows)
+
+    def row_squares(self) -> Tensor:
+        """Return the squared norms of the rows, (rows,) in float64."""
+        empty = torch.empty(0, dtype=torch.float64, device=self.device)
+        return self._over_in_order(
+            "norms of the rows", lambda batches: torch.cat([empty, *(batch.row_norms() for batch in batches)])
+        )
+
+    def cross(self, other: Scores, scale: Tensor | None = None) -> Tensor:
+        """Multiply G diag(scale) Hᵀ: (rows, rows of H), from the rows of both if they are cached."""
+        if isinstance(other, ScoreMatrix) and self.parameters.spans == other.parameters.spans:
+            mine = self.materialized()
+            theirs = mine if other is self else other.materialized()
+            if mine and theirs:
+                return _gram_of_batches(mine, theirs, scale)
+        return by_rows(self, other, scale)
 
     def materialized(self) -> list[MaterializedBatch] | None:
         """Return all batches, always in the same order, if the rows of each are cached."""
@@ -415,7 +510,7 @@ class ScoreMatrix(TorchLinearOperator):
         if cache is None:
             self._cache = None
             cache = Cache(self._asked, self.max_memory, self._spill)
-        counts = []
+        counts, index = [], []
         records = self._asked != "linearization"
         for batch, evaluation, factor_of in reader.evaluations(batches, () if known is None else known, records):
             with noting(f"batch {batch.number}"):
@@ -424,6 +519,7 @@ class ScoreMatrix(TorchLinearOperator):
                 else:
                     scores = cache.add(evaluation, factor_of) if known is None else compute(evaluation, factor_of)
             counts.append(scores.count)
+            index.append(batch.places.cpu())
             yield scores
         is_stream = self.kind.order == "fixed"
         if not cache.is_complete and (reader.data.order_is_free or is_stream):
@@ -433,7 +529,7 @@ class ScoreMatrix(TorchLinearOperator):
             return
         if late:
             cache.divide(reader.divisor())
-        self._cache, self._version, self.counts = cache, version, counts
+        self._cache, self._version, self.counts, self._index = cache, version, counts, index
 
     def _sum(self, terms: Iterable[Tensor], *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         """Sum over batches."""
@@ -454,26 +550,24 @@ def is_tiny(square: float, dtype: torch.dtype) -> bool:
     return square <= limits.tiny / limits.eps
 
 
-def gram_by_products(G: Any) -> Tensor:
-    """Return G Gᵀ by products with Gᵀ and G for each row."""
-    with torch.no_grad():
-        blocks = [G._mul(G._mul_t(rows)) for rows in identity(G.shape[0], G.torch_dtype, G.device)]
-    result = torch.cat(blocks) if blocks else torch.empty(0, 0, dtype=G.torch_dtype, device=G.device)
-    return (result + result.T).div_(2)
-
-
-def _gram_of_batches(batches: Sequence[MaterializedBatch]) -> Tensor:
-    """Return G Gᵀ from the rows of all batches."""
-    counts = [batch.count for batch in batches]
-    result = batches[0].empty(sum(counts), sum(counts))
-    blocks = [rows.split(counts, 1) for rows in result.split(counts)]
-    for k, other in enumerate(batches):
-        block = other.gram(other)
-        blocks[k][k].copy_((block + block.T).div_(2))
-        for j, batch in enumerate(batches[:k]):
-            block = batch.gram(other)
+def _gram_of_batches(
+    mine: Sequence[MaterializedBatch], theirs: Sequence[MaterializedBatch], scale: Tensor | None
+) -> Tensor:
+    """Return G diag(scale) Hᵀ from the rows of all batches; the same batches make a symmetric matrix."""
+    heights, widths = ([batch.count for batch in of] for of in (mine, theirs))
+    result = mine[0].empty(sum(heights), sum(widths))
+    blocks = [rows.split(widths, 1) for rows in result.split(heights)]
+    is_symmetric = all(left is right for left, right in zip(mine, theirs, strict=False)) and len(mine) == len(theirs)
+    for k, other in enumerate(theirs):
+        for j, batch in enumerate(mine):
+            if is_symmetric and j > k:
+                break
+            block = batch.gram(other, scale)
+            if is_symmetric and j == k:
+                block = (block + block.T).div_(2)
             blocks[j][k].copy_(block)
-            blocks[k][j].copy_(block.T)
+            if is_symmetric and j < k:
+                blocks[k][j].copy_(block.T)
     return result
 
 

@@ -6,18 +6,17 @@ from collections.abc import Iterator, Sequence
 from math import sqrt
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from fisherops._linop import TorchLinearOperator, Transposed, check_result, identity, opaque
 from fisherops._processes import Processes
 from fisherops.problem import Parameters
 from fisherops.score_matrix import Kept, ScoreMatrix
 from fisherops.scores import Kind
+from fisherops.scores.protocol import Scores
 
 
-class StackedScores(TorchLinearOperator):
+class StackedScores(Scores):
     """G with the rows √α G_k one after the other, so that GᵀG = Σ α G_kᵀG_k.
 
     Parameters
@@ -26,11 +25,9 @@ class StackedScores(TorchLinearOperator):
         Factors α > 0 and score matrices of equal parameters' number, precision, device and processes.
     """
 
-    is_divided = False
-
     def __init__(self, parts: Sequence[tuple[float, ScoreMatrix]]) -> None:
-        self.parts = tuple(parts)
-        first = self.parts[0][1]
+        self._stacked = tuple(parts)
+        first = self._stacked[0][1]
         D = first.parameters.numel
         super().__init__((D, D), first.torch_dtype, first.device)
 
@@ -46,128 +43,124 @@ class StackedScores(TorchLinearOperator):
     @property
     def shape(self) -> tuple[int, int]:
         """(rows, D), those of all parts."""
-        return sum(G.shape[0] for _, G in self.parts), self.parameters.numel
+        return sum(G.shape[0] for _, G in self._stacked), self.parameters.numel
 
     @shape.setter
     def shape(self, _: Any) -> None:
         """Do nothing: SciPy's constructor sets a shape."""
 
     @property
+    def parts(self) -> tuple[tuple[float, Scores], ...]:
+        """The score matrices, with their factors."""
+        return self._stacked
+
+    @property
     def parameters(self) -> Parameters:
         """The parameters of the first part."""
-        return self.parts[0][1].parameters
+        return self._stacked[0][1].parameters
 
     @property
     def kinds(self) -> frozenset[Kind]:
         """Which vectors make the rows."""
-        return frozenset().union(*(G.kinds for _, G in self.parts))
+        return frozenset().union(*(G.kinds for _, G in self._stacked))
 
     @property
     def reductions(self) -> tuple[str, ...]:
         """The reduction, "mean" or "sum", of each head of each loss."""
-        return tuple(name for _, G in self.parts for name in G.reductions)
+        return tuple(name for _, G in self._stacked for name in G.reductions)
 
     @property
     def version(self) -> int:
         """The sum of the parts'."""
-        return sum(G.version for _, G in self.parts)
+        return sum(G.version for _, G in self._stacked)
 
     def refresh(self) -> None:
         """Forget what the parts have cached."""
-        for _, G in self.parts:
+        for _, G in self._stacked:
             G.refresh()
 
     @property
     def processes(self) -> Processes:
         """The processes among which the data are divided."""
-        return self.parts[0][1].processes
+        return self._stacked[0][1].processes
 
     @property
     def parameter_checksum(self) -> int:
         """That of the first part."""
-        return self.parts[0][1].parameter_checksum
+        return self._stacked[0][1].parameter_checksum
 
     @property
     def rows_have_order(self) -> bool:
         """Whether those of all parts have."""
-        return min(G.rows_have_order for _, G in self.parts)  # asked of all: processes answer together
+        return min(G.rows_have_order for _, G in self._stacked)  # asked of all: processes answer together
 
     def require_order(self) -> None:
         """Raise ValueError if the rows have no order."""
-        for _, G in self.parts:
+        for _, G in self._stacked:
             G.require_order()
 
     @property
     def kept(self) -> Kept:
         """What is cached of all parts, and the least memory that is left."""
-        nbytes, left, rows = zip(*(G.kept for _, G in self.parts), strict=True)
+        nbytes, left, rows = zip(*(G.kept for _, G in self._stacked), strict=True)
         return Kept(sum(nbytes), min(left), all(rows))
 
     @property
     def max_memory(self) -> int:
         """The smallest bound of a part."""
-        return min(G.max_memory for _, G in self.parts)
+        return min(G.max_memory for _, G in self._stacked)
 
     # ---- Products -----------------------------------------------------------------------------
 
     def product(self, V: Tensor) -> Tensor:
         """Multiply GᵀG: (K, D) → (K, D)."""
-        return _total(G.product(V).mul_(alpha) for alpha, G in self.parts)
+        return _total(G.product(V).mul_(alpha) for alpha, G in self._stacked)
 
     def _mul(self, V: Tensor) -> Tensor:
-        return torch.cat([G._mul(V).mul_(sqrt(alpha)) for alpha, G in self.parts], 1)
+        return torch.cat([G._mul(V).mul_(sqrt(alpha)) for alpha, G in self._stacked], 1)
 
     def _mul_t(self, W: Tensor) -> Tensor:
-        pieces = W.split([G.shape[0] for _, G in self.parts], 1)
-        return _total(G._mul_t(piece).mul_(sqrt(alpha)) for (alpha, G), piece in zip(self.parts, pieces, strict=True))
-
-    def _transpose(self) -> Transposed:
-        return Transposed(self)
+        pieces = W.split([G.shape[0] for _, G in self._stacked], 1)
+        own = zip(self._stacked, pieces, strict=True)
+        return _total(G._mul_t(piece).mul_(sqrt(alpha)) for (alpha, G), piece in own)
 
     def dense(self) -> Tensor:
         """Return GᵀG as a matrix (D, D)."""
-        return _total(G.dense().mul_(alpha) for alpha, G in self.parts)
+        return _total(G.dense().mul_(alpha) for alpha, G in self._stacked)
 
     def col_norms(self) -> Tensor:
         """Return the squared norms of the columns, (D,)."""
-        return _total(G.col_norms().mul_(alpha) for alpha, G in self.parts)
+        return _total(G.col_norms().mul_(alpha) for alpha, G in self._stacked)
 
     def square_norm(self) -> float:
         """Return the squared Frobenius norm."""
-        return sum(alpha * G.square_norm() for alpha, G in self.parts)
+        return sum(alpha * G.square_norm() for alpha, G in self._stacked)
 
     def square_root(self, triangular: bool) -> Tensor:
         """Return B in float64 with BᵀB = GᵀG; see `ScoreMatrix.square_root`."""
-        B = torch.cat([G.square_root(triangular).mul_(sqrt(alpha)) for alpha, G in self.parts])
+        B = torch.cat([G.square_root(triangular).mul_(sqrt(alpha)) for alpha, G in self._stacked])
         return torch.linalg.qr(B, mode="r")[1] if triangular and len(B) > B.shape[1] else B
 
-    @opaque
-    def gram(self) -> np.ndarray[Any, Any]:
-        """Return the Gram matrix G Gᵀ as a NumPy array of shape (rows, rows)."""
-        return self.gram_tensor().cpu().numpy()
+    # ---- Its rows -----------------------------------------------------------------------------
 
-    def gram_tensor(self) -> Tensor:
-        """Return the Gram matrix as a torch tensor on the operators' device, by the blocks √(αβ) G_j G_kᵀ."""
-        counts = [G.shape[0] for _, G in self.parts]
-        result = torch.empty(sum(counts), sum(counts), dtype=self.torch_dtype, device=self.device)
-        blocks = [rows.split(counts, 1) for rows in result.split(counts)]
-        for j, (alpha, G) in enumerate(self.parts):
-            blocks[j][j].copy_(G.gram_tensor().mul_(alpha))
-            for k, (beta, H) in enumerate(self.parts[:j]):
-                cross = _cross(G, H).mul_(sqrt(alpha * beta))
-                blocks[j][k].copy_(cross)
-                blocks[k][j].copy_(cross.T)
-        return check_result(result)
+    @property
+    def is_cached(self) -> bool:
+        """Whether the rows of all parts are cached."""
+        return all(G.is_cached for _, G in self._stacked)
 
+    def block(self, start: int, stop: int) -> Tensor:
+        """Return some rows, (stop − start, D)."""
+        found, first = [], 0
+        for alpha, G in self._stacked:
+            rows = G.shape[0]
+            low, high = (min(max(end - first, 0), rows) for end in (start, stop))
+            found.append(G.block(low, high).mul_(sqrt(alpha)))
+            first += rows
+        return torch.cat(found)
 
-def _cross(G: ScoreMatrix, H: ScoreMatrix) -> Tensor:
-    """Return G Hᵀ, (rows of G, rows of H): from cached rows, or by products for each row of the one with fewer."""
-    cached = G.cross(H)
-    if cached is not None:
-        return cached
-    if G.shape[0] < H.shape[0]:
-        return _cross(H, G).T
-    return torch.cat([G._mul(H._mul_t(rows)) for rows in identity(H.shape[0], G.torch_dtype, G.device)]).T
+    def row_squares(self) -> Tensor:
+        """Return the squared norms of the rows, (rows,) in float64."""
+        return torch.cat([G.row_squares().mul_(alpha) for alpha, G in self._stacked])
 
 
 def _total(terms: Iterator[Tensor]) -> Tensor:

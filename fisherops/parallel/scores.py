@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from fisherops._fingerprint import checksum_of, fingerprint
-from fisherops._linop import TorchLinearOperator, Transposed, check_result, opaque
+from fisherops._linop import check_result, opaque
 from fisherops._processes import Processes
 from fisherops.parallel.group import Group, checksum
 from fisherops.problem import Parameters
-from fisherops.score_matrix import NO_ORDER, Kept, ScoreMatrix, column_step, gram_by_products, is_tiny
+from fisherops.score_matrix import NO_ORDER, Kept, ScoreMatrix, column_step, is_tiny
 from fisherops.scores import Kind, Plan
+from fisherops.scores.protocol import Scores, by_rows
 
 # Rows of the Gram matrix that are summed over the ranks at a time.
 _FEW_ROWS = 128
@@ -25,7 +26,7 @@ _FEW_ROWS = 128
 Item = TypeVar("Item")
 
 
-class DistributedScores(TorchLinearOperator):
+class DistributedScores(Scores):
     """The score matrix G of all processes of a group, each with the rows of its own data; as `ScoreMatrix`.
 
     Everything that asks the other ranks is inside of a step, in which all ranks compare what they do, with which
@@ -38,8 +39,6 @@ class DistributedScores(TorchLinearOperator):
         G of this rank's data.
     group : Group
     """
-
-    is_divided = False
 
     def __init__(self, local: ScoreMatrix, group: Group) -> None:
         self.local, self.group = local, group
@@ -129,11 +128,6 @@ class DistributedScores(TorchLinearOperator):
     def kinds(self) -> frozenset[Kind]:
         """The kind, as one of a stack has it."""
         return self.local.kinds
-
-    @property
-    def parts(self) -> tuple[tuple[float, DistributedScores], ...]:
-        """Itself with the factor 1, as one of a stack."""
-        return ((1.0, self),)
 
     @property
     def reductions(self) -> tuple[str, ...]:
@@ -235,9 +229,6 @@ class DistributedScores(TorchLinearOperator):
         start = sum(self._by_rank[: self.group.rank])
         return W[:, start : start + self._by_rank[self.group.rank]]
 
-    def _transpose(self) -> Transposed:
-        return Transposed(self)
-
     # ---- What F = GᵀG asks --------------------------------------------------------------------
 
     def _sum(self, description: str, own: Callable[[], Tensor], V: Tensor | None = None) -> Tensor:
@@ -273,46 +264,75 @@ class DistributedScores(TorchLinearOperator):
         """Sum the variance and the second moment of vᵀFv over the M samples of each term, (2, K) in float64."""
         return self._sum("standard error", lambda: self.local.sum_of_moments(V), V)
 
-    def gram(self) -> np.ndarray[Any, Any]:
-        """Return the Gram matrix G Gᵀ as a NumPy array of shape (rows, rows); see `ScoreMatrix.gram`."""
-        return self.gram_tensor().cpu().numpy()
+    # ---- Its rows -----------------------------------------------------------------------------
 
-    @opaque
-    def gram_tensor(self) -> Tensor:
-        """Return the Gram matrix as a torch tensor on the operator's device; see `gram`."""
-        R = self.shape[0]
-        with torch.no_grad(), self._pass("Gram matrix"):
-            result = self._gram_of_batches(R)
-        return check_result(gram_by_products(self) if result is None else result)
+    @property
+    def is_cached(self) -> bool:
+        """Whether the rows of this rank are cached."""
+        return self.local.is_cached
 
-    def cross(self, other: Any) -> None:
-        """Return None: the product with the transpose of another is not found from rows of several processes."""
+    @property
+    def datum(self) -> np.ndarray[Any, Any]:
+        """The index in the data set of the example that each row belongs to, (rows,) of int64."""
+        self.require_order()
+        with self._pass("examples of the rows"):
+            return torch.cat(self.group.gather(torch.from_numpy(self.local.datum))).numpy()
 
-    def _gram_of_batches(self, R: int) -> Tensor | None:
+    def block(self, start: int, stop: int) -> Tensor:
+        """Return some rows, (stop − start, D)."""
+        rows = self.shape[0]
+        first = sum(self._by_rank[: self.group.rank])
+        low, high = (min(max(end - first, 0), self._by_rank[self.group.rank]) for end in (start, stop))
+        assert stop <= rows
+        with self._pass("rows"):
+            return torch.cat(self.group.gather(self.local.block(low, high)))
+
+    def row_squares(self) -> Tensor:
+        """Return the squared norms of the rows, (rows,) in float64."""
+        self.require_order()
+        with self._pass("norms of the rows"):
+            return torch.cat(self.group.gather(self.local.row_squares()))
+
+    def cross(self, other: Scores, scale: Tensor | None = None) -> Tensor:
+        """Multiply G diag(scale) Hᵀ: (rows, rows of H), from the rows of both if all ranks have cached them."""
+        _ = self.shape, other.shape
+        result = None
+        if isinstance(other, DistributedScores) and other.group is self.group:
+            with self._pass("Gram matrix"), other._pass("Gram matrix"):
+                result = self._gram_of_batches(other, scale)
+        return by_rows(self, other, scale) if result is None else result
+
+    def _gram_of_batches(self, other: DistributedScores, scale: Tensor | None) -> Tensor | None:
         """Multiply every two batches, whatever rank has them; None if the rows of some are not cached."""
-        group, batches = self.group, self.local.materialized()
-        known = group.share(None if batches is None else len(batches))
+        group, is_symmetric = self.group, other is self
+        own = self.local.materialized()
+        their = own if is_symmetric else other.local.materialized()
+        known = group.share(None if own is None or their is None else len(their))
         if None in known:
             return None
-        own = [batch.without_graphs() for batch in batches or []]
+        own = [batch.without_graphs() for batch in own or []]
+        their = own if is_symmetric else [batch.without_graphs() for batch in their or []]
         # A rank fills in the blocks that it finds, and leaves zeros for the others.
-        result = torch.zeros(R, R, dtype=self.torch_dtype, device=self.device)
+        shape = sum(self._by_rank), sum(other._by_rank)
+        result = torch.zeros(shape, dtype=self.torch_dtype, device=self.device)
         first, column = sum(self._by_rank[: group.rank]), 0
         for source, count in enumerate(known):
             for k in range(count):
-                other = group.broadcast(own[k] if source == group.rank else None, source)
+                batch_of_other = group.broadcast(their[k] if source == group.rank else None, source)
                 row = first
                 for j, batch in enumerate(own):
-                    mine, theirs = slice(row, row + batch.count), slice(column, column + other.count)
+                    mine, theirs = slice(row, row + batch.count), slice(column, column + batch_of_other.count)
                     row += batch.count
-                    if source == group.rank and j == k:
-                        block = batch.gram(batch)
+                    if not is_symmetric:
+                        result[mine, theirs] = batch.gram(batch_of_other, scale)
+                    elif source == group.rank and j == k:
+                        block = batch.gram(batch, scale)
                         result[mine, mine] = (block + block.T).div_(2)
                     elif j < k if source == group.rank else _falls_to(group.rank, source, group.size):
-                        block = batch.gram(other)
+                        block = batch.gram(batch_of_other, scale)
                         result[mine, theirs] = block
                         result[theirs, mine] = block.T
-                column += other.count
+                column += batch_of_other.count
         for rows in result.split(_FEW_ROWS):
             rows.copy_(group.sum(rows))
         return result

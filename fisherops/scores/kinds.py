@@ -9,11 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fisherops._checks import integer
 from fisherops._draws import CounterDraws, CounterSampler, StreamSampler
 from fisherops.likelihoods import DiagonalFactor, Draws, Likelihood, OutputFactor, Terms
 from fisherops.problem import Evaluation
 
 Sampler = CounterSampler | StreamSampler
+
+# The seed of draws unless another is given.
+_SEED = 2147483647
 
 
 class Kind(ABC):
@@ -72,6 +76,10 @@ class MonteCarlo(Kind):
         """Return the same with other draws."""
         return MonteCarlo(self.samples, seed, self._stream)
 
+    def with_samples(self, samples: int) -> MonteCarlo:
+        """Return the same with another number of draws."""
+        return MonteCarlo(samples, self.seed, self._stream)
+
     def identity(self) -> dict[str, Any]:
         return {**super().identity(), "seed": self.seed, "sampler": "stream" if self._stream else "counter"}
 
@@ -105,6 +113,26 @@ class Outputs(Kind):
 
     def factor(self, q: Likelihood, f: Tensor, terms: Terms, draws: Draws | None) -> OutputFactor:
         return DiagonalFactor(torch.ones_like(f))
+
+
+def kind_of(name: str | None, known: Kind, mc_samples: Any, seed: Any) -> Kind:
+    """Return the kind of a score matrix of other data; what is None is as in a known one."""
+    names = {"mc": MonteCarlo, "exact": Exact, "empirical": Empirical, "outputs": Outputs}
+    if name is not None and name not in names:
+        raise ValueError(f"`kind` must be one of {', '.join(map(repr, names))}, or None, got {name!r}.")
+    chosen = type(known) if name is None else names[name]
+    if chosen is not MonteCarlo:
+        if mc_samples is not None or seed is not None:
+            raise ValueError(f"`seed` and `mc_samples` are those of kind='mc', got {name!r}. Leave them out.")
+        return known if name is None else names[name]()
+    like = known if isinstance(known, MonteCarlo) else MonteCarlo(1, _SEED, stream=False)
+    samples = like.samples if mc_samples is None else integer("mc_samples", mc_samples, 1)
+    return like.with_samples(samples).with_seed(like.seed if seed is None else as_seed(seed))
+
+
+def as_seed(seed: Any) -> int:
+    """Return a seed of 64 bits, signed or not."""
+    return integer("seed", seed, -(2**63), 2**64 - 1)
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,8 @@ class Reader:
         Number of the stream of draws, where data that other processes read have others.
     total : callable
         Sums a small tensor over all processes that share the data.
+    reduction : {"mean", "sum"}, optional
+        In place of the loss's own.
 
     Attributes
     ----------
@@ -65,12 +67,13 @@ class Reader:
         weights: Tensor | None = None,
         stream: int = 0,
         total: Callable[[Tensor], Tensor] = itself,
+        reduction: str | None = None,
     ) -> None:
         self.problem, self.data, self.kind, self.name = problem, data, kind, name
         self.sums, self.checks, self.weights = rows == "datum", checks, weights
-        self.stream, self._total = stream, total
+        self.stream, self._total, self._reduction = stream, total, reduction
         self.c: Tensor | None = None
-        self._divisors = Divisors(problem.likelihood)
+        self._divisors = Divisors(problem.likelihood, self._reduction)
         self._reached: frozenset[str] = frozenset()
         self._structure, self._loss = problem.version.structure, problem.version.loss
 
@@ -94,6 +97,22 @@ class Reader:
                 self._follow_changes()
                 with self._batches(description) as batches:
                     yield batches
+
+    def of_data(self, data: Data, kind: Kind, *, rows: str | None, reduction: str, weights: Tensor | None) -> Reader:
+        """Return a reader of other data for the same problem; `rows` are as here if they are None."""
+        sums = self.sums and kind.needs_terms if rows is None else rows == "datum"
+        return Reader(
+            self.problem,
+            data,
+            kind,
+            name=self.name,
+            rows="datum" if sums else "term",
+            checks=self.checks,
+            weights=weights,
+            stream=self.stream,
+            total=self._total,
+            reduction=reduction,
+        )
 
     def of_kind(self, kind: Kind) -> Reader:
         """Return a reader of the same data for another kind."""
@@ -123,7 +142,7 @@ class Reader:
         """
         problem, kind = self.problem, self.kind
         sampler = kind.sampler(self.stream, problem.device)
-        divisors, reached, skipped = Divisors(problem.likelihood), frozenset[str](), False
+        divisors, reached, skipped = Divisors(problem.likelihood, self._reduction), frozenset[str](), False
         c = torch.ones(1, dtype=torch.float64, device="cpu") if self.finds_c_late else self.divisor()
         # A graph that is kept must not share memory with the user, and products must round the same whether it is kept
         # or not, which depends on how tensors are aligned.
@@ -165,7 +184,7 @@ class Reader:
         """Compute each batch's part of the gradient of the loss, by reverse mode alone: (D,), Jᵀ Σ (w/c) s."""
         problem, c = self.problem, self.divisor()
         point = problem.parameters.point()
-        divisors, reached = Divisors(problem.likelihood), frozenset[str]()
+        divisors, reached = Divisors(problem.likelihood, self._reduction), frozenset[str]()
         for batch in batches:
             with noting(f"batch {batch.number}"):
                 evaluation = problem.evaluate(batch.X, point, records=False)
@@ -183,7 +202,7 @@ class Reader:
     def divisor(self) -> Tensor:
         """Return c, found by a pass over the data that only evaluates the model if it is not known."""
         if self.c is None:
-            divisors = Divisors(self.problem.likelihood)
+            divisors = Divisors(self.problem.likelihood, self._reduction)
             if divisors.needed:
                 point = self.problem.parameters.point()
                 # The pass that follows must find the same random numbers: a loader may shuffle by them.
@@ -211,7 +230,7 @@ class Reader:
         """
         problem = self.problem
         writes, problem.clones_inputs = False, True
-        divisors = Divisors(problem.likelihood)
+        divisors = Divisors(problem.likelihood, self._reduction)
         with problem.isolated(), torch.no_grad(), problem.model.refuse_faults():
             with self._batches("check") as batches:
                 for batch in batches:
@@ -250,6 +269,8 @@ class Reader:
         self._check_weights()
 
     def _terms(self, output: Any, batch: Batch, needs_targets: bool = False) -> Terms:
+        if not self.kind.needs_terms and not needs_targets:
+            return Terms(None, 0, None)
         # Whether a distribution depends on the parameters shows in its graph.
         with prefixing(f"batch {batch.number}"), torch.enable_grad():
             if batch.y is None and needs_targets:
@@ -313,15 +334,16 @@ class Reader:
 class Divisors:
     """The sum over the data of what ``reduction="mean"`` divides by, for each head of the model."""
 
-    def __init__(self, likelihood: Likelihood) -> None:
-        self._likelihood = likelihood
+    def __init__(self, likelihood: Likelihood, reduction: str | None) -> None:
+        self._likelihood, self._reduction = likelihood, reduction
         self.sum = torch.zeros(len(likelihood.reductions), dtype=torch.float64, device="cpu")
         self.needed = bool(self._mean.any())
 
     @property
     def _mean(self) -> Tensor:
         # Of some losses this is known when the first batch was looked at.
-        return torch.tensor([reduction == "mean" for reduction in self._likelihood.reductions], device="cpu")
+        own = (self._reduction or reduction for reduction in self._likelihood.reductions)
+        return torch.tensor([reduction == "mean" for reduction in own], device="cpu")
 
     def add(self, terms: Terms) -> None:
         """Add those of one batch."""

@@ -1,0 +1,203 @@
+"""What every score matrix offers: its rows, their norms, and Gram matrices with others."""
+
+from __future__ import annotations
+
+from math import sqrt
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fisherops import _arrays
+from fisherops._linop import TorchLinearOperator, Transposed, check_result, opaque
+from fisherops.problem import Parameters
+
+# Bytes of the rows that are multiplied at once where they are not cached as such.
+_BLOCK_BYTES = 2**28
+
+
+class Scores(TorchLinearOperator):
+    """A score matrix G, (rows, D): the building block of F, sums, and linear algebra.
+
+    A subclass says what its rows are: `block`, `row_squares` and `cross`.
+    """
+
+    is_divided = False
+    """Whether vectors (D,) are divided among processes."""
+
+    # ---- What a subclass says -----------------------------------------------------------------
+
+    @property
+    def parameters(self) -> Parameters:
+        """The parameters, which the columns belong to."""
+        raise NotImplementedError
+
+    @property
+    def parts(self) -> tuple[tuple[float, Scores], ...]:
+        """The score matrices of which this one is a stack √α G, with their factors α."""
+        return ((1.0, self),)
+
+    @property
+    def is_cached(self) -> bool:
+        """Whether all rows are cached, so that products read no data."""
+        return False
+
+    def require_order(self) -> None:
+        """Raise ValueError if the rows have no order."""
+
+    def block(self, start: int, stop: int) -> Tensor:
+        """Return some rows, (stop − start, D)."""
+        raise NotImplementedError
+
+    def row_squares(self) -> Tensor:
+        """Return the squared norms of the rows, (rows,) in float64."""
+        raise NotImplementedError
+
+    def cross(self, other: Scores, scale: Tensor | None = None) -> Tensor:
+        """Multiply G diag(scale) Hᵀ, for another score matrix that is not a stack: (rows, rows of H)."""
+        return by_rows(self, other, scale)
+
+    # ---- What is made of these ----------------------------------------------------------------
+
+    def _transpose(self) -> Transposed:
+        return Transposed(self)
+
+    @opaque
+    def todense(self) -> np.ndarray[Any, Any]:
+        """Return G as a NumPy array of shape (rows, D), from the rows."""
+        return check_result(self.block(0, self.shape[0])).cpu().numpy()
+
+    @opaque
+    def rows(self, start: int = 0, stop: int | None = None, *, by_parameter: bool = False, like: Any = None) -> Any:
+        """Return some rows as an array.
+
+        Parameters
+        ----------
+        start, stop : int
+            The first row, and the first after the last one. Default: all rows.
+        by_parameter : bool
+            Whether to return a dict from the names of the parameters to arrays (rows, ...), each row in the shape of
+            the parameter. Default: False, one array (rows, D).
+        like : array, optional
+            Array whose library and device the result has. Default: NumPy.
+
+        Returns
+        -------
+        array or dict
+
+        Raises
+        ------
+        ValueError
+            If there are no such rows, or the rows have no order.
+
+        Examples
+        --------
+        Gradients of the losses of single examples:
+
+        >>> import torch, fisherops as fo
+        >>> _ = torch.manual_seed(0)
+        >>> X, y = torch.randn(50, 4), torch.randint(3, (50,))
+        >>> op = fo.EmpiricalFisherLinearOperator(
+        ...     torch.nn.Linear(4, 3), torch.nn.CrossEntropyLoss(reduction="sum"), data=(X, y), rows="datum"
+        ... )
+        >>> gradients = op.scores.rows(0, 10, by_parameter=True)
+        >>> gradients["weight"].shape
+        (10, 3, 4)
+        """
+        R = self.shape[0]
+        stop = R if stop is None else stop
+        if not 0 <= start <= stop <= R:
+            raise ValueError(f"rows {start} to {stop} must be among the {R} rows of the score matrix.")
+        leave = _arrays.leave_like(like) if like is not None else lambda t: t.cpu().numpy()
+        rows = check_result(self.block(start, stop))
+        if by_parameter:
+            return {name: leave(part.contiguous()) for name, part in self.parameters.split(rows).items()}
+        return leave(rows)
+
+    @opaque
+    def row_norms(self) -> np.ndarray[Any, Any]:
+        """Return the Euclidean norms of the rows as a NumPy array of shape (rows,).
+
+        From factors, without listing the rows, where that is cheaper.
+        """
+        return check_result(self.row_squares().sqrt().to(self.torch_dtype)).cpu().numpy()
+
+    @opaque
+    def gram(self, other: Any = None) -> np.ndarray[Any, Any]:
+        """Return G Hᵀ as a NumPy array of shape (rows, rows of H), with H another score matrix or G itself.
+
+        The nonzero eigenvalues of the Gram matrix G Gᵀ are those of F. Where the rows of both are cached, it is found
+        from them by blocks: for factors Σ (A Aᵀ) ∘ (B Bᵀ) over the layers; otherwise by products with blocks of rows.
+
+        Parameters
+        ----------
+        other : ScoreMatrix, optional
+            H, a score matrix of the same parameters, such as ``G.on(...)`` or the scores of another operator. Default:
+            G.
+
+        Raises
+        ------
+        TypeError
+            If `other` is not a score matrix.
+        ValueError
+            If its parameters are others, or rows have no order.
+        """
+        if other is not None:
+            if not isinstance(other, Scores):
+                raise TypeError(f"`other` must be a score matrix, got {type(other).__name__}. Pass `op.scores`.")
+            self._check_same_parameters(other)
+        return self.gram_tensor(other).cpu().numpy()
+
+    def _check_same_parameters(self, other: Scores) -> None:
+        if self.parameters.shapes != other.parameters.shapes:
+            texts = []
+            for G in (self, other):
+                shapes = ", ".join(f"{name} {tuple(shape)}" for name, shape in G.parameters.shapes.items())
+                texts.append(f"{G.parameters.numel} numbers ({shapes})")
+            raise ValueError(f"the score matrices must have the same parameters, got {' and '.join(texts)}.")
+        if (self.torch_dtype, self.device) != (other.torch_dtype, other.device):
+            raise ValueError(
+                f"the score matrices must have one dtype and device, got {self.torch_dtype} on {self.device} and "
+                f"{other.torch_dtype} on {other.device}."
+            )
+        if self.processes is not other.processes:
+            raise ValueError("the score matrices must have their data divided among the same processes.")
+
+    @opaque
+    def gram_tensor(self, other: Scores | None = None, scale: Tensor | None = None) -> Tensor:
+        """Return G diag(scale) Hᵀ as a torch tensor on the operator's device; see `gram`.
+
+        Parameters
+        ----------
+        other : Scores, optional
+            H. Default: G itself, and the result is symmetric to the last bit.
+        scale : torch.Tensor, optional
+            (D,). Default: ones.
+        """
+        with torch.no_grad():
+            other = self if other is None else other
+            if len(self.parts) == len(other.parts) == 1:
+                return check_result(self.cross(other, scale))
+            heights, widths = ([G.shape[0] for _, G in of.parts] for of in (self, other))
+            result = torch.empty(sum(heights), sum(widths), dtype=self.torch_dtype, device=self.device)
+            blocks = [rows.split(widths, 1) for rows in result.split(heights)]
+            for j, (alpha, G) in enumerate(self.parts):
+                for k, (beta, H) in enumerate(other.parts):
+                    if other is self and k < j:
+                        blocks[j][k].copy_(blocks[k][j].T)
+                    else:
+                        blocks[j][k].copy_(G.cross(H, scale)).mul_(sqrt(alpha * beta))
+            return check_result(result)
+
+
+def by_rows(G: Scores, H: Scores, scale: Tensor | None = None) -> Tensor:
+    """Return G diag(scale) Hᵀ by products with blocks of the rows of G, none of which may be cached."""
+    R, D = G.shape
+    step = max(1, _BLOCK_BYTES // max(1, D * torch.finfo(G.torch_dtype).bits // 8))
+    blocks = [torch.empty(0, H.shape[0], dtype=G.torch_dtype, device=G.device)]
+    for start in range(0, R, step):
+        rows = G.block(start, min(start + step, R))
+        blocks.append(H._mul(rows if scale is None else rows * scale))
+    result = torch.cat(blocks)
+    return (result + result.T).div_(2) if G is H else result
