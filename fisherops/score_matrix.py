@@ -428,13 +428,15 @@ class ScoreMatrix(Scores):
         """Return some rows, (stop − start, D)."""
 
         def rows(batches: Iterable[BatchScores]) -> Tensor:
-            found, first = [torch.empty(0, self.shape[1], dtype=self.torch_dtype, device=self.device)], 0
+            result = torch.empty(stop - start, self.parameters.numel, dtype=self.torch_dtype, device=self.device)
+            first = 0
             for batch in batches:
                 low, high = max(start - first, 0), min(stop - first, batch.count)
-                first += batch.count
                 if low < high:
-                    found.extend(batch.rows(low, high))
-            return torch.cat(found)
+                    own = result[first + low - start : first + high - start]
+                    deque(batch.rows(low, high, out=own), 0)
+                first += batch.count
+            return result
 
         return self._over_in_order("rows", rows)
 

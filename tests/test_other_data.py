@@ -155,7 +155,7 @@ def test_outputs_need_no_targets():
 
 
 def test_data_with_indices_and_loaders():
-    op, model, X, y = make()
+    op, _, X, y = make()
     order = torch.randperm(12, generator=torch.Generator().manual_seed(0))
     Q = op.scores.on([(X[part], y[part], part) for part in order.split(5)])
     np.testing.assert_array_equal(Q.datum, order)

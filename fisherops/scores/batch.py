@@ -329,19 +329,30 @@ class MaterializedBatch:
             total.add(self._rows_of(name, n, min(n + step, self._N)).square().sum(0))
         return total.value()
 
-    def rows(self, start: int = 0, stop: int | None = None) -> Iterator[Tensor]:
-        """List the rows from `start` to `stop` in blocks (r, D)."""
+    def rows(self, start: int = 0, stop: int | None = None, out: Tensor | None = None) -> Iterator[Tensor]:
+        """List the rows from `start` to `stop` in blocks (r, D), and write them to `out` (rows, D) if it is given."""
         q, stop = self._q, self.count if stop is None else stop
-        step = max(1, _BLOCK_BYTES // (q * self._numel * self._dense.itemsize))
+        # What is multiplied for a block is copied while it is in the processor's cache.
+        step = max(1, (_BLOCK_BYTES if out is None else _CACHED_BYTES) // (q * self._numel * self._dense.itemsize))
         end = -(-stop // q)
-        for first in range(start // q, end, step):
-            last = min(first + step, end)
-            rows = self._dense.new_zeros((last - first) * q, self._numel)
-            self._scatter(self._dense[first * q : last * q], rows)
-            for derived, columns in self._blocks:
-                for name, piece in derived.pull(columns.rows(first, last).flatten(0, 1)).items():
-                    rows[:, slice(*self._parameters[name])] += piece
-            yield rows[max(start - first * q, 0) : stop - first * q]
+        for n in range(start // q, end, step):
+            first, last = n * q, min(n + step, end) * q
+            whole = out is not None and first >= start and last <= stop
+            rows = (
+                out[first - start : last - start]
+                if out is not None and whole
+                else self._dense.new_empty(last - first, self._numel)
+            )
+            for low, high in self._empty:
+                rows[:, low:high] = 0
+            self._scatter(self._dense[first:last], rows)
+            pieces = self._pieces(rows)
+            for (derived, columns), fills in zip(self._blocks, self._fills, strict=True):
+                derived.pull_into(columns.rows(n, last // q).flatten(0, 1), pieces, fills)
+            part = rows[max(start - first, 0) : stop - first]
+            if out is not None and not whole:
+                out[max(first - start, 0) :][: len(part)] = part
+            yield part
 
     # ---- For files, other processes, and sharded parameters -----------------------------------
 

@@ -184,6 +184,9 @@ class Factors(Columns):
         return out
 
     def rows(self, start: int, stop: int) -> Tensor:
+        if self._T == 1:
+            A, B = (x[start:stop, 0] for x in self._by_datum())
+            return B.unsqueeze(-1) * A[:, None, :, None]
         A, B = (x[start:stop].split(_TERMS, 1) for x in self._by_datum())
         return _total(torch.einsum("ntqgo,ntgi->nqgoi", b, a) for a, b in zip(A, B, strict=True))
 

@@ -98,12 +98,15 @@ class LazyBatch:
         f = self._evaluation.outputs
         return identity(self._evaluation.problem.parameters.numel, f.dtype, f.device, self.columns)
 
-    def rows(self, start: int = 0, stop: int | None = None) -> Iterator[Tensor]:
-        """List the rows from `start` to `stop` in blocks (r, D)."""
+    def rows(self, start: int = 0, stop: int | None = None, out: Tensor | None = None) -> Iterator[Tensor]:
+        """List the rows from `start` to `stop` in blocks (r, D), and write them to `out` (rows, D) if it is given."""
         stop = self.count if stop is None else stop
         first = 0
         for rows in list_rows(self._evaluation, self.factor, self._factor_of.size):
-            yield rows[max(start - first, 0) : max(stop - first, 0)]
+            part = rows[max(start - first, 0) : max(stop - first, 0)]
+            if out is not None:
+                out[max(first - start, 0) :][: len(part)] = part
+            yield part
             first += len(rows)
             if first >= stop:
                 return
