@@ -11,8 +11,9 @@ from torch import Tensor
 from fisherops import _arrays
 from fisherops._linop import TorchLinearOperator, add_shift, opaque
 from fisherops._processes import Processes
-from fisherops.score_matrix import Kept, ScoreMatrix
 from fisherops.scores import Kind
+from fisherops.scores.protocol import Kept, Scores
+from fisherops.scores.selected import SelectedScores, selected
 from fisherops.stacked import StackedScores
 
 
@@ -29,16 +30,16 @@ class FisherOperator(TorchLinearOperator):
         λ ≥ 0, or (D,).
     """
 
-    score_matrix: ScoreMatrix | StackedScores
+    score_matrix: Scores
 
-    def __init__(self, scores: ScoreMatrix | StackedScores, shift: float | Tensor = 0.0) -> None:
+    def __init__(self, scores: Scores, shift: float | Tensor = 0.0) -> None:
         D = scores.parameters.numel
         super().__init__((D, D), scores.torch_dtype, scores.device)
         self.score_matrix, self.shift = scores, shift
 
     @property
     @opaque
-    def scores(self) -> ScoreMatrix | StackedScores:
+    def scores(self) -> Scores:
         """The score matrix G, F = GᵀG, as an operator (rows, D): :class:`fisherops.score_matrix.ScoreMatrix`.
 
         Always the same object. Reads the data if nothing is cached yet, because the rows must have an order.
@@ -83,6 +84,41 @@ class FisherOperator(TorchLinearOperator):
     def _shifted(self, shift: float | Tensor) -> FisherOperator:
         """Return GᵀG + shift · I."""
         return FisherOperator(self.score_matrix, shift)
+
+    @opaque
+    def submatrix(self, which: Any) -> FisherOperator:
+        """Return the rows and columns of some parameters, as an operator (d, d) of the same kind.
+
+        Its products, diagonal, spectra, solves and inverse are those of the submatrix, from the same cached rows.
+
+        Parameters
+        ----------
+        which : str, sequence of str, slice or array
+            Names of parameters, for their blocks in this order; or indices into the flat vector, (d,) of integers, or a
+            mask (D,) of booleans.
+
+        Raises
+        ------
+        KeyError
+            If there is no parameter of a name.
+        IndexError
+            If an index is out of range.
+        ValueError
+            If nothing is selected.
+
+        Examples
+        --------
+        >>> import torch, fisherops as fo
+        >>> _ = torch.manual_seed(0)
+        >>> X, y = torch.randn(50, 4), torch.randint(3, (50,))
+        >>> op = fo.FisherLinearOperator(torch.nn.Linear(4, 3), torch.nn.CrossEntropyLoss(), data=(X, y))
+        >>> op.submatrix("bias").todense().shape
+        (3, 3)
+        """
+        index, parameters = selected(self.score_matrix.parameters, which)
+        index = index.to(self.device)
+        shift = self.shift[index] if isinstance(self.shift, Tensor) else self.shift
+        return FisherOperator(SelectedScores(self.score_matrix, index, parameters=parameters), shift)
 
     def _scaled(self, alpha: Any) -> TorchLinearOperator:
         if isinstance(alpha, complex) or not 0 < alpha < float("inf") or self.score_matrix.is_divided:
@@ -130,7 +166,8 @@ class FisherOperator(TorchLinearOperator):
     @property
     def num_rows(self) -> int:
         """Rows of the score matrix, of all ranks."""
-        return self.score_matrix.shape[0]
+        rows: int = self.score_matrix.shape[0]
+        return rows
 
     @property
     def rows_have_order(self) -> bool:

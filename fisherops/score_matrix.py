@@ -6,7 +6,7 @@ import copy
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -30,7 +30,7 @@ from fisherops.scores import (
     compute,
 )
 from fisherops.scores.kinds import kind_of
-from fisherops.scores.protocol import Scores, by_rows
+from fisherops.scores.protocol import Kept, Scores, by_rows
 from fisherops.scores.reader import Reader, as_weights
 
 # Columns of a product are taken together up to this size, but a few at least.
@@ -46,14 +46,6 @@ NO_ORDER = (
 )
 
 Result = TypeVar("Result")
-
-
-class Kept(NamedTuple):
-    """What is cached, and the memory that is left; of several processes, on the one with the least."""
-
-    nbytes: int
-    memory_left: int
-    holds_rows: bool
 
 
 class ScoreMatrix(Scores):

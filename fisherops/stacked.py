@@ -11,9 +11,9 @@ from torch import Tensor
 
 from fisherops._processes import Processes
 from fisherops.problem import Parameters
-from fisherops.score_matrix import Kept, ScoreMatrix
+from fisherops.score_matrix import ScoreMatrix
 from fisherops.scores import Kind
-from fisherops.scores.protocol import Scores
+from fisherops.scores.protocol import Kept, Scores
 
 
 class StackedScores(Scores):
@@ -28,6 +28,7 @@ class StackedScores(Scores):
     def __init__(self, parts: Sequence[tuple[float, ScoreMatrix]]) -> None:
         self._stacked = tuple(parts)
         first = self._stacked[0][1]
+        self.max_memory = min(G.max_memory for _, G in self._stacked)
         D = first.parameters.numel
         super().__init__((D, D), first.torch_dtype, first.device)
 
@@ -104,11 +105,6 @@ class StackedScores(Scores):
         """What is cached of all parts, and the least memory that is left."""
         nbytes, left, rows = zip(*(G.kept for _, G in self._stacked), strict=True)
         return Kept(sum(nbytes), min(left), all(rows))
-
-    @property
-    def max_memory(self) -> int:
-        """The smallest bound of a part."""
-        return min(G.max_memory for _, G in self._stacked)
 
     # ---- Products -----------------------------------------------------------------------------
 

@@ -252,3 +252,69 @@ def test_the_dense_matrix_is_read_from_the_rows(cache, monkeypatch):
     expected = (op.scores.T @ np.eye(12)).T
     monkeypatch.setattr(type(op.scores), "_mul", None)
     np.testing.assert_allclose(op.scores.todense(), expected, rtol=1e-12, atol=1e-15)
+
+
+SELECTIONS = {
+    "one parameter": "0.weight",
+    "two parameters": ["2.bias", "0.weight"],
+    "a slice": slice(3, 30, 2),
+    "indices": [5, 0, 42, -3, 17],
+    "a mask": np.arange(43) % 4 == 1,
+}
+
+
+@pytest.mark.parametrize("cache", ["auto", "scores", "none"])
+@pytest.mark.parametrize("which", SELECTIONS)
+def test_a_submatrix(which, cache):
+    op, model, _, _ = make(cache)
+    flat = np.arange(43)
+    spans, start = {}, 0
+    for name, p in model.named_parameters():
+        spans[name], start = flat[start : start + p.numel()], start + p.numel()
+    which = SELECTIONS[which]
+    index = spans[which] if isinstance(which, str) else None
+    if isinstance(which, list) and isinstance(which[0], str):
+        index = np.concatenate([spans[name] for name in which])
+    index = flat[which] if index is None else index
+    d = np.linspace(0, 1, 43)
+    for whole in (op, op.damped(0.1), op.damped(d), 2 * op.damped(d) + op):
+        part, F = whole.submatrix(which), whole.todense()[np.ix_(index, index)]
+        V = np.random.default_rng(0).standard_normal((len(index), 2))
+        np.testing.assert_allclose(part @ V, F @ V, rtol=1e-10, atol=1e-13)
+        np.testing.assert_allclose(part.todense(), F, rtol=1e-10, atol=1e-13)
+        np.testing.assert_allclose(part.diagonal(), np.diag(F), rtol=1e-10, atol=1e-14)
+        np.testing.assert_allclose(part.trace(), np.trace(F), rtol=1e-10)
+        G = part.scores.todense()
+        np.testing.assert_allclose(G, whole.scores.todense()[:, index], rtol=1e-10, atol=1e-14)
+        np.testing.assert_allclose(part.scores.gram(), G @ G.T, rtol=1e-10, atol=1e-13)
+        np.testing.assert_allclose(part.scores.row_norms(), np.linalg.norm(G, axis=1), rtol=1e-10)
+        again = part.submatrix(slice(1, 3)).todense()
+        np.testing.assert_allclose(again, F[1:3, 1:3], rtol=1e-10, atol=1e-13)
+        if part.shift is op.shift:
+            assert len(fo.linalg.eigsh(part, 2).eigenvalues) == 2
+    part, F = op.submatrix(which), op.todense()[np.ix_(index, index)]
+    b = np.ones(len(index))
+    for method in ("auto", "dual", "dense", "primal"):
+        x = fo.linalg.solve(part, b, 0.1, method=method, rtol=1e-10).x
+        np.testing.assert_allclose(x, np.linalg.solve(F + 0.1 * np.eye(len(F)), b), rtol=1e-8)
+    np.testing.assert_allclose(fo.linalg.inv(part, 0.1) @ b, np.linalg.solve(F + 0.1 * np.eye(len(F)), b), rtol=1e-4)
+    np.testing.assert_allclose(fo.linalg.eigsh(part, 2).eigenvalues, np.linalg.eigvalsh(F)[-2:], rtol=1e-8, atol=1e-12)
+    exact = np.linalg.slogdet(F + 0.1 * np.eye(len(F)))[1]
+    np.testing.assert_allclose(fo.linalg.slogdet(part, 0.1).logabsdet, exact, rtol=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("which", "error", "text"),
+    [
+        ("3.weight", KeyError, "there is no parameter '3.weight', the parameters are"),
+        ([43], IndexError, "index 43 is out of range for 43 parameters"),
+        ([-44], IndexError, "index -44 is out of range"),
+        (np.ones(4, bool), IndexError, "a mask must have one entry for each of the 43 parameters, got 4"),
+        (np.zeros(43, bool), ValueError, "must select at least one"),
+        ([0.5], ValueError, "must be names, a slice, integers"),
+        (np.ones((2, 2), int), ValueError, "must be names, a slice, integers"),
+    ],
+)
+def test_submatrices_that_do_not_exist(which, error, text):
+    with pytest.raises(error, match=text):
+        make()[0].submatrix(which)

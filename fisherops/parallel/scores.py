@@ -16,9 +16,9 @@ from fisherops._linop import check_result, opaque
 from fisherops._processes import Processes
 from fisherops.parallel.group import Group, checksum
 from fisherops.problem import Parameters
-from fisherops.score_matrix import NO_ORDER, Kept, ScoreMatrix, column_step, is_tiny
+from fisherops.score_matrix import NO_ORDER, ScoreMatrix, column_step, is_tiny
 from fisherops.scores import Kind, Plan
-from fisherops.scores.protocol import Scores, by_rows
+from fisherops.scores.protocol import Kept, Scores, by_rows
 
 # Rows of the Gram matrix that are summed over the ranks at a time.
 _FEW_ROWS = 128
@@ -42,6 +42,7 @@ class DistributedScores(Scores):
 
     def __init__(self, local: ScoreMatrix, group: Group) -> None:
         self.local, self.group = local, group
+        self.max_memory = local.max_memory
         self._number = group.number()
         self._counts: list[int] | None = None
         self._by_rank: list[int] = []
@@ -138,11 +139,6 @@ class DistributedScores(Scores):
     def num_data(self) -> int | None:
         """Number of data on this rank, if they were read."""
         return self.local.num_data
-
-    @property
-    def max_memory(self) -> int:
-        """Bytes that may be cached, on this rank."""
-        return self.local.max_memory
 
     @property
     def version(self) -> int:

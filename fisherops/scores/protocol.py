@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from math import sqrt
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -12,9 +12,18 @@ from torch import Tensor
 from fisherops import _arrays
 from fisherops._linop import TorchLinearOperator, Transposed, check_result, opaque
 from fisherops.problem import Parameters
+from fisherops.scores.kinds import Kind
 
 # Bytes of the rows that are multiplied at once where they are not cached as such.
 _BLOCK_BYTES = 2**28
+
+
+class Kept(NamedTuple):
+    """What is cached, and the memory that is left; of several processes, on the one with the least."""
+
+    nbytes: int
+    memory_left: int
+    holds_rows: bool
 
 
 class Scores(TorchLinearOperator):
@@ -43,8 +52,61 @@ class Scores(TorchLinearOperator):
         """Whether all rows are cached, so that products read no data."""
         return False
 
+    @property
+    def kinds(self) -> frozenset[Kind]:
+        """Which vectors make the rows."""
+        raise NotImplementedError
+
+    @property
+    def reductions(self) -> tuple[str, ...]:
+        """The reduction, "mean" or "sum", of each head of each loss."""
+        raise NotImplementedError
+
+    @property
+    def parameter_checksum(self) -> int:
+        """A checksum of the present values of the parameters."""
+        raise NotImplementedError
+
+    @property
+    def kept(self) -> Kept:
+        """What is cached between products, on all processes together."""
+        raise NotImplementedError
+
+    max_memory: int
+    """Bytes that may be cached, on this process."""
+
+    @property
+    def rows_have_order(self) -> bool:
+        """Whether every pass lists the rows in the same order, as products with G need it."""
+        raise NotImplementedError
+
     def require_order(self) -> None:
         """Raise ValueError if the rows have no order."""
+        raise NotImplementedError
+
+    def product(self, V: Tensor) -> Tensor:
+        """Multiply GᵀG: (K, D) → (K, D)."""
+        raise NotImplementedError
+
+    def _mul_t(self, W: Tensor) -> Tensor:
+        """Multiply Gᵀ: (K, rows) → (K, D)."""
+        raise NotImplementedError
+
+    def dense(self) -> Tensor:
+        """Return GᵀG as a matrix (D, D)."""
+        raise NotImplementedError
+
+    def col_norms(self) -> Tensor:
+        """Return the squared norms of the columns, (D,): the diagonal of F."""
+        raise NotImplementedError
+
+    def square_norm(self) -> float:
+        """Return the squared Frobenius norm, which is the trace of F."""
+        raise NotImplementedError
+
+    def square_root(self, triangular: bool) -> Tensor:
+        """Return B in float64 with BᵀB = GᵀG: the rows that are not zero, or the triangle R of G = QR, (n, D)."""
+        raise NotImplementedError
 
     def block(self, start: int, stop: int) -> Tensor:
         """Return some rows, (stop − start, D)."""

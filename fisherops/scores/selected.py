@@ -1,0 +1,210 @@
+"""Some columns of a score matrix, each with a factor: G of a submatrix of F, and of a diagonally scaled F."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fisherops import _arrays
+from fisherops._linop import identity
+from fisherops._processes import Processes
+from fisherops._sums import CompensatedSum
+from fisherops.problem import Parameters
+from fisherops.scores.kinds import Kind
+from fisherops.scores.protocol import Kept, Scores, by_rows
+
+# Bytes of the rows that are listed at once.
+_BLOCK_BYTES = 2**26
+
+
+class SelectedScores(Scores):
+    """G diag(s), or some columns of it.
+
+    Parameters
+    ----------
+    scores : Scores
+        G, (rows, D).
+    index : torch.Tensor, optional
+        Columns, (d,) of int64. Default: all of them.
+    factors : torch.Tensor, optional
+        s, (d,). Default: ones.
+    parameters : Parameters, optional
+        The parameters that the columns belong to. Default: those of G.
+    """
+
+    def __init__(
+        self,
+        scores: Scores,
+        index: Tensor | None = None,
+        factors: Tensor | None = None,
+        parameters: Parameters | None = None,
+    ) -> None:
+        self._G, self._columns, self._factors = scores, index, factors
+        self._parameters = scores.parameters if parameters is None else parameters
+        self._numel = scores.parameters.numel if index is None else len(index)
+        self.max_memory = scores.max_memory
+        super().__init__((self._numel, self._numel), scores.torch_dtype, scores.device)
+
+    # ---- What it is ---------------------------------------------------------------------------
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(rows, d)."""
+        return self._G.shape[0], self._numel
+
+    @shape.setter
+    def shape(self, _: Any) -> None:
+        """Do nothing: SciPy's constructor sets a shape."""
+
+    @property
+    def parameters(self) -> Parameters:
+        return self._parameters
+
+    @property
+    def kinds(self) -> frozenset[Kind]:
+        return self._G.kinds
+
+    @property
+    def reductions(self) -> tuple[str, ...]:
+        return self._G.reductions
+
+    @property
+    def version(self) -> int:
+        return self._G.version
+
+    def refresh(self) -> None:
+        self._G.refresh()
+
+    @property
+    def processes(self) -> Processes:
+        return self._G.processes
+
+    @property
+    def parameter_checksum(self) -> int:
+        return self._G.parameter_checksum
+
+    @property
+    def rows_have_order(self) -> bool:
+        return self._G.rows_have_order
+
+    def require_order(self) -> None:
+        self._G.require_order()
+
+    @property
+    def is_cached(self) -> bool:
+        return self._G.is_cached
+
+    @property
+    def kept(self) -> Kept:
+        return self._G.kept
+
+    # ---- Products -----------------------------------------------------------------------------
+
+    def product(self, V: Tensor) -> Tensor:
+        return self._cut(self._G.product(self._padded(V)))
+
+    def _mul(self, V: Tensor) -> Tensor:
+        return self._G._mul(self._padded(V))
+
+    def _mul_t(self, W: Tensor) -> Tensor:
+        return self._cut(self._G._mul_t(W))
+
+    def _padded(self, V: Tensor) -> Tensor:
+        """Return diag(s) applied to vectors, at their columns of G: (K, d) → (K, D)."""
+        V = V if self._factors is None else V * self._factors
+        if self._columns is None:
+            return V
+        return V.new_zeros(len(V), self._G.parameters.numel).index_add_(1, self._columns, V)
+
+    def _cut(self, V: Tensor) -> Tensor:
+        """Return the transpose of `_padded`: (K, D) → (K, d)."""
+        V = V if self._columns is None else V[:, self._columns]
+        return V if self._factors is None else V * self._factors.to(V.dtype)
+
+    def dense(self) -> Tensor:
+        if not self.is_cached:
+            products = [self.product(rows) for rows in identity(self._numel, self.torch_dtype, self.device)]
+            return torch.cat(products)
+        total = CompensatedSum(torch.empty(self._numel, self._numel, dtype=self.torch_dtype, device=self.device))
+        for rows in self._blocks():
+            total.add(rows.T @ rows)
+        return total.value()
+
+    def col_norms(self) -> Tensor:
+        norms = self._G.col_norms()
+        norms = norms if self._columns is None else norms[self._columns]
+        return norms if self._factors is None else norms * self._factors.square()
+
+    def square_norm(self) -> float:
+        return float(self.col_norms().sum(dtype=torch.float64))
+
+    def square_root(self, triangular: bool) -> Tensor:
+        B = self._cut(self._G.square_root(triangular))
+        return torch.linalg.qr(B, mode="r")[1] if triangular and len(B) > self._numel else B
+
+    # ---- Its rows -----------------------------------------------------------------------------
+
+    def block(self, start: int, stop: int) -> Tensor:
+        return self._cut(self._G.block(start, stop))
+
+    def _blocks(self) -> Iterator[Tensor]:
+        """List the rows in blocks (r, d)."""
+        step = max(1, _BLOCK_BYTES // (self._G.parameters.numel * self.dtype.itemsize))
+        for start in range(0, self.shape[0], step):
+            yield self.block(start, min(start + step, self.shape[0]))
+
+    def row_squares(self) -> Tensor:
+        empty = torch.empty(0, dtype=torch.float64, device=self.device)
+        norms = (torch.linalg.vector_norm(rows, dim=1).double().square() for rows in self._blocks())
+        return torch.cat([empty, *norms])
+
+    def cross(self, other: Scores, scale: Tensor | None = None) -> Tensor:
+        """Multiply G diag(scale) Hᵀ; of itself by the rows of G, in which the other columns count nothing."""
+        if other is not self:
+            return by_rows(self, other, scale)
+        ones = torch.ones(self._numel, dtype=self.torch_dtype, device=self.device)
+        weights = ones if scale is None else scale
+        if self._factors is not None:
+            weights = weights * self._factors.square()
+        if self._columns is not None:
+            weights = ones.new_zeros(self._G.parameters.numel).index_add_(0, self._columns, weights)
+        return self._G.gram_tensor(scale=weights)
+
+
+def selected(parameters: Parameters, which: Any) -> tuple[Tensor, Parameters]:
+    """Return the columns (d,) that names, indices or a mask select, and the parameters that they belong to."""
+    D = parameters.numel
+    names = [which] if isinstance(which, str) else which
+    if isinstance(names, list | tuple) and names and all(isinstance(name, str) for name in names):
+        unknown = [name for name in names if name not in parameters.shapes]
+        if unknown:
+            raise KeyError(f"there is no parameter {unknown[0]!r}, the parameters are {list(parameters.shapes)}.")
+        spans = parameters.spans
+        index = torch.cat([torch.arange(*spans[name]) for name in names])
+        return index, Parameters({name: parameters.tensors[name] for name in names}, parameters.dtype)
+    if isinstance(which, slice):
+        index = torch.tensor(range(D)[which], dtype=torch.int64)
+    else:
+        given = _arrays.to_tensor(which if _arrays.is_array(which) else np.asarray(which), "which").cpu()
+        if given.ndim != 1 or given.is_floating_point() or given.is_complex():
+            raise ValueError(
+                f"`which` must be names, a slice, integers (d,) or a mask ({D},), got shape {tuple(given.shape)} of "
+                f"{given.dtype}."
+            )
+        if given.dtype == torch.bool:
+            if len(given) != D:
+                raise IndexError(f"a mask must have one entry for each of the {D} parameters, got {len(given)}.")
+            given = given.nonzero()[:, 0]
+        index = given.long()
+        wrong = (index < -D) | (index >= D)
+        if wrong.any():
+            raise IndexError(f"index {int(index[wrong][0])} is out of range for {D} parameters.")
+        index = index % D
+    if not len(index):
+        raise ValueError(f"`which` must select at least one of the {D} parameters, got none.")
+    own = torch.empty(len(index), dtype=parameters.dtype, device=parameters.device)
+    return index, Parameters({"submatrix": own}, parameters.dtype)
