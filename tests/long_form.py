@@ -53,7 +53,7 @@ def counted(counts, compares=False):
         before = len(probed)
         try:
             result = build(self, form, patient)
-            is_known = len(probed) == before and not self._evaluation.problem.sharded
+            is_known = len(probed) == before and not self._evaluation.problem.is_divided
         finally:
             del probed[before:]
         if is_known:
