@@ -86,6 +86,12 @@ def leave_like(x: Any) -> Leave:
     return enter(xp.zeros(1, dtype=xp.int32, device=array_api_compat.device(x)))[1]
 
 
+def no_narrower(x: Any, entered: Tensor, leave: Leave, dtype: torch.dtype) -> Leave:
+    """Return how results go to the library of `x`: in its dtype, or in `dtype` if that is wider."""
+    narrower = entered.is_floating_point() and torch.promote_types(entered.dtype, dtype) != entered.dtype
+    return leave_like(x) if narrower else leave
+
+
 def scalar(x: Any) -> Any | None:
     """Return `x` as a Python number if it is a number or a 0-d array of any library, else None."""
     if isinstance(x, np.longdouble | np.clongdouble):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from itertools import accumulate
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from fisherops._processes import Processes, Result
 from fisherops._ranks import Alone
 
 
@@ -33,13 +35,29 @@ def reshard(model: Any) -> None:
             part.reshard()
 
 
-def reduced(x: Any) -> Any:
-    """Return a sum over a sharded axis as a number that all ranks have; what is not sharded as it is."""
-    if not is_sharded(x):
-        return x
-    from torch.distributed.tensor import Replicate
+class DividedVectors(Processes):
+    """Processes each of which has its pieces of all vectors."""
 
-    return x.redistribute(placements=[Replicate()] * x.device_mesh.ndim)
+    def __init__(self, ranks: Alone) -> None:
+        self._ranks = ranks
+        self.leads = ranks.leads
+
+    def guard(self, what: str) -> AbstractContextManager[None]:
+        """Return a context for work that this process does alone; if it fails, the others are told."""
+        return self._ranks.guard(what)
+
+    def least(self, number: int) -> int:
+        """Return the smallest of the numbers that the processes pass."""
+        return self._ranks.least(number)
+
+    def from_leader(self, make: Callable[[], Result]) -> Result:
+        """Return what the leading process makes, on every process."""
+        return self._ranks.from_leader(make)
+
+    def inner(self, X: Tensor, Y: Tensor) -> Tensor:
+        """Return the inner products of vectors with others, (K,), summed over their pieces (K, d)."""
+        with self._ranks.step("inner products"):
+            return self._ranks.sum((X * Y).sum(-1))
 
 
 class Sharding:
@@ -84,6 +102,8 @@ class Sharding:
                 f"the parameters are sharded over {self.mesh.size()} processes: pass process_group= of these processes."
             )
         self._ranks = ranks
+        self.processes = DividedVectors(ranks)
+        """The processes, each with its pieces of vectors."""
         own = {name: t.to_local().numel() for name, t in tensors.items()}
         with ranks.step("shards of the parameters"):
             by_rank = ranks.share(list(own.values()))

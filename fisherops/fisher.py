@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fisherops._linop import TorchLinearOperator, add_shift, check_result, opaque
+from fisherops import _arrays
+from fisherops._linop import TorchLinearOperator, Vectors, add_shift, check_result, opaque
+from fisherops._processes import Processes
 from fisherops._ranks import Alone
-from fisherops._sharding import Sharding
-from fisherops.score_matrix import Kept, ScoreMatrix
-from fisherops.scores import Kind
+from fisherops._sharding import Sharding, is_sharded
+from fisherops.score_matrix import ScoreMatrix
 from fisherops.stacked import StackedScores
 
 
@@ -52,8 +54,8 @@ class FisherOperator(TorchLinearOperator):
         return add_shift(self.score_matrix.product(V), V, self.shift)
 
     def multiply(self, V: Tensor) -> Tensor:
-        """Multiply with torch vectors (K, D); with DTensors where the parameters are sharded."""
-        if self.sharding is None:
+        """Multiply with torch vectors (K, D); with DTensors or this rank's pieces (K, d) of sharded parameters."""
+        if self.sharding is None or (not is_sharded(V) and V.shape[1] == self.sharding.numel):
             return super().multiply(V)
         local = self.sharding.local(V.T).T.to(self.torch_dtype)
         return self.sharded(check_result(self._mul(local), local).T).T  # type: ignore[no-any-return]
@@ -88,6 +90,42 @@ class FisherOperator(TorchLinearOperator):
         """GᵀG alone."""
         return self if isinstance(self.shift, float) and self.shift == 0 else FisherOperator(self.score_matrix)
 
+    def _enter(self, x: Any, name: str) -> Vectors:
+        if self.sharding is None:
+            return super()._enter(x, name)
+        self._check_shape(_arrays.enter(x)[0], name)
+        local = self.sharding.local(x)
+        is_single = local.ndim == 1
+        rows = (local.unsqueeze(0) if is_single else local.T).to(self.torch_dtype)
+        return Vectors(
+            rows,
+            is_single,
+            lambda V: self.sharded(V[0] if is_single else V.T),
+            lambda values: values[0] if is_single else values,
+        )
+
+    def enter_pieces(self, tensors: Mapping[str, Tensor]) -> tuple[Any, Callable[[Any], dict[str, Tensor]]]:
+        """Return one vector (D,) for tensors of the parameters' shapes, and how a vector becomes such tensors again.
+
+        The vector has the widest of their precisions, so that a solver sees which elements its own cannot represent.
+        """
+        sharding = self.sharding
+        if sharding is not None:
+            local = [sharding.piece(t) for t in tensors.values()]
+
+            def leave(x: Any) -> dict[str, Tensor]:
+                pieces = x.to_local().split([len(piece) for piece in local])
+                return {name: sharding.like(t, piece) for (name, t), piece in zip(tensors.items(), pieces, strict=True)}
+
+            return self.sharded(torch.cat(local)), leave
+        flat = torch.cat([t.reshape(-1).to(self.device) for t in tensors.values()])
+
+        def split(x: Tensor) -> dict[str, Tensor]:
+            pieces = x.split([t.numel() for t in tensors.values()])
+            return {name: piece.view(t.shape) for (name, t), piece in zip(tensors.items(), pieces, strict=True)}
+
+        return flat if flat.is_floating_point() else flat.to(self.torch_dtype), split
+
     def _scaled(self, alpha: Any) -> TorchLinearOperator:
         if isinstance(alpha, complex) or not 0 < alpha < float("inf") or self.sharding is not None:
             return super()._scaled(alpha)
@@ -99,11 +137,6 @@ class FisherOperator(TorchLinearOperator):
         return FisherOperator(
             StackedScores(self.score_matrix.parts + other.score_matrix.parts), self.shift + other.shift
         )
-
-    @property
-    def kinds(self) -> frozenset[Kind]:
-        """Which vectors make the rows of G."""
-        return self.score_matrix.kinds
 
     def sharded(self, local: Tensor) -> Any:
         """Return a vector of this operator from each rank's own part of it, where the parameters are sharded (FSDP2).
@@ -130,11 +163,7 @@ class FisherOperator(TorchLinearOperator):
             raise ValueError(f"got shape {tuple(local.shape)}, and this rank has {self.sharding.numel} numbers.")
         return self.sharding.whole(local.to(self.device, self.torch_dtype), self.shape[0])
 
-    # ---- What linear algebra asks ---------------------------------------------------------------
-
-    def square_root(self, triangular: bool) -> Tensor:
-        """Return B in float64 with BᵀB = GᵀG; see `ScoreMatrix.square_root`."""
-        return self.score_matrix.square_root(triangular)
+    # ---- What it is -------------------------------------------------------------------------------
 
     @property
     def parameter_shapes(self) -> dict[str, torch.Size]:
@@ -147,11 +176,6 @@ class FisherOperator(TorchLinearOperator):
         return self.score_matrix.parameters.spans
 
     @property
-    def parameter_checksum(self) -> int:
-        """A checksum of the present values of the parameters."""
-        return self.score_matrix.parameter_checksum
-
-    @property
     def reductions(self) -> tuple[str, ...]:
         """The reduction, "mean" or "sum", of each head of the loss."""
         return self.score_matrix.reductions
@@ -160,21 +184,6 @@ class FisherOperator(TorchLinearOperator):
     def num_rows(self) -> int:
         """Rows of the score matrix, of all ranks."""
         return self.score_matrix.shape[0]
-
-    @property
-    def rows_have_order(self) -> bool:
-        """Whether every pass lists the rows of the score matrix in the same order, as `scores` needs it."""
-        return self.score_matrix.rows_have_order
-
-    @property
-    def kept(self) -> Kept:
-        """What is cached between products on all ranks together."""
-        return self.score_matrix.kept
-
-    @property
-    def max_memory(self) -> int:
-        """Bytes that may be cached, on this rank."""
-        return self.score_matrix.max_memory
 
     @property
     def version(self) -> int:
@@ -193,6 +202,11 @@ class FisherOperator(TorchLinearOperator):
     def ranks(self) -> Alone:
         """The processes among which the data are divided; all of them make the same calls (see `process_group`)."""
         return self.score_matrix.ranks
+
+    @property
+    def processes(self) -> Processes:
+        """The processes that multiply together, for linear algebra."""
+        return self.ranks if self.sharding is None else self.sharding.processes
 
     @property
     def sharding(self) -> Sharding | None:

@@ -84,12 +84,15 @@ class ScoreMatrix(TorchLinearOperator):
     ----------
     shape : tuple of int
         (rows, D).
+    is_divided : bool
+        Whether vectors (K, D) are divided among the processes, so that each has its pieces (K, d).
     """
 
     def __init__(self, reader: Reader, *, cache: str, max_memory: int, spill: Any, ranks: Alone) -> None:
         self._reader, self.problem = reader, reader.problem
         self._asked, self.max_memory, self._spill, self._ranks = cache, max_memory, spill, ranks
         self.sharding = Sharding(self.parameters.tensors, ranks) if self.problem.sharded else None
+        self.is_divided = self.sharding is not None
         self._cache: Cache | None = None
         self._version, self._refreshes = -1, 0
         self._counts: list[int] | None = None
@@ -258,6 +261,15 @@ class ScoreMatrix(TorchLinearOperator):
         return self._over("product", lambda batches: self._sum_of_products(batches, V), V)
 
     def _mul(self, V: Tensor) -> Tensor:
+        if self.sharding is not None:
+            sharding, spans = self.sharding, self.parameters.spans
+
+            def gathered(held: list[MaterializedBatch]) -> Tensor:
+                products = sharded.apply(held, sharding, spans, V.T)
+                return torch.cat(self._ranks.gather(torch.cat(products, 1).T)).T
+
+            return self._over_held("scores", gathered, V)
+
         def product(batches: Iterable[BatchScores]) -> Tensor:
             own = [
                 torch.cat([batch.apply(part) for part in V.contiguous().split(batch.columns)]).T for batch in batches
@@ -266,13 +278,12 @@ class ScoreMatrix(TorchLinearOperator):
 
         return self._over_in_order("scores", product, V)
 
-    def _mul_t(self, W: Tensor) -> Any:
+    def _mul_t(self, W: Tensor) -> Tensor:
         if self.sharding is not None:
             sharding, spans, products = self.sharding, self.parameters.spans, self._own(W)
-            local = self._over_held(
-                "transposed scores", lambda held: sharded.apply_transposed(held, sharding, spans, products), W
+            return self._over_held(
+                "transposed scores", lambda held: sharded.apply_transposed(held, sharding, spans, products).T, W
             )
-            return sharding.whole(local, self.parameters.numel).T
         total = CompensatedSum(W.new_empty(len(W), self.parameters.numel))
 
         def product(batches: Iterable[BatchScores]) -> Tensor:
@@ -292,20 +303,15 @@ class ScoreMatrix(TorchLinearOperator):
         return W[:, start : start + sum(self._counts)].split(self._counts, 1)
 
     def _transpose(self) -> Transposed:
-        return Transposed(self)
+        return Transposed(self) if self.sharding is None else _TransposedPieces(self)
 
     def multiply(self, V: Tensor) -> Tensor:
         """Multiply G; from a DTensor (K, D) where the parameters are sharded."""
         sharding = self.sharding
         if sharding is None:
             return super().multiply(V)
-        local = sharding.local(V.T).to(self.torch_dtype)
-
-        def product(held: list[MaterializedBatch]) -> Tensor:
-            products = sharded.apply(held, sharding, self.parameters.spans, local)
-            return torch.cat(self._ranks.gather(torch.cat(products, 1).T)).T
-
-        return check_result(self._over_held("scores", product, local.T), local)
+        local = sharding.local(V.T).T.to(self.torch_dtype)
+        return check_result(self._mul(local), local)
 
     def _sum_of_products(self, batches: Iterable[BatchScores], V: Tensor) -> Tensor:
         # Few vectors at a time, whose memory is used again for the next; as many on all ranks.
@@ -616,6 +622,13 @@ class ScoreMatrix(TorchLinearOperator):
             return checksum
         with self._step("checksum of the parameters"):
             return zlib.crc32(repr(self._ranks.share(checksum)).encode())
+
+
+class _TransposedPieces(Transposed):
+    """Gᵀ of sharded parameters, whose products are DTensors."""
+
+    def _mul(self, W: Tensor) -> Any:
+        return self._A.sharding.whole(self._A._mul_t(W).T, self.shape[0]).T
 
 
 def _falls_to(rank: int, other: int, size: int) -> bool:

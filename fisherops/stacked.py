@@ -27,6 +27,7 @@ class StackedScores(TorchLinearOperator):
     """
 
     sharding = None
+    is_divided = False
 
     def __init__(self, parts: Sequence[tuple[float, ScoreMatrix]]) -> None:
         self.parts = tuple(parts)

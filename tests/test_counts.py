@@ -33,15 +33,15 @@ COUNTS = {
     "kernels of a warm product": (135, 90, 4),
     "calls of a constructor and first product": (1700, 350, 4),
     "files of a constructor and first product": (38, 18, 4),
-    "calls of eigsh": (490, 250, 6),
-    "functions of eigsh": (124, 70, 6),
-    "files of eigsh": (18, 10, 6),
-    "lines of the core": (7800, 2500, 4),
-    "lines of the package": (16950, 9200, 7),
+    "calls of eigsh": (470, 250, 6),
+    "functions of eigsh": (126, 70, 6),
+    "files of eigsh": (20, 10, 6),
+    "lines of the core": (8170, 2500, 4),
+    "lines of the package": (17860, 9200, 7),
     "methods of the largest class": (49, 20, 4),
     "lines of the largest file": (780, 350, 7),
-    "modules in import cycles": (4, 0, 7),
-    "files that mention ranks": (25, 2, 5),
+    "modules in import cycles": (2, 0, 7),
+    "files that mention ranks": (20, 2, 5),
 }
 
 # What the core is not: public constructors, likelihoods, linear algebra, processes, the command line, conversions, data
