@@ -100,10 +100,10 @@ numpydoc_xref_aliases = {
     name: f"fisherops.linalg.{name}"
     for name in (
         "Bounds",
-        "DampedInverse",
         "Density",
         "Eigenpairs",
         "Estimate",
+        "Inverse",
         "Solution",
     )
 }

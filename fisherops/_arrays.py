@@ -82,11 +82,6 @@ def part_of(x: Tensor) -> Tensor:
     return x if part is None else part(x)
 
 
-def as_numpy(x: Tensor) -> Any:
-    """Return a result as a NumPy array; a tensor that is divided among processes as it is."""
-    return x if type(x) in DIVIDED else x.cpu().numpy()
-
-
 def leave_like(x: Any) -> Leave:
     """Return a function that converts tensors, in their own dtype, to the library and device of an array."""
     if type(x) in DIVIDED:
@@ -98,6 +93,12 @@ def leave_like(x: Any) -> Leave:
     xp = array_api_compat.array_namespace(x)
     # The library's integers, which every result may replace by its own dtype.
     return enter(xp.zeros(1, dtype=xp.int32, device=array_api_compat.device(x)))[1]
+
+
+def no_narrower(x: Any, entered: Tensor, leave: Leave, dtype: torch.dtype) -> Leave:
+    """Return how results go to the library of `x`: in its dtype, or in `dtype` if that is wider."""
+    narrower = entered.is_floating_point() and torch.promote_types(entered.dtype, dtype) != entered.dtype
+    return leave_like(x) if narrower else leave
 
 
 def scalar(x: Any) -> Any | None:

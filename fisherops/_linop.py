@@ -12,7 +12,7 @@ import functools
 import operator
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -96,6 +96,25 @@ def identity(n: int, dtype: torch.dtype, device: torch.device, step: int = _BLOC
         yield rows
 
 
+class Vectors(NamedTuple):
+    """Vectors that were converted from an array.
+
+    Attributes
+    ----------
+    rows : torch.Tensor
+        (K, N); each process's pieces of them, (K, n), if the parameters are sharded.
+    is_single : bool
+        Whether the array was a vector.
+    leave, leave_numbers : callable
+        Convert solutions (K, N) to such an array, and one number for each vector, (K,), to its library.
+    """
+
+    rows: Tensor
+    is_single: bool
+    leave: _arrays.Leave
+    leave_numbers: _arrays.Leave
+
+
 class TorchLinearOperator(LinearOperator):
     """A SciPy linear operator that computes in torch.
 
@@ -150,6 +169,11 @@ class TorchLinearOperator(LinearOperator):
     def _adjoint(self) -> TorchLinearOperator:
         """Return the conjugate transpose; the same as the transpose where the operator is real."""
         return self._transpose()
+
+    @property
+    def undamped(self) -> TorchLinearOperator:
+        """The operator without `shift`."""
+        return self
 
     @property
     def version(self) -> int:
@@ -255,10 +279,38 @@ class TorchLinearOperator(LinearOperator):
             V = (X.mT if are_columns else X).flatten(0, -2)
         else:
             V = X.unsqueeze(0) if X.ndim == 1 else X.T if are_columns else X
+        if type(X) in _arrays.DIVIDED:
+            return self._product_of_pieces(X, name)
         Y = self.multiply(V.to(self.device).resolve_conj().resolve_neg())
         if X.ndim > 2:
             Y = Y.unflatten(0, (*X.shape[:-2], X.shape[-1]) if are_columns else X.shape[:-1])
         return leave(Y.squeeze(0) if X.ndim == 1 else Y.mT if are_columns else Y)
+
+    def _product_of_pieces(self, X: Any, name: str) -> Any:  # noqa: ARG002
+        """Multiply with a vector (N,) or matrix (N, K) that is divided among processes."""
+        Y = self.multiply(X.unsqueeze(0) if X.ndim == 1 else X.T)
+        return Y.squeeze(0) if X.ndim == 1 else Y.T
+
+    def _enter(self, x: Any, name: str) -> Vectors:
+        """Convert an array (N,) or (N, K) to vectors that are rows, and see how solutions go back to such an array.
+
+        They have at least the compute precision: in a narrower one a solution would neither meet the tolerance that was
+        checked, nor be sure to be finite.
+        """
+        X, leave = _arrays.enter(x)
+        if type(X) in _arrays.DIVIDED:
+            raise TypeError(
+                f"the array must not be a {type(X).__name__} for this operator. Pass it to the Fisher operator itself."
+            )
+        self._check_shape(X, name)
+        leave = _arrays.no_narrower(x, X, leave, self.torch_dtype)
+        single = X.ndim == 1
+        return Vectors(
+            (X.unsqueeze(0) if single else X.T).to(self.device),
+            single,
+            lambda V: leave(V[0] if single else V.T),
+            lambda values: leave(values[0] if single else values),
+        )
 
     def _are_columns(self, X: Tensor, name: str, vector: bool | None, rows: bool) -> bool:
         """Return whether vectors are the columns of `X`, (..., N, K), and not its rows; its shape must fit one of them.
@@ -297,10 +349,6 @@ class TorchLinearOperator(LinearOperator):
             If the result is not finite although `V` is, or the operator's dtype cannot represent `V`.
         """
         return check_result(self._times(V), V)
-
-    def times_columns(self, V: Tensor) -> Tensor:
-        """As `multiply`, with vectors that are columns: (N, K) → (M, K)."""
-        return self.multiply(V.T).T
 
     def _times(self, V: Tensor) -> Tensor:
         """Multiply with vectors (K, N) of any dtype, as a part of another operator."""

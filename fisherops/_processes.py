@@ -6,6 +6,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import TypeVar
 
+import torch
 from torch import Tensor
 
 Result = TypeVar("Result")
@@ -34,6 +35,11 @@ class Processes:
     def inner(self, X: Tensor, Y: Tensor) -> Tensor:
         """Return the inner products of vectors (K, D) with others, (K,)."""
         return (X * Y).sum(-1)
+
+    def norms(self, X: Tensor) -> Tensor:
+        """Return the norms of vectors (K, D) in float64, (K,), also if squares exceed the range of the precision."""
+        own = torch.linalg.vector_norm(X, dim=-1, keepdim=True, dtype=torch.float64)
+        return self.inner(own, own).sqrt()
 
 
 ONE = Processes()

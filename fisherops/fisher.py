@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fisherops import _arrays
 from fisherops._linop import TorchLinearOperator, add_shift, opaque
 from fisherops._processes import Processes
 from fisherops.scores import Kind
-from fisherops.scores.protocol import Kept, Scores
+from fisherops.scores.protocol import Scores
 from fisherops.scores.selected import SelectedScores, selected
 from fisherops.stacked import StackedScores
 
@@ -61,11 +61,9 @@ class FisherOperator(TorchLinearOperator):
 
     @opaque
     def diagonal(self) -> np.ndarray[Any, Any]:
-        """Return the diagonal of F as a NumPy array of shape (D,), exactly: the squared norms of the columns of G.
-
-        A DTensor where the parameters are sharded.
-        """
-        return _arrays.as_numpy(self.score_matrix.col_norms() + self.shift)  # type: ignore[no-any-return]
+        """Return the diagonal of F as a NumPy array of shape (D,), exactly: the squared norms of the columns of G."""
+        diagonal: Tensor = self.score_matrix.col_norms() + self.shift
+        return diagonal.cpu().numpy()
 
     @opaque
     def trace(self) -> float:
@@ -120,6 +118,19 @@ class FisherOperator(TorchLinearOperator):
         shift = self.shift[index] if isinstance(self.shift, Tensor) else self.shift
         return FisherOperator(SelectedScores(self.score_matrix, index, parameters=parameters), shift)
 
+    def enter_pieces(self, tensors: Mapping[str, Tensor]) -> tuple[Any, Callable[[Any], dict[str, Tensor]]]:
+        """Return one vector (D,) for tensors of the parameters' shapes, and how a vector becomes such tensors again.
+
+        The vector has the widest of their precisions, so that a solver sees which elements its own cannot represent.
+        """
+        flat = torch.cat([t.reshape(-1).to(self.device) for t in tensors.values()])
+
+        def split(x: Tensor) -> dict[str, Tensor]:
+            pieces = x.split([t.numel() for t in tensors.values()])
+            return {name: piece.view(t.shape) for (name, t), piece in zip(tensors.items(), pieces, strict=True)}
+
+        return flat if flat.is_floating_point() else flat.to(self.torch_dtype), split
+
     def _scaled(self, alpha: Any) -> TorchLinearOperator:
         if isinstance(alpha, complex) or not 0 < alpha < float("inf") or self.score_matrix.is_divided:
             return super()._scaled(alpha)
@@ -137,11 +148,7 @@ class FisherOperator(TorchLinearOperator):
         """Which vectors make the rows of G."""
         return self.score_matrix.kinds
 
-    # ---- What linear algebra asks ---------------------------------------------------------------
-
-    def square_root(self, triangular: bool) -> Tensor:
-        """Return B in float64 with BᵀB = GᵀG; see `ScoreMatrix.square_root`."""
-        return self.score_matrix.square_root(triangular)
+    # ---- What it is -------------------------------------------------------------------------------
 
     @property
     def parameter_shapes(self) -> dict[str, torch.Size]:
@@ -154,11 +161,6 @@ class FisherOperator(TorchLinearOperator):
         return self.score_matrix.parameters.spans
 
     @property
-    def parameter_checksum(self) -> int:
-        """A checksum of the present values of the parameters."""
-        return self.score_matrix.parameter_checksum
-
-    @property
     def reductions(self) -> tuple[str, ...]:
         """The reduction, "mean" or "sum", of each head of the loss."""
         return self.score_matrix.reductions
@@ -168,21 +170,6 @@ class FisherOperator(TorchLinearOperator):
         """Rows of the score matrix, of all ranks."""
         rows: int = self.score_matrix.shape[0]
         return rows
-
-    @property
-    def rows_have_order(self) -> bool:
-        """Whether every pass lists the rows of the score matrix in the same order, as `scores` needs it."""
-        return self.score_matrix.rows_have_order
-
-    @property
-    def kept(self) -> Kept:
-        """What is cached between products on all ranks together."""
-        return self.score_matrix.kept
-
-    @property
-    def max_memory(self) -> int:
-        """Bytes that may be cached, on this rank."""
-        return self.score_matrix.max_memory
 
     @property
     def version(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from torch import Tensor
 from fisherops import _arrays
 from fisherops._checks import integer
 from fisherops._data import Data, place_alone
-from fisherops._linop import opaque
+from fisherops._linop import Vectors, opaque
 from fisherops._memory import as_bytes, as_folder
 from fisherops.fisher import FisherOperator
 from fisherops.parallel.fsdp import ShardedScores, group_for, make_problem, scores_of
@@ -32,6 +32,42 @@ class ShardableFisherOperator(FisherOperator):
 
     def _shifted(self, shift: float | Tensor) -> ShardableFisherOperator:
         return ShardableFisherOperator(self.score_matrix, shift)
+
+    def _as_shift(self, damping: Any) -> float | Tensor:
+        shift = super()._as_shift(damping)
+        if isinstance(shift, Tensor) and self.score_matrix.is_divided:
+            raise NotImplementedError("damping by a vector is not supported for sharded parameters. Pass a number.")
+        return shift
+
+    @opaque
+    def diagonal(self) -> Any:  # noqa: D102 (that of the base class)
+        G = self.score_matrix
+        return G.whole(G.col_norms() + self.shift) if isinstance(G, ShardedScores) else super().diagonal()
+
+    def _enter(self, x: Any, name: str) -> Vectors:
+        G = self.score_matrix
+        if not isinstance(G, ShardedScores):
+            return super()._enter(x, name)
+        X = _arrays.enter(x)[0]
+        self._check_shape(X, name)
+        single = X.ndim == 1
+        return Vectors(
+            G.pieces(X.unsqueeze(0) if single else X.T),
+            single,
+            lambda V: G.whole(V[0] if single else V.T),
+            lambda values: values[0] if single else values,
+        )
+
+    def _product_of_pieces(self, X: Any, name: str) -> Any:
+        vectors = self._enter(X, name)
+        return vectors.leave(self.multiply(vectors.rows))
+
+    def enter_pieces(self, tensors: Mapping[str, Tensor]) -> tuple[Any, Callable[[Any], dict[str, Tensor]]]:
+        """Return one vector (D,) for tensors of the parameters' shapes; see `FisherOperator.enter_pieces`."""
+        G = self.score_matrix
+        if not isinstance(G, ShardedScores):
+            return super().enter_pieces(tensors)
+        return G.join(tensors), lambda x: G.split(x, tensors)
 
     def sharded(self, local: Tensor) -> Any:
         """Return a vector of this operator from each rank's own part of it, where the parameters are sharded (FSDP2).

@@ -137,7 +137,7 @@ def rank_threshold(eigenvalues: npt.ArrayLike, dim: int, dtype: npt.DTypeLike, r
         Rows of the score matrix, ``op.scores.shape[0]``; n and m are the smaller and the larger of both. Default: D,
         with which the threshold is the convention of ``numpy.linalg.matrix_rank``.
     """
-    from fisherops.linalg._ways import rank_threshold as threshold
+    from fisherops.linalg.dense import rank_threshold as threshold
 
     largest = float(np.max(np.asarray(eigenvalues, dtype=float), initial=0.0))
     return threshold(largest, dim, dim if rows is None else rows, dtype)

@@ -12,9 +12,9 @@ from torch import Tensor
 from fisherops import _arrays
 from fisherops._checks import warn
 from fisherops._linop import TorchLinearOperator
-from fisherops.fisher import FisherOperator
-from fisherops.linalg._results import Bounds
-from fisherops.linalg._ways import METHODS, dense_matrix, outside_of_autocast, summands
+from fisherops.linalg.dense import Dense
+from fisherops.linalg.method import choose_root, outside_of_autocast, summands
+from fisherops.linalg.results import Bounds
 from fisherops.scores import MonteCarlo
 
 _NAMED_DIRECTIONS, _NAMED_ENTRIES = 10, 4
@@ -94,29 +94,28 @@ def crlb(op: Any, of: Any = None, *, method: str = "auto") -> Bounds:
     array([[0.025]])
     """
     parts = list(summands(op))
-    fishers = [part for part, _ in parts if isinstance(part, FisherOperator)]
+    fishers = [part for part, _ in parts if part is not None and _is_fisher(part)]
     if not fishers:
         raise TypeError(
             f"`op` must be a Fisher operator or a sum of operators with one, got {type(op).__name__}. Pass the "
             "information itself, not its inverse, a product or a power, and start a sum with the Fisher operator."
         )
-    if any("mean" in fisher.reductions for fisher in fishers):
+    matrices = [fisher.score_matrix for fisher in fishers]
+    if any("mean" in G.reductions for G in matrices):
         raise ValueError(
             "the Cramér-Rao bound needs the information of all data, and this operator is of a mean: use a loss with "
             "reduction='sum'."
         )
-    if any(fisher.score_matrix.is_divided for fisher in fishers):
+    if any(G.is_divided for G in matrices):
         raise NotImplementedError("`op` must have whole parameters, got sharded ones. Gather the parameters first.")
-    if any(factor < 0 for _, factor in parts):
+    if any((float(factor.min()) if isinstance(factor, Tensor) else factor) < 0 for _, factor in parts):
         raise ValueError(
             "`op` must be a sum of information with positive factors, got a negative factor or damping. Leave out "
             "what is subtracted."
         )
-    if method == "primal":
-        raise ValueError("a singular F is told from a regular one by its eigenvalues: use method='dual' or 'dense'.")
-    if method not in METHODS:
-        raise ValueError(f"`method` must be 'auto', 'dual' or 'dense', got {method!r}.")
-    if any(isinstance(kind, MonteCarlo) for fisher in fishers for kind in fisher.kinds):
+    D, rows = fishers[0].shape[0], [G.shape[0] for G in matrices]
+    method = choose_root(rows[0], D, len(parts) == 1, method)
+    if any(isinstance(kind, MonteCarlo) for G in matrices for kind in G.kinds):
         warn(
             "the inverse of a Monte-Carlo Fisher is not a Cramér-Rao bound, and its error is that of the draws. Use "
             "FisherLinearOperator, the exact Fisher."
@@ -126,7 +125,7 @@ def crlb(op: Any, of: Any = None, *, method: str = "auto") -> Bounds:
         raise ValueError("`of` names no function.")
     if not bool(A.isfinite().all()):
         raise ValueError("`of` contains NaN or infinity.")
-    B, noise, method = _square_root(parts, fishers, method)
+    B, noise = _square_root(parts, matrices, method)
     single = any(fisher.torch_dtype != torch.float64 for fisher in fishers)
     covariance, digits, basis, nullity, lost = _bounds(B, A, noise, float("inf") if single else _GAP)
     if lost:
@@ -134,23 +133,24 @@ def crlb(op: Any, of: Any = None, *, method: str = "auto") -> Bounds:
         warn(
             f"the information about {lost} of {len(A)} directions is lost to rounding, so no bound is known. {advice}."
         )
-    directions = _name_directions(fishers[0], basis, nullity)
+    directions = _name_directions(matrices[0], basis, nullity)
     deviation = np.sqrt(np.diag(covariance))
     return Bounds(covariance, deviation, digits, tuple(names), directions, nullity, lost, method)
 
 
+def _is_fisher(op: Any) -> bool:
+    return getattr(op, "score_matrix", None) is not None
+
+
 def _square_root(
-    parts: list[tuple[TorchLinearOperator | None, float]], fishers: list[FisherOperator], method: str
-) -> tuple[Tensor, float, str]:
-    """Return B (n, D) with BᵀB = F, its relative rounding, and which method it is for."""
-    D, device = fishers[0].shape[0], fishers[0].device
-    counts = [fisher.num_rows for fisher in fishers]
-    alone = len(parts) == 1
-    if method == "auto":
-        method = "dual" if alone and counts[0] < D else "dense"
-    n = sum(counts) if method == "dual" else sum(min(count, D) for count in counts)
-    n += D * (len(parts) - len(fishers))
-    needed, left = 8 * _SVD_WORK * n * D, min(fisher.kept.memory_left for fisher in fishers)
+    parts: list[tuple[TorchLinearOperator | None, Any]], matrices: list[Any], method: str
+) -> tuple[Tensor, float]:
+    """Return B (n, D) with BᵀB = F, and its relative rounding."""
+    D, device = matrices[0].shape[1], matrices[0].device
+    is_triangular = method == "dense"
+    n = sum(min(G.shape[0], D) if is_triangular else G.shape[0] for G in matrices)
+    n += D * (len(parts) - len(matrices))
+    needed, left = 8 * _SVD_WORK * n * D, min(G.kept.memory_left for G in matrices)
     if needed > left:
         raise ValueError(
             f"the square root of F takes a matrix of shape {(n, D)}, {needed} bytes with its factors, and "
@@ -159,19 +159,19 @@ def _square_root(
     eps = max(float(torch.finfo(part.torch_dtype).eps) for part, _ in parts if part is not None)
     noise, blocks = _ROUNDING * eps * D**0.5, []
     for part, factor in parts:
-        if factor == 0:
+        if not isinstance(factor, Tensor) and factor == 0:
             continue
         if part is None:
             block = torch.eye(D, dtype=torch.float64, device=device)
-        elif isinstance(part, FisherOperator):
-            block = part.square_root(triangular=method == "dense")
+        elif part.score_matrix is not None:
+            block = part.score_matrix.square_root(triangular=is_triangular)
         else:
-            block, amplification = _root_of_matrix(dense_matrix(part, "dense"), noise)
+            block, amplification = _root_of_matrix(Dense(part, 0.0, 0.0).matrix(), noise)
             noise *= amplification
         blocks.append(factor**0.5 * block.to(device))
     # Large rows first: QR keeps the digits of small rows below large ones only in this order.
     blocks.sort(key=lambda block: -float(block.abs().max()) if block.numel() else 0.0)
-    return torch.cat(blocks), noise, method
+    return torch.cat(blocks), noise
 
 
 def _root_of_matrix(H: Tensor, noise: float) -> tuple[Tensor, float]:
@@ -240,10 +240,10 @@ def _bounds(B: Tensor, A: Tensor, noise: float, gap: float) -> tuple[Any, Any, T
     return covariance, digits, basis, nullity, lost
 
 
-def _functions(op: FisherOperator, of: Any) -> tuple[Tensor, list[str]]:
+def _functions(op: TorchLinearOperator, of: Any) -> tuple[Tensor, list[str]]:
     """Return the coefficients A (D, p) in float64, and names."""
-    D, entries = op.shape[0], _entry_names(op)
-    shapes, spans = op.parameter_shapes, op.parameter_spans
+    D, G = op.shape[0], op.score_matrix
+    entries, shapes, spans = _entry_names(G), G.parameters.shapes, G.parameters.spans
 
     def check(name: Any) -> str:
         if name not in shapes:
@@ -251,7 +251,7 @@ def _functions(op: FisherOperator, of: Any) -> tuple[Tensor, list[str]]:
         return str(name)
 
     def zeros(p: int) -> Tensor:
-        if 16 * D * p > op.max_memory:
+        if 16 * D * p > G.max_memory:
             raise ValueError(f"{p} functions of {D} parameters take {16 * D * p} bytes: pass fewer as `of`.")
         return torch.zeros(D, p, dtype=torch.float64, device=op.device)
 
@@ -287,21 +287,22 @@ def _functions(op: FisherOperator, of: Any) -> tuple[Tensor, list[str]]:
     return A, [f"function {k}" for k in range(A.shape[1])]
 
 
-def _entry_names(op: FisherOperator) -> list[str]:
+def _entry_names(G: Any) -> list[str]:
+    """Return a name for each element of the flat vector of the parameters."""
     names = []
-    for name, shape in op.parameter_shapes.items():
+    for name, shape in G.parameters.shapes.items():
         places = np.ndindex(*shape)
         names += [f"{name}[{', '.join(map(str, place))}]" if place else name for place in places]
     return names
 
 
-def _name_directions(op: FisherOperator, V: Tensor, nullity: int) -> tuple[str, ...]:
+def _name_directions(G: Any, V: Tensor, nullity: int) -> tuple[str, ...]:
     """Describe some directions of the null space, the complement of the columns of V, by their largest entries."""
     if nullity == 0:
         return ()
-    D = op.shape[0]
+    D = G.shape[1]
     # The projector onto the null space; its pivoted columns are the directions nearest to single parameters.
-    entries = _entry_names(op)
+    entries = _entry_names(G)
     remaining = 1 - V.square().sum(1)
     found: list[Tensor] = []
     texts = []

@@ -8,20 +8,9 @@ import numpy as np
 import torch
 
 from fisherops import _arrays
-from fisherops._checks import integer
-from fisherops.linalg._lanczos import Matrix
-from fisherops.linalg._probes import spectral_sums
-from fisherops.linalg._results import Density
-from fisherops.linalg._ways import (
-    EIGENVALUES,
-    EXACT,
-    as_operator,
-    choose,
-    outside_of_autocast,
-    undamped,
-    zero_threshold,
-)
-from fisherops.linalg.eigen import eigsh, spectrum_of
+from fisherops.linalg.lanczos import Matrix
+from fisherops.linalg.method import EIGENVALUES, EXACT, Task, as_operator, choose, outside_of_autocast
+from fisherops.linalg.results import Density
 
 _BINS = 60
 
@@ -72,16 +61,12 @@ def spectral_density(
     >>> density.counts.shape
     (2,)
     """
-    A, shift = undamped(as_operator(op))
-    way = choose(A, method, products=EXACT * probes * steps, dense_flops=EIGENVALUES)
-    values = None if way == "primal" else spectrum_of(A, way).cpu().numpy()
+    A = as_operator(op)
+    task = Task(EXACT * probes * steps, EIGENVALUES, is_spectrum=True)
+    chosen = choose(A, task, method, probes=probes, steps=steps, seed=seed)
     if grid is None:
-        top = shift + (
-            eigsh(A, 1, method="primal", return_eigenvectors=False, tol=1e-3).eigenvalues[0]
-            if values is None
-            else values[-1]
-        )
-        edges = _default_grid(float(top), zero_threshold(A, float(top)))
+        top = chosen.largest_eigenvalue() + chosen.shift
+        edges = _default_grid(top, chosen.zero(top))
     else:
         edges = np.asarray(_arrays.enter(grid)[0].cpu(), dtype=float)
         if edges.ndim != 1 or len(edges) < 2 or not np.isfinite(edges).all() or (np.diff(edges) <= 0).any():
@@ -89,20 +74,13 @@ def spectral_density(
 
     def in_bins(nodes: Matrix) -> Matrix:
         """Return (m, n + 2): below, in each bin, above."""
+        nodes = nodes.clip(min=0) if edges[0] >= 0 else nodes
         bins = np.searchsorted(edges, nodes, side="right")
         bins[nodes == edges[-1]] = len(edges) - 1
         return np.asarray(np.eye(len(edges) + 1)[bins])
 
-    if values is not None:
-        if edges[0] >= 0:
-            values = values.clip(min=0)
-        zeros = (A.shape[0] - len(values)) * in_bins(np.full(1, shift))[0]
-        counts, errors = in_bins(values + shift).sum(0) + zeros, np.zeros(len(edges) + 1)
-    else:
-        counts, errors = spectral_sums(
-            A, lambda nodes: in_bins(nodes + shift), integer("probes", probes, 2), integer("steps", steps, 1), seed
-        )
-    return Density(edges, counts[1:-1], errors[1:-1], float(counts[0]), float(counts[-1]), way)
+    counts, errors = chosen.spectral_sum(in_bins)
+    return Density(edges, counts[1:-1], errors[1:-1], float(counts[0]), float(counts[-1]), chosen.name)
 
 
 def _default_grid(top: float, threshold: float) -> Matrix:

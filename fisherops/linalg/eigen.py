@@ -2,37 +2,36 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from fisherops import _arrays
 from fisherops._checks import integer
 from fisherops._linop import TorchLinearOperator, check_result
-from fisherops.fisher import FisherOperator
-from fisherops.linalg import _lanczos
-from fisherops.linalg._checkpoint import Checkpoint
-from fisherops.linalg._lanczos import Krylov
-from fisherops.linalg._results import Eigenpairs, Interrupted
-from fisherops.linalg._ways import (
+from fisherops.linalg.iteration import Iteration
+from fisherops.linalg.method import (
     EIGEN,
     EIGENVALUES,
     SOME_EIGEN,
+    Method,
+    Task,
     as_operator,
     choose,
-    dense_matrix,
     outside_of_autocast,
-    undamped,
-    zero_threshold,
 )
+from fisherops.linalg.results import Eigenpairs, HaltedError, Interrupted, Pairs
 
 # Residuals, in units of eps and the largest eigenvalue, that rounding may cause.
 _ROUNDING = 1000.0
+
+_NO_PRIMAL = (
+    "`method` must be 'auto', 'dual' or 'dense', which find all eigenvalues, got 'primal'. For some of them use eigsh.",
+    "`max_memory` must hold the Gram matrix or F, and neither fits. Raise it, or use eigsh for some eigenvalues and "
+    "spectral_density for their distribution.",
+)
 
 
 @outside_of_autocast
@@ -111,37 +110,33 @@ def eigsh(
     >>> vectors.shape
     (15, 2)
     """
-    A, shift = undamped(as_operator(op))
+    A = as_operator(op)
     D = A.shape[0]
     k = integer("k", k, 1, D)
-    if isinstance(A, FisherOperator) and A.score_matrix.is_divided and (return_eigenvectors or method != "dual"):
-        raise NotImplementedError(
-            "`method` must be 'dual' and `return_eigenvectors` False for sharded parameters, of which eigenvalues "
-            "alone are supported."
-        )
     if which not in ("LM", "LA", "SA", "SM"):
         raise ValueError(f"`which` must be 'LM', 'LA', 'SA' or 'SM', got {which!r}.")
     if not 0 <= tol < 1:
         raise ValueError(f"`tol` must be at least 0 and below 1, got {tol!r}.")
     largest = which in ("LM", "LA")
     ncv = min(D, max(2 * k + 1, 20)) if ncv is None else integer("ncv", ncv, min(k + 1, D), D)
-    # Beside each product a vector is made orthogonal to half of ncv others, twice.
-    way = choose(A, method, products=20.0 + 5.0 * k, dense_flops=SOME_EIGEN if largest and 8 * k < D else EIGEN)
+    # Besides each product a vector is made orthogonal to half of ncv others, twice.
+    task = Task(20.0 + 5.0 * k, SOME_EIGEN if largest and 8 * k < D else EIGEN, is_spectrum=True)
+    iteration = Iteration(callback, progressbar, checkpoint)
+    v0 = None if v0 is None else _first_vector(A, v0)
+    chosen = choose(A, task, method, iteration=iteration, v0=v0, ncv=ncv, maxiter=maxiter, tol=tol)
+    if A.score_matrix is not None and A.score_matrix.is_divided and (return_eigenvectors or not chosen.is_exact):
+        raise NotImplementedError(
+            "`method` must be 'dual' and `return_eigenvectors` False for sharded parameters, of which eigenvalues "
+            "alone are supported."
+        )
     leave = leave_for(like)
-    found: tuple[Any, ...]
-    if way == "primal":
-        maxiter = 10 * D if maxiter is None else integer("maxiter", maxiter, 1)
-
-        try:
-            found = _primal(A, k, largest, v0, ncv, maxiter, tol, callback, progressbar, checkpoint)
-        except _HaltedError as halt:
-            raise Interrupted(
-                _finish(A, shift, tol, halt.found, return_eigenvectors, way, leave, product=False)
-            ) from None
-    else:
-        values, vectors, scale = _dense(A, way, k, largest, return_eigenvectors)
-        found = values, vectors, None, 0, True, scale
-    return _finish(A, shift, tol, found, return_eigenvectors, way, leave)
+    try:
+        pairs = chosen.eigenpairs(k, largest, return_eigenvectors)
+    except HaltedError as halt:
+        raise Interrupted(_eigenpairs(chosen, halt.found, return_eigenvectors, leave)) from None
+    if return_eigenvectors:
+        pairs = _with_residuals(chosen.op, pairs, tol)
+    return _eigenpairs(chosen, pairs, return_eigenvectors, leave)
 
 
 @outside_of_autocast
@@ -188,230 +183,52 @@ def eigvalsh(op: Any, *, method: str = "auto", like: Any = None) -> Any:
     >>> fo.linalg.eigvalsh(op).shape
     (15,)
     """
-    A, shift = undamped(as_operator(op))
-    if method == "primal":
-        raise ValueError(
-            "`method` must be 'auto', 'dual' or 'dense', which find all eigenvalues, got 'primal'. For some of them "
-            "use eigsh."
-        )
-    way = choose(A, method, products=float("inf"), dense_flops=EIGENVALUES)
-    if way == "primal":
-        raise ValueError(
-            "`max_memory` must hold the Gram matrix or F, and neither fits. Raise it, or use eigsh for some "
-            "eigenvalues and spectral_density for their distribution."
-        )
-    values = spectrum_of(A, way) + shift
+    A = as_operator(op)
+    chosen = choose(A, Task(float("inf"), EIGENVALUES, is_spectrum=True, refusals=_NO_PRIMAL), method)
+    values = chosen.eigenvalues() + chosen.shift
     return leave_for(like)(check_result(values.to(A.torch_dtype), values))
 
 
-def spectrum_of(A: TorchLinearOperator, way: str) -> Tensor:
-    """Return the eigenvalues in float64, ascending; where there are fewer than D, the others are zero."""
-    values: Tensor = torch.linalg.eigvalsh(dense_matrix(A, way))
-    return values[-A.shape[0] :]  # where there are more rows, as many of the others are zero
-
-
-def top_of_matrix(matrix: Tensor, k: int, tol: float) -> tuple[Tensor, Tensor]:
-    """Return the k largest eigenpairs of a dense symmetric matrix, ascending.
-
-    Some of many are found by Lanczos' method, to residuals of `tol` relative to the largest. That none was missed is
-    proved by inertia: without those found, no eigenvalue is above the smallest of them, so a Cholesky factor exists.
-    """
-    n = len(matrix)
-    if 8 * k < n:
-        generator = torch.Generator("cpu").manual_seed(0)
-        start = torch.randn(n, generator=generator, dtype=torch.float64, device="cpu").to(matrix)
-        space = Krylov.start(start, max(2 * k + 1, 20))
-        found, S, _, converged = _lanczos.eigenpairs(
-            space, lambda v: matrix @ v, k, True, tol, n, lambda: torch.zeros_like(start), lambda *_: None
-        )
-        if converged:
-            values = torch.as_tensor(found).to(matrix)
-            vectors = space.basis[: len(S)].T @ torch.as_tensor(S).to(matrix)
-            rest = torch.addmm(matrix, vectors * values, vectors.T, alpha=-1).neg_()
-            rest.diagonal().add_(values[0] + 10 * tol * values[-1])
-            if int(torch.linalg.cholesky_ex(rest)[1]) == 0:
-                return values, vectors
-    values, vectors = torch.linalg.eigh(matrix)
-    return values[n - k :], vectors[:, n - k :]
-
-
-def _dense(
-    A: TorchLinearOperator, way: str, k: int, largest: bool, vectors: bool
-) -> tuple[Tensor, Tensor | None, float]:
-    """Return eigenvalues in float64, eigenvectors in the compute precision, and the norm of the matrix."""
-    matrix = dense_matrix(A, way)
-    norm = float(matrix.norm())
-    tol = max(0.1 * float(torch.finfo(A.torch_dtype).eps), 1e-14)
-    if way == "dense":
-        if largest:
-            values, V = top_of_matrix(matrix, k, tol)
-        else:
-            values, V = (pairs[..., :k] for pairs in torch.linalg.eigh(matrix))
-        return values, V.to(A.torch_dtype), norm
-    assert isinstance(A, FisherOperator)
-    n, D = len(matrix), A.shape[0]
-    values, U = top_of_matrix(matrix, min(k, n) if largest else n, tol)
-    positive = values > zero_threshold(A, float(values[-1]))
-    values, U = values[positive], U[:, positive]
-    rank = len(values)  # or k, if that is less
-    # F has D − rank zeros beside.
-    zeros = max(0, k - rank) if largest else min(k, D - rank)
-    chosen = slice(rank) if largest else slice(k - zeros)
-    eigenvalues = torch.cat([values.new_zeros(zeros), values[chosen]])
-    if not vectors:
-        return eigenvalues, None, norm
-    lifted = _lift(A, U[:, chosen])
-    if zeros:
-        lifted = torch.cat([_complement(_lift(A, U), zeros), lifted], 1)
-    return eigenvalues, lifted, norm
-
-
-def _lift(A: FisherOperator, U: Tensor) -> Tensor:
-    """Return the orthonormal eigenvectors of F for those of G Gᵀ, in ascending order."""
-    V: Tensor = A.scores.T.times_columns(U.to(A.torch_dtype))
-    if not V.shape[1]:
-        return V
-    inner = V.T @ V
-    V /= inner.diagonal().sqrt()
-    overlaps = inner / torch.outer(inner.diagonal(), inner.diagonal()).sqrt()
-    eps = float(torch.finfo(V.dtype).eps)
-    if float(overlaps.fill_diagonal_(0).abs().max()) > 100 * eps:
-        # The images of larger ones are orthogonal to rounding; those of smaller ones are made so to them.
-        Q, R = torch.linalg.qr(V.flip(1))
-        V = (Q * R.diagonal().sign()).flip(1)
-        V /= (V.T @ V).diagonal().sqrt()
-    return V
-
-
-def _crc(v: Tensor) -> int:
-    return zlib.crc32(v.cpu().contiguous().numpy().tobytes())
-
-
-def _complement(V: Tensor, count: int) -> Tensor:
-    """Return orthonormal vectors that are orthogonal to the columns of V, which are orthonormal."""
-    generator = torch.Generator("cpu").manual_seed(0)
-    Z = torch.randn(len(V), count, generator=generator, dtype=torch.float64, device="cpu").to(V.device, V.dtype)
-    for _ in range(2):
-        Z = torch.linalg.qr(Z - V @ (V.T @ Z))[0]
-    return Z
-
-
-def _primal(
-    A: TorchLinearOperator,
-    k: int,
-    largest: bool,
-    v0: Any,
-    ncv: int,
-    maxiter: int,
-    tol: float,
-    callback: Callable[[int, Any, Any], object] | None,
-    progressbar: bool,
-    checkpoint: Any,
-) -> tuple[Tensor, Tensor, Tensor, int, bool, float]:
-    D = A.shape[0]
-
-    def random(seed: int) -> Tensor:
-        generator = torch.Generator("cpu").manual_seed(seed)
-        return torch.randn(D, generator=generator, dtype=torch.float64, device="cpu").to(A.device, A.torch_dtype)
-
-    start = random(0) if v0 is None else _arrays.enter(v0)[0].to(A.device, A.torch_dtype)
-    if start.shape != (D,) or not 0 < float(start.norm(dtype=torch.float64)) < float("inf"):
+def _first_vector(A: TorchLinearOperator, v0: Any) -> Tensor:
+    """Return the first vector of Lanczos' method, (D,)."""
+    v: Tensor = _arrays.enter(v0)[0].to(A.device, A.torch_dtype)
+    if v.shape != A.shape[:1] or not 0 < float(v.norm(dtype=torch.float64)) < float("inf"):
         raise ValueError(
-            f"`v0` must be {D} finite numbers, not all zero, got shape {tuple(start.shape)}, or entries that are not."
+            f"`v0` must be {A.shape[0]} finite numbers, not all zero, got shape {tuple(v.shape)}, or entries that are "
+            "not."
         )
-    space = Krylov.start(start, ncv)
-    file = None
-    if checkpoint is not None:
-        file = Checkpoint(checkpoint, "eigsh", A, k=k, largest=largest, ncv=ncv, **{"checksum of v0": _crc(start)})
-        state = file.load()
-        if state is not None:
-            basis = torch.as_tensor(state["basis"])
-            space.restore(basis, state["projected"], float(state["coupling"]), int(state["products"]))
-    bar = tqdm(desc="eigsh", unit=" products", leave=False, disable=not progressbar or not A.processes.leads)
-    bar.update(space.products)
-
-    def multiply(v: Tensor) -> Tensor:
-        product = A.times_columns(v[:, None])[:, 0]
-        bar.update()
-        return product
-
-    def save() -> None:
-        if file is not None:
-            basis = space.basis[: space.size + 1].cpu()
-            file.save(basis=basis, projected=space.projected, coupling=space.coupling, products=space.products)
-
-    def report(space: Krylov, values: Any, residuals: Any) -> None:
-        scale = max(abs(values).max(initial=0), 1e-300)
-        bar.set_postfix_str(f"residual {residuals.max(initial=0) / scale:.1e} of the largest", refresh=False)
-        save()
-        if callback is not None:
-            with A.processes.guard("the callback of eigsh"):
-                callback(space.products, values, residuals)
-
-    tol = max(tol, float(torch.finfo(A.torch_dtype).eps))
-    with bar:
-        try:
-            pairs = _lanczos.eigenpairs(
-                space, multiply, k, largest, tol, maxiter, lambda: random(space.products), report
-            )
-        except KeyboardInterrupt:
-            save()
-            values, vectors = space.ritz() if space.size else (np.zeros(0), np.zeros((0, 0)))
-            ends = slice(max(0, len(values) - k), None) if largest else slice(k)
-            residuals = space.residuals(vectors) if space.size else values
-            pairs = values[ends], vectors[:, ends], residuals[ends], False
-            raise _HaltedError(_lifted(A, space, pairs)) from None
-    return _lifted(A, space, pairs)
+    return v
 
 
-class _HaltedError(Exception):
-    """Lanczos' method was interrupted: what it had found."""
+def _with_residuals(op: TorchLinearOperator, pairs: Pairs, tol: float) -> Pairs:
+    """Return eigenpairs of F with ‖F v − λ v‖, by a product with F.
 
-    def __init__(self, found: Any) -> None:
-        super().__init__()
-        self.found = found
-
-
-def _lifted(A: TorchLinearOperator, space: Krylov, pairs: Any) -> tuple[Tensor, Tensor, Tensor, int, bool, float]:
-    values, S, residuals, converged = pairs
-    S = torch.as_tensor(S, dtype=A.torch_dtype, device=A.device)
-    vectors = (S.T @ space.basis[: len(S)]).T
-    values, residuals = (torch.as_tensor(x, device=A.device) for x in (values, residuals))
-    scale = float(abs(space.ritz()[0]).max(initial=0)) if space.size else 0.0
-    return values, vectors, residuals, space.products, converged, scale
+    A true residual: a wrong Gram matrix, or an operator that is not symmetric, must not look converged.
+    """
+    V, values = pairs.vectors, pairs.values.to(op.torch_dtype)[:, None]
+    assert V is not None
+    residuals = op.processes.norms(op.multiply(V).addcmul_(V, values, value=-1))
+    rounding = _ROUNDING * float(torch.finfo(op.torch_dtype).eps)
+    converged = pairs.converged and bool((residuals <= max(tol, rounding) * pairs.scale).all())
+    return pairs._replace(residuals=residuals, products=pairs.products + len(V), converged=converged)
 
 
-def _finish(
-    A: TorchLinearOperator,
-    shift: float,
-    tol: float,
-    found: Any,
-    vectors: bool,
-    way: str,
-    leave: Callable[[Tensor], Any],
-    product: bool = True,
-) -> Eigenpairs:
-    values, V, residuals, products, converged, scale = found
-    values = values.to(A.device)
-    values = check_result(values.to(A.torch_dtype), values)
-    if vectors and product:
-        residuals = A.times_columns(V).addcmul_(V, values, value=-1).norm(dim=0, dtype=torch.float64)
-        products += V.shape[1]
-        # A true residual: a wrong Gram matrix, or an operator that is not symmetric, must not look converged.
-        rounding = _ROUNDING * float(torch.finfo(A.torch_dtype).eps)
-        converged = converged and bool((residuals <= max(tol, rounding) * scale).all())
+def _eigenpairs(method: Method, pairs: Pairs, with_vectors: bool, leave: Callable[[Tensor], Any]) -> Eigenpairs:
+    """Return eigenpairs of F + shift · I in the library of the caller."""
+    dtype = method.op.torch_dtype
+    values = check_result(pairs.values.to(dtype), pairs.values) + method.shift
     return Eigenpairs(
-        leave(values + shift),
-        leave(V) if vectors else None,
-        None if residuals is None else leave(residuals.to(A.torch_dtype)),
-        way,
-        products,
-        converged,
+        leave(values),
+        leave(pairs.vectors.T) if with_vectors and pairs.vectors is not None else None,
+        None if pairs.residuals is None else leave(pairs.residuals.to(dtype)),
+        method.name,
+        pairs.products,
+        pairs.converged,
     )
 
 
 def leave_for(like: Any) -> Callable[[Tensor], Any]:
     """Return how tensors go to the library and device of `like`, in their own dtype."""
     if like is None:
-        return lambda t: t.cpu().numpy()
+        return lambda t: t.cpu().contiguous().numpy()
     return _arrays.leave_like(like)

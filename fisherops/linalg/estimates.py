@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,50 +11,27 @@ from torch import Tensor
 
 from fisherops._checks import integer
 from fisherops._linop import TorchLinearOperator, as_damping
-from fisherops.fisher import FisherOperator
-from fisherops.linalg._probes import rademacher, spectral_sums
-from fisherops.linalg._results import Estimate
-from fisherops.linalg._ways import (
+from fisherops.linalg.eigen import leave_for
+from fisherops.linalg.method import (
     CHOLESKY,
     EIGENVALUES,
     EXACT,
+    Task,
     as_operator,
     choose,
-    dense_matrix,
+    is_shifted,
     outside_of_autocast,
     summands,
-    undamped,
-    zero_threshold,
 )
-from fisherops.linalg.eigen import leave_for, spectrum_of
-from fisherops.linalg.solve import DampedInverse
+from fisherops.linalg.primal import rademacher
+from fisherops.linalg.results import Estimate, LogDeterminant, Mean
+from fisherops.linalg.solve import Inverse
 
 PROBES, STEPS = 30, 40
 
 # Rows of an operator that is multiplied with the identity to find its trace or diagonal, instead of an estimate.
 _SMALL = 1000
 _SEED = 0
-
-
-class LogDeterminant(NamedTuple):
-    """As of ``numpy.linalg.slogdet``, with a standard error.
-
-    Attributes
-    ----------
-    sign : float
-        1, or 0 where the determinant is.
-    logabsdet : float
-        −inf where the determinant is 0.
-    standard_error : float
-        Of `logabsdet`; 0 where it is exact to rounding.
-    method : str
-        "dual", "dense" or "primal".
-    """
-
-    sign: float
-    logabsdet: float
-    standard_error: float
-    method: str
 
 
 @outside_of_autocast
@@ -98,34 +75,59 @@ def trace(op: Any, *, probes: int = PROBES, seed: int = _SEED) -> Estimate:
     ('rows', 0.0)
     """
     A, probes = as_operator(op), integer("probes", probes, 6)
-    exact, way = 0.0, "rows"
+    exact, method, rest = _exactly(A, lambda G: G.square_norm(), lambda inverse: inverse.trace(), _sum_of_diagonal)
+    if rest is None:
+        return Estimate(float(exact), 0.0, method)
+    if rest.shape[0] <= _SMALL:
+        return Estimate(float(exact) + float(np.trace(rest.todense())), 0.0, "dense")
+    value, error = _hutch(rest, probes // 3, seed)
+    return Estimate(float(exact) + value, error, "primal")
+
+
+def _exactly(
+    A: TorchLinearOperator,
+    of_scores: Callable[[Any], Any],
+    of_inverse: Callable[[Inverse], Any],
+    of_identity: Callable[[int, Any], Any],
+) -> tuple[Any, str, TorchLinearOperator | None]:
+    """Sum a linear function over the parts of an operator.
+
+    Returns
+    -------
+    exact : float or torch.Tensor
+        The sum over multiples of the identity, Fisher operators and inverses with a factorization.
+    method : str
+    rest : TorchLinearOperator or None
+        The sum of the other parts.
+    """
+    exact, method = 0.0, "rows"
     rest: TorchLinearOperator | None = None
     for part, factor in summands(A):
         if part is None:
-            exact += factor * A.shape[0]
-        elif isinstance(part, FisherOperator):
-            exact += factor * part.trace()
-        elif isinstance(part, DampedInverse) and part.method != "primal":
-            exact, way = exact + factor * part.trace(), part.method
+            exact = exact + of_identity(A.shape[0], factor)
+        elif part.score_matrix is not None:
+            exact = exact + factor * of_scores(part.score_matrix)
+        elif isinstance(part, Inverse) and part.is_exact:
+            exact, method = exact + factor * of_inverse(part), part.method
         else:
             own = part._scaled(factor)
             rest = own if rest is None else rest._plus(own)
-    if rest is None:
-        return Estimate(exact, 0.0, way)
-    if rest.shape[0] <= _SMALL:
-        return Estimate(exact + float(np.trace(rest.todense())), 0.0, "dense")
-    value, error = _hutch(rest, probes // 3, seed)
-    return Estimate(exact + value, error, "primal")
+    return exact, method, rest
 
 
-def _hutch(A: TorchLinearOperator, third: int, seed: int) -> tuple[float, float]:
-    """Estimate the trace by Hutch++ with three times `third` products, and its standard error."""
-    Q = torch.linalg.qr(A.times_columns(rademacher(A, third, seed)))[0]
-    caught = float((Q * A.times_columns(Q)).sum(dtype=torch.float64))
+def _sum_of_diagonal(n: int, diagonal: Any) -> float:
+    """Return the trace of a multiple of the identity, or of a diagonal matrix."""
+    return float(diagonal.sum()) if isinstance(diagonal, Tensor) else n * diagonal
+
+
+def _hutch(A: TorchLinearOperator, third: int, seed: int) -> Mean:
+    """Estimate the trace by Hutch++ with three times `third` products."""
+    Q = torch.linalg.qr(A.multiply(rademacher(A, third, seed)).T)[0].T
+    caught = float((Q * A.multiply(Q)).sum(dtype=torch.float64))
     Z = rademacher(A, third, seed + 1)
-    Z = Z - Q @ (Q.T @ Z)
-    samples = (Z * A.times_columns(Z)).sum(0, dtype=torch.float64)
-    return caught + float(samples.mean()), float(samples.std()) / third**0.5
+    Z = Z - (Z @ Q.T) @ Q
+    value, error = Mean.of((Z * A.multiply(Z)).sum(1, dtype=torch.float64))
+    return Mean(caught + float(value), float(error))
 
 
 @outside_of_autocast
@@ -171,26 +173,20 @@ def diagonal(op: Any, *, like: Any = None, probes: int = PROBES, seed: int = _SE
     """
     A, leave = as_operator(op), leave_for(like)
     D, probes = A.shape[0], integer("probes", probes, 2)
-    exact, way = torch.zeros(D, dtype=torch.float64, device=A.device), "rows"
-    rest: TorchLinearOperator | None = None
-    for part, factor in summands(A):
-        if part is None:
-            exact += factor
-        elif isinstance(part, FisherOperator):
-            exact += factor * torch.as_tensor(part.diagonal(), device=A.device)
-        elif isinstance(part, DampedInverse) and part.method != "primal":
-            exact, way = exact + factor * part.diagonal(), part.method
-        else:
-            own = part._scaled(factor)
-            rest = own if rest is None else rest._plus(own)
-    error = torch.zeros_like(exact)
+    if A.score_matrix is not None and A.score_matrix.is_divided:
+        raise NotImplementedError("`op` must have whole parameters, got sharded ones. Use `op.diagonal()`.")
+    start = torch.zeros(D, dtype=torch.float64, device=A.device)
+    exact, method, rest = _exactly(
+        A, lambda G: G.col_norms(), lambda inverse: inverse.diagonal(), lambda _, factor: start + factor
+    )
+    exact, error = start + exact, start
     if rest is not None and D <= _SMALL:
-        exact, way = exact + torch.as_tensor(rest.todense().diagonal().copy(), device=A.device), "dense"
+        exact, method = exact + torch.as_tensor(rest.todense().diagonal().copy(), device=A.device), "dense"
     elif rest is not None:
         Z = rademacher(rest, probes, seed)
-        samples = Z * rest.times_columns(Z)
-        exact, error, way = exact + samples.mean(1), error + samples.std(1) / probes**0.5, "primal"
-    return Estimate(leave(exact.to(A.torch_dtype)), leave(error.to(A.torch_dtype)), way)
+        value, error = Mean.of(Z * rest.multiply(Z))
+        exact, method = exact + value, "primal"
+    return Estimate(leave(exact.to(A.torch_dtype)), leave(error.to(A.torch_dtype)), method)
 
 
 @outside_of_autocast
@@ -231,17 +227,10 @@ def frobenius_norm(op: Any, *, method: str = "auto", probes: int = PROBES, seed:
     >>> bool(abs(norm.value - (op.todense() ** 2).sum() ** 0.5) < 1e-5)
     True
     """
-    A, shift = undamped(as_operator(op))
-    D = A.shape[0]
-    way = choose(A, method, products=EXACT * probes, dense_flops=0.0)
-    if way != "primal":
-        matrix = dense_matrix(A, way)
-        square = float(matrix.norm()) ** 2 + 2 * shift * float(matrix.trace()) + D * shift**2
-        return Estimate(square**0.5, 0.0, way)
-    Z = rademacher(A, integer("probes", probes, 2), seed)
-    samples = (A.times_columns(Z) + shift * Z).norm(dim=0, dtype=torch.float64).square()
-    mean, error = float(samples.mean()), float(samples.std()) / probes**0.5
-    return Estimate(mean**0.5, error / (2 * mean**0.5) if mean > 0 else 0.0, "primal")
+    task = Task(EXACT * probes, 0.0, is_spectrum=True)
+    chosen = choose(as_operator(op), task, method, probes=probes, seed=seed)
+    value, error = map(float, chosen.square_norm())
+    return Estimate(value**0.5, error / (2 * value**0.5) if error > 0 else 0.0, chosen.name)
 
 
 @outside_of_autocast
@@ -292,40 +281,11 @@ def slogdet(
     >>> sign
     1.0
     """
-    A, damping = undamped(as_operator(op), as_damping(damping))
-    way = choose(A, method, products=EXACT * probes * steps, dense_flops=CHOLESKY if damping > 0 else EIGENVALUES)
-    D = A.shape[0]
-    if way == "primal":
-        if damping == 0:
-            raise ValueError(
-                "`damping` must be positive for method='primal', because the logarithm of zero eigenvalues has no "
-                "quadrature, got 0. Pass damping > 0, or method='dense'."
-            )
-        value, error = spectral_sums(
-            A, lambda nodes: np.log(nodes + damping), integer("probes", probes, 2), integer("steps", steps, 1), seed
-        )
-        return LogDeterminant(1.0, float(value), float(error), way)
-    if damping == 0:
-        values = spectrum_of(A, way)
-        if len(values) < D or float(values[0]) <= zero_threshold(A, float(values[-1])):
-            return LogDeterminant(0.0, -math.inf, 0.0, way)
-        return LogDeterminant(1.0, float(values.log().sum()), 0.0, way)
-    matrix = dense_matrix(A, way)
-    n = len(matrix)
-    if damping < 100 * zero_threshold(A, float(matrix.norm())):
-        # Eigenvalues of the size of rounding would count beside λ.
-        values = _without_rounding(A, torch.linalg.eigvalsh(matrix)[-D:])
-        value = float((values + damping).log().sum()) + (D - len(values)) * math.log(damping)
-        return LogDeterminant(1.0, value, 0.0, way)
-    matrix.diagonal().add_(damping)
-    factor, info = torch.linalg.cholesky_ex(matrix)
-    if int(info):
-        raise ValueError(
-            f"`damping` must make F + λI positive definite to rounding, got {damping:g}. Pass a larger one."
-        )
-    # The other D − n eigenvalues of F are zero; where n > D, n − D of the Gram matrix are.
-    value = 2 * float(factor.diagonal().log().sum()) + (D - n) * math.log(damping)
-    return LogDeterminant(1.0, value, 0.0, way)
+    A, damping = as_operator(op), as_damping(damping)
+    task = Task(EXACT * probes * steps, CHOLESKY if damping > 0 or is_shifted(A) else EIGENVALUES)
+    chosen = choose(A, task, method, damping, probes=probes, steps=steps, seed=seed)
+    value, error = map(float, chosen.log_determinant())
+    return LogDeterminant(0.0 if value == -np.inf else 1.0, value, error, chosen.name)
 
 
 @outside_of_autocast
@@ -371,27 +331,12 @@ def effective_dimension(
     >>> 0 < fo.linalg.effective_dimension(op, damping=0.1).value < 15
     True
     """
-    (A, shift), damping = undamped(as_operator(op)), as_damping(damping)
+    A, damping = as_operator(op), as_damping(damping)
     if damping == 0:
         raise ValueError(
             "`damping` must be positive, got 0. The effective dimension without damping is the rank: use eigvalsh."
         )
-    way = choose(A, method, products=EXACT * probes * steps, dense_flops=EIGENVALUES)
-    if way == "primal":
-        value, error = spectral_sums(
-            A,
-            lambda nodes: (nodes + shift) / (nodes + shift + damping),
-            integer("probes", probes, 2),
-            integer("steps", steps, 1),
-            seed,
-        )
-        return Estimate(float(value), float(error), way)
-    values = _without_rounding(A, spectrum_of(A, way)) + shift
-    others = (A.shape[0] - len(values)) * shift / (shift + damping)
-    return Estimate(float((values / (values + damping)).sum()) + others, 0.0, way)
-
-
-def _without_rounding(A: TorchLinearOperator, values: Tensor) -> Tensor:
-    """Return eigenvalues with those that are zero to rounding as zeros."""
-    threshold = zero_threshold(A, float(values[-1]))
-    return torch.where(values > threshold, values, torch.zeros_like(values))
+    task = Task(EXACT * probes * steps, EIGENVALUES)
+    chosen = choose(A, task, method, damping, probes=probes, steps=steps, seed=seed)
+    value, error = map(float, chosen.effective_dimension())
+    return Estimate(value, error, chosen.name)

@@ -6,7 +6,8 @@ through the parameters one after the other, so that no rank has a whole vector a
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from itertools import accumulate
 from typing import Any
 
@@ -16,7 +17,8 @@ from torch import Tensor, nn
 
 from fisherops import _arrays
 from fisherops._fingerprint import checksum_of
-from fisherops._linop import check_result
+from fisherops._linop import Transposed, check_result
+from fisherops._processes import Processes, Result
 from fisherops.parallel.group import Group, group_of, known_group
 from fisherops.parallel.scores import DistributedScores
 from fisherops.problem import Parameters, Problem
@@ -229,8 +231,39 @@ class Sharding:
         local[start:stop] = self.group.sum(full).T[first : first + stop - start]
 
 
+class DividedVectors(Processes):
+    """Processes each of which has its pieces (K, d) of all vectors."""
+
+    def __init__(self, group: Group) -> None:
+        self._group = group
+        self.rank, self.size, self.leads = group.rank, group.size, group.leads
+
+    def guard(self, what: str) -> AbstractContextManager[None]:
+        return self._group.guard(what)
+
+    def least(self, number: int) -> int:
+        return self._group.least(number)
+
+    def from_leader(self, make: Callable[[], Result]) -> Result:
+        return self._group.from_leader(make)
+
+    def inner(self, X: Tensor, Y: Tensor) -> Tensor:
+        with self._group.step("inner products"):
+            return self._group.sum(super().inner(X, Y))
+
+
+class TransposedPieces(Transposed):
+    """Gᵀ, whose products are DTensors."""
+
+    def _mul(self, V: Tensor) -> Any:
+        G: Any = self._A
+        return G.whole(G._mul_t(V).T).T
+
+
 class ShardedScores(DistributedScores):
-    """The score matrix where parameters, and so vectors (K, D), are divided among the processes too, as DTensors.
+    """The score matrix where parameters, and so vectors (K, D), are divided among the processes too.
+
+    They come as DTensors, and inside of linear algebra as this process's pieces (K, d).
 
     Parameters
     ----------
@@ -244,7 +277,13 @@ class ShardedScores(DistributedScores):
 
     def __init__(self, local: ScoreMatrix, group: Group | None) -> None:
         self._sharding = Sharding(local.parameters.tensors, group)
+        self._divided = DividedVectors(self._sharding.group)
         super().__init__(local, self._sharding.group)
+
+    @property
+    def processes(self) -> Processes:
+        """The processes, each with its pieces of vectors."""
+        return self._divided
 
     def _read_once(self) -> None:
         counts = self.group.share(self.local.reader.count())
@@ -259,13 +298,14 @@ class ShardedScores(DistributedScores):
         numel = self._sharding.numel
         if local.ndim not in (1, 2) or len(local) != numel:
             raise ValueError(f"got shape {tuple(local.shape)}, and this rank has {numel} numbers.")
-        return self._whole(local.to(self.device, self.torch_dtype))
+        return self.whole(local.to(self.device, self.torch_dtype))
 
-    def _whole(self, local: Tensor) -> Any:
+    def whole(self, local: Tensor) -> Any:
+        """Return the DTensor (D, ...) of which this is a rank's part."""
         return self._sharding.whole(local, self.parameters.numel)
 
     def _checksum(self, V: Any) -> int:
-        return 0 if is_sharded(V) else super()._checksum(V)  # each rank has its own part
+        return 0 if V.shape[1] == self._sharding.numel else super()._checksum(V)  # each rank has its own part
 
     def _checksum_of_model(self) -> int:
         return checksum_of([t for t in self.local.problem.model.tensors() if not is_sharded(t)])
@@ -280,26 +320,45 @@ class ShardedScores(DistributedScores):
     # ---- Products -----------------------------------------------------------------------------
 
     def product(self, V: Any) -> Any:
-        """Multiply GᵀG: (K, D) → (K, D), DTensors."""
-        own = self._sharding.local(V).to(self.torch_dtype)
+        """Multiply GᵀG: (K, D) → (K, D), a DTensor, or this rank's pieces of it."""
+        if is_sharded(V):
+            return self.whole(self.product(self.pieces(V)).T).T
+        self._check_pieces(V)
         with torch.no_grad(), self._pass("product", V):
             batches = self._batches()
-            return self._whole(self._apply_t(batches, self._apply(batches, own))).T
+            return self._apply_t(batches, self._apply(batches, V.T)).T
 
     def _mul(self, V: Any) -> Tensor:
-        own = self._sharding.local(V).to(self.torch_dtype)
+        own = self.pieces(V) if is_sharded(V) else V
+        self._check_pieces(own)
         self.require_order()
-        with torch.no_grad(), self._pass("scores", V):
-            products = torch.cat(self._apply(self._batches(), own), 1)
+        with torch.no_grad(), self._pass("scores", own):
+            products = torch.cat(self._apply(self._batches(), own.T), 1)
             return torch.cat(self.group.gather(products.T)).T
 
-    def _mul_t(self, W: Tensor) -> Any:
+    def _mul_t(self, W: Tensor) -> Tensor:
+        """Multiply Gᵀ: (K, rows) → this rank's pieces (K, d)."""
         self.require_order()
         own = self._own(W)
         with torch.no_grad(), self._pass("transposed scores", W):
             batches = self._batches()
-            pieces = own.split([batch.count for batch in batches], 1)
-            return self._whole(self._apply_t(batches, pieces)).T
+            return self._apply_t(batches, own.split([batch.count for batch in batches], 1)).T
+
+    def _transpose(self) -> Transposed:
+        return TransposedPieces(self)
+
+    def _product_of_pieces(self, X: Any, name: str) -> Any:  # noqa: ARG002
+        V = self.pieces(X.unsqueeze(0) if X.ndim == 1 else X.T)
+        Y = check_result(self._mul(V), V)
+        return Y.squeeze(0) if X.ndim == 1 else Y.T
+
+    def pieces(self, V: Any) -> Tensor:
+        """Return this rank's pieces (K, d) of vectors (K, D), a DTensor, in the compute precision."""
+        return self._sharding.local(V).T.to(self.torch_dtype)
+
+    def _check_pieces(self, V: Tensor) -> None:
+        if V.shape[1] != self._sharding.numel:
+            self._sharding.local(V)  # raises an error
 
     def _batches(self) -> list[MaterializedBatch]:
         batches = self.local.materialized()
@@ -333,8 +392,8 @@ class ShardedScores(DistributedScores):
     def dense(self) -> Tensor:
         raise NotImplementedError("the parameters are sharded, and F as a dense matrix would be on every rank.")
 
-    def col_norms(self) -> Any:
-        """Return the squared norms of the columns, (D,), a DTensor."""
+    def col_norms(self) -> Tensor:
+        """Return the squared norms of the columns, this rank's pieces of them (d,)."""
         with torch.no_grad(), self._pass("diagonal"):
             batches = self._batches()
             local = batches[0].empty(self._sharding.numel, 1)
@@ -343,11 +402,11 @@ class ShardedScores(DistributedScores):
                 for batch in batches:
                     total += batch.col_norms_of(name)
                 self._sharding.scattered(name, total, local)
-        return self._whole(check_result(local[:, 0]))
+        return check_result(local[:, 0])
 
     def square_norm(self) -> float:
         """Return the squared Frobenius norm, which is the trace of F."""
-        own = _arrays.part_of(self.col_norms()).sum(dtype=torch.float64)
+        own = self.col_norms().sum(dtype=torch.float64)
         with self._step("trace"):
             return float(self.group.sum(own))
 

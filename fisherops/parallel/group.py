@@ -16,7 +16,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fisherops._arrays import DIVIDED, part_of
 from fisherops._checks import first_line
 from fisherops._packing import as_bytes, put_together, taken_apart
 from fisherops._processes import Processes, Result
@@ -122,16 +121,6 @@ class Group(Processes):
         with self.step("leader"):
             result: Result = self.broadcast(make() if self.leads else None, 0)
         return result
-
-    def inner(self, X: Tensor, Y: Tensor) -> Tensor:
-        if type(X) not in DIVIDED:
-            return super().inner(X, Y)
-        from torch.distributed.tensor import DTensor, Replicate
-
-        mesh = X.device_mesh  # type: ignore[attr-defined]
-        with self.step("inner products"):
-            total = self.sum(super().inner(part_of(X), part_of(Y)))
-        return DTensor.from_local(total, mesh, [Replicate()], run_check=False)
 
     # ---- Steps --------------------------------------------------------------------------------
 

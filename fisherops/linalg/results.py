@@ -1,10 +1,12 @@
-"""What the routines return."""
+"""Results: what the routines return, and what methods return to them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
+
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,27 @@ class Estimate:
         return float(self.value)
 
 
+class LogDeterminant(NamedTuple):
+    """As of ``numpy.linalg.slogdet``, with a standard error.
+
+    Attributes
+    ----------
+    sign : float
+        1, or 0 where the determinant is.
+    logabsdet : float
+        −inf where the determinant is 0.
+    standard_error : float
+        Of `logabsdet`; 0 where it is exact to rounding.
+    method : str
+        "dual", "dense" or "primal".
+    """
+
+    sign: float
+    logabsdet: float
+    standard_error: float
+    method: str
+
+
 @dataclass(frozen=True)
 class Density:
     """Expected numbers of eigenvalues in the bins of a grid; `fisherops.plot.density` draws it.
@@ -160,3 +183,47 @@ class Interrupted(KeyboardInterrupt):
     def __init__(self, result: Eigenpairs | Solution) -> None:
         super().__init__("interrupted; the best result so far is in .result")
         self.result = result
+
+
+# ---- What methods return ------------------------------------------------------------------------
+
+
+class Mean(NamedTuple):
+    """A number or array and its standard error, which is 0 if the value is exact."""
+
+    value: Any
+    standard_error: Any = 0.0
+
+    @classmethod
+    def of(cls, samples: Tensor) -> Mean:
+        """Return the mean of independent samples (n, ...) and its standard error."""
+        return cls(samples.mean(0), samples.std(0) / len(samples) ** 0.5)
+
+
+class Solved(NamedTuple):
+    """Solutions (K, D), norms of their true residuals (K,), and the norm of the matrix, 0 if it is not known."""
+
+    X: Tensor
+    norms: Tensor
+    iterations: int
+    converged: bool
+    size: float = 0.0
+
+
+class Pairs(NamedTuple):
+    """Eigenvalues (k,), ascending, in float64; eigenvectors (k, D); the size of the matrix; and residual norms (k,)."""
+
+    values: Tensor
+    vectors: Tensor | None
+    scale: float
+    residuals: Tensor | None = None
+    products: int = 0
+    converged: bool = True
+
+
+class HaltedError(Exception):
+    """A method was interrupted; `found` is the state or result so far."""
+
+    def __init__(self, found: Any) -> None:
+        super().__init__()
+        self.found = found

@@ -1,0 +1,165 @@
+"""The Gram matrix G Gᵀ, with the nonzero eigenvalues of F = GᵀG, and matrices for dampings of single parameters."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from fisherops._linop import TorchLinearOperator, check_result, identity
+from fisherops.linalg.dense import Dense, top_of_matrix
+from fisherops.linalg.results import Mean, Pairs, Solved
+from fisherops.scores.selected import SelectedScores
+
+
+class Dual(Dense):
+    """The Gram matrix K = G Gᵀ, (R, R)."""
+
+    name: ClassVar[str] = "dual"
+
+    def matrix(self) -> Tensor:
+        """Return the Gram matrix in float64."""
+        matrix: Tensor = self._G.gram_tensor()
+        return matrix.double()
+
+    # F⁺ = Gᵀ (G Gᵀ)⁺² G.
+    _power_of_pseudoinverse = -2.0
+
+    def _lowered(self, V: Tensor) -> Tensor:
+        return check_result(self._G._mul(V), V)
+
+    def _raised(self, W: Tensor) -> Tensor:
+        return check_result(self._G._mul_t(W), W)
+
+    def _direct(self, V: Tensor) -> Tensor:
+        """Multiply rows (K, D) by (F + λI)⁻¹ = (I − Gᵀ (K + λI)⁻¹ G) / λ, Woodbury's identity."""
+        return V.sub(self._raised(super()._direct(self._lowered(V)))).div_(self.added)
+
+    def inverse_diagonal(self) -> Tensor:
+        """Return (1 − ‖L⁻¹ G e_i‖²) / λ from the Cholesky factor L of K + λI, (D,)."""
+        L = self._factor()
+        norms = torch.zeros(self.dim, dtype=torch.float64, device=self.op.device)
+        for rows in identity(len(L), torch.float64, self.op.device):
+            # Rows of L⁻¹ are columns of L⁻ᵀ.
+            W = torch.linalg.solve_triangular(L.T, rows.T, upper=True).T
+            norms += self._raised(W.to(self.op.torch_dtype)).double().square().sum(0)
+        return (1 - norms).div_(self.added)
+
+    def inverse_trace(self) -> float:
+        """Return (D − n)/λ + tr (K + λI)⁻¹ for n rows of G."""
+        others = self.dim - len(self._factor())
+        return super().inverse_trace() + others / self.added
+
+    def eigenpairs(self, k: int, largest: bool, with_vectors: bool) -> Pairs:
+        """Return k eigenpairs of F at one end of the spectrum; besides those of K it has zeros."""
+        rows = self._rows() if with_vectors else None
+        matrix = self.matrix() if rows is None else rows @ rows.T
+        n, norm = len(matrix), float(matrix.norm())
+        values, U = top_of_matrix(matrix, min(k, n) if largest else n, self._tol)
+        positive = values > self.zero(float(values[-1]))
+        values, W = values[positive], U.T[positive]
+        rank = len(values)  # or k, if that is less
+        zeros = max(0, k - rank) if largest else min(k, self.dim - rank)
+        chosen = rank if largest else k - zeros
+        eigenvalues = torch.cat([values.new_zeros(zeros), values[:chosen]])
+        if not with_vectors:
+            return Pairs(eigenvalues, None, norm)
+        # All images are needed for the complement of their space.
+        W = (W if zeros else W[:chosen]).to(self.op.torch_dtype if rows is None else W.dtype)
+        V = _orthonormal(self._raised(W) if rows is None else (W @ rows).to(self.op.torch_dtype))
+        if zeros:
+            V = torch.cat([_complement(V, zeros), V[:chosen]])
+        return Pairs(eigenvalues, V, norm)
+
+    def _rows(self) -> Tensor | None:
+        """Return the rows of G that are not zero, (n, D) in float64, if that saves passes over the data.
+
+        The Gram matrix of rows that are not cached takes two passes for each block of the identity, and their images
+        another one; all rows take one.
+        """
+        kept, R = self._G.kept, self._G.shape[0]
+        if kept.holds_rows or self._G.is_divided or 8 * R * (self.dim + 6 * R) > kept.memory_left:
+            return None
+        rows: Tensor = self._G.square_root(triangular=False)
+        return rows if len(rows) else None
+
+
+class _Scaled(Dense):
+    """F + T = T^½ (S F S + I) T^½ with T = diag(total) and S = T^-½, if each parameter has its own damping.
+
+    The matrix that is factorized is S F S + I, or that of the Gram matrix of G S.
+    """
+
+    def __init__(self, op: TorchLinearOperator, shift: Tensor, damping: float) -> None:
+        super().__init__(op, shift.to(torch.float64), damping)
+        self._s = self.total.rsqrt()
+        self.added = 1.0
+
+    def solve(self, B: Tensor, targets: Tensor) -> Solved:
+        """Solve (F + T) x = b for rows (K, D), refined until the true residuals meet the targets (K,)."""
+        solved = super().solve(B, targets)
+        return solved._replace(size=solved.size * float(self.total.max()))
+
+    def _direct(self, V: Tensor) -> Tensor:
+        s = self._s.to(V.dtype)
+        return super()._direct(V * s).mul_(s)
+
+    def inverse_diagonal(self) -> Tensor:
+        """Return that of (S F S + I)⁻¹, scaled, (D,)."""
+        return super().inverse_diagonal().mul_(self._s.square())
+
+    def inverse_trace(self) -> float:
+        """Return the sum of the diagonal."""
+        return float(self.inverse_diagonal().sum())
+
+    def effective_dimension(self) -> Mean:
+        """Return tr F (F + T)⁻¹ + tr (T − λI) (F + T)⁻¹."""
+        values = self._without_rounding(self.eigenvalues()).clamp_min(0)
+        of_shift = float((self.shift * self.inverse_diagonal()).sum())
+        return Mean(float((values / (values + 1)).sum()) + of_shift)
+
+    def log_determinant(self) -> Mean:
+        """Return log det (S F S + I) + log det T."""
+        return Mean(super().log_determinant().value + float(self.total.log().sum()))
+
+
+class ScaledDense(_Scaled):
+    """S F S, (D, D)."""
+
+    def matrix(self) -> Tensor:
+        """Return S F S in float64."""
+        return super().matrix().mul_(self._s).mul_(self._s[:, None])
+
+
+class ScaledDual(_Scaled, Dual):
+    """The Gram matrix of G S, (R, R)."""
+
+    def __init__(self, op: TorchLinearOperator, shift: Tensor, damping: float) -> None:
+        super().__init__(op, shift, damping)
+        self._G = SelectedScores(self._G, factors=self._s.to(op.torch_dtype))
+
+
+def _orthonormal(V: Tensor) -> Tensor:
+    """Return the orthonormal eigenvectors of F, (k, D), for images Gᵀu of those of G Gᵀ, in ascending order."""
+    if not len(V):
+        return V
+    inner = V @ V.T
+    V /= inner.diagonal().sqrt()[:, None]
+    overlaps = inner / torch.outer(inner.diagonal(), inner.diagonal()).sqrt()
+    eps = float(torch.finfo(V.dtype).eps)
+    if float(overlaps.fill_diagonal_(0).abs().max()) > 100 * eps:
+        # The images of larger ones are orthogonal to rounding; those of smaller ones are made so to them.
+        Q, R = torch.linalg.qr(V.flip(0).T)
+        V = (Q * R.diagonal().sign()).T.flip(0)
+        V /= (V @ V.T).diagonal().sqrt()[:, None]
+    return V
+
+
+def _complement(V: Tensor, count: int) -> Tensor:
+    """Return orthonormal vectors (count, D) that are orthogonal to the orthonormal rows of V."""
+    generator = torch.Generator("cpu").manual_seed(0)
+    Z = torch.randn(count, V.shape[1], generator=generator, dtype=torch.float64, device="cpu").to(V.device, V.dtype)
+    for _ in range(2):
+        Z = torch.linalg.qr((Z - (Z @ V.T) @ V).T)[0].T
+    return Z
