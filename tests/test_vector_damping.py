@@ -84,3 +84,35 @@ def test_vectors_that_do_not_fit(change, error, text):
         op.damped(change(vector(31)))
     with pytest.raises(error, match=text):
         (op @ op).damped(change(vector(31)))
+
+
+@pytest.mark.parametrize("zeros", [False, True])
+@pytest.mark.parametrize("composite", range(4))
+def test_linear_algebra(composite, zeros):
+    """By the dual of the scaled score matrix if every entry is positive, by the dense matrix otherwise."""
+    op, other = make(), make("exact", 1)
+    d = vector(op.shape[0], zeros)
+    A, F = list(composites(op, other, d))[composite]
+    D, b = len(d), np.random.default_rng(0).standard_normal(len(d))
+    damped = F + 0.1 * np.eye(D)
+    regular = np.linalg.eigvalsh(F)[0] > 1e-9
+    for method in ("auto", "dense", "primal", *(["dual"] if regular else [])):
+        solution = fo.linalg.solve(A, b, 0.1, method=method, rtol=1e-10)
+        np.testing.assert_allclose(solution.x, np.linalg.solve(damped, b), rtol=1e-7)
+        assert solution.converged
+    if regular:
+        solution = fo.linalg.solve(A, b, method="dual", rtol=1e-10)
+        np.testing.assert_allclose(solution.x, np.linalg.solve(F, b), rtol=1e-7)
+        np.testing.assert_allclose(fo.linalg.inv(A, 0.0) @ b, np.linalg.solve(F, b), rtol=1e-4)
+        np.testing.assert_allclose(fo.linalg.slogdet(A).logabsdet, np.linalg.slogdet(F)[1], rtol=1e-9)
+    np.testing.assert_allclose(fo.linalg.eigsh(A, 3).eigenvalues, np.linalg.eigvalsh(F)[-3:], rtol=1e-8)
+    np.testing.assert_allclose(fo.linalg.eigvalsh(A, method="dense"), np.linalg.eigvalsh(F), rtol=1e-7, atol=1e-9)
+    inverse = fo.linalg.inv(A, 0.1)
+    np.testing.assert_allclose(inverse.diagonal(), np.diag(np.linalg.inv(damped)), rtol=1e-7)
+    np.testing.assert_allclose(inverse.trace(), np.trace(np.linalg.inv(damped)), rtol=1e-7)
+    np.testing.assert_allclose(fo.linalg.slogdet(A, 0.1).logabsdet, np.linalg.slogdet(damped)[1], rtol=1e-9)
+    np.testing.assert_allclose(fo.linalg.trace(A).value, np.trace(F), rtol=1e-10)
+    np.testing.assert_allclose(fo.linalg.diagonal(A).value, np.diag(F), rtol=1e-10)
+    np.testing.assert_allclose(fo.linalg.frobenius_norm(A).value, np.linalg.norm(F), rtol=1e-7)
+    dimension = np.trace(np.linalg.solve(damped, F))
+    np.testing.assert_allclose(fo.linalg.effective_dimension(A, 0.1).value, dimension, rtol=1e-7)
