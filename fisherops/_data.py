@@ -59,14 +59,8 @@ class Placed(NamedTuple):
     """Whether batches are (X, y, index)."""
 
 
-def place_alone(number: int, num_data: int | None, index: Tensor | None) -> Placed:
-    """Check the number of data that no other process has a part of."""
-    check_number(number, num_data)
-    return Placed(0, number, index is not None)
-
-
-def place_any(number: int, num_data: int | None, index: Tensor | None) -> Placed:  # noqa: ARG001
-    """As `place_alone`, where there may be no data."""
+def place_alone(number: int, num_data: int | None, index: Tensor | None) -> Placed:  # noqa: ARG001
+    """Return the place of data that no other process has a part of."""
     return Placed(0, number, index is not None)
 
 
@@ -99,6 +93,8 @@ class Data:
     place : callable
         ``(number, num_data, index) -> Placed``: at the end of the first pass, where the data are among those of all
         processes, from their number here, what `num_data` is, and the indices (number,) if batches have them.
+    may_be_empty : bool
+        Whether there may be no data at all.
 
     Attributes
     ----------
@@ -120,6 +116,7 @@ class Data:
         order: str,
         progressbar: bool,
         place: Callable[[int, int | None, Tensor | None], Placed] = place_alone,
+        may_be_empty: bool = False,
     ) -> None:
         self._device = device
         self._dtype = dtype
@@ -129,7 +126,7 @@ class Data:
         self._verify = verify
         self._order = order
         self._progressbar = progressbar
-        self._place = place
+        self._place, self._may_be_empty = place, may_be_empty
         self._first = 0
         self._prints: list[_Print] = []
         self._sum_of_places = 0
@@ -155,7 +152,8 @@ class Data:
             num_data=None,
             verify=self._verify,
             order=order,
-            place=place_any,
+            place=self._place,
+            may_be_empty=True,
             **options,
         )
 
@@ -226,7 +224,10 @@ class Data:
         if first_pass:
             _check_distinct(seen)
             indices = torch.cat(seen) if seen else None
-            self._first, self.total, self.is_indexed = self._place(total, self._said_num_data, indices)
+            placed = self._place(total, self._said_num_data, indices)
+            if placed.total or not self._may_be_empty:
+                _check_number(placed.total, self._said_num_data)
+            self._first, self.total, self.is_indexed = placed
             self._sums_of_prints = sums_of_prints
         elif (total, sum_of_places) != (self.num_data, self._sum_of_places):
             raise RuntimeError(self._changed(f"the first pass read {self.num_data} examples, this one {total} others"))
@@ -453,7 +454,7 @@ def length_of_pair(X: Any, y: Any) -> int:
     return N
 
 
-def check_number(total: int, num_data: int | None) -> None:
+def _check_number(total: int, num_data: int | None) -> None:
     """Raise ValueError if there are no data, or not as many as the user said."""
     if total == 0:
         raise ValueError(f"`data` must have at least one batch, got none. {_EXPECTED}")

@@ -148,6 +148,38 @@ def rows(group, cache, split):
     return G.shape, dense, G @ v - dense @ v, G.T @ w - dense.T @ w, G.gram() - dense @ dense.T
 
 
+def other_data(group, cache, other_cache, split):
+    op = operator(group, cache=cache)
+    G, (X, y) = op.scores, everything()
+    own = fo.distributed.shard((X[:9], y[:9]), group, order="strided", batch_size=2)
+    if split == "nothing":
+        own = [(X[:9], y[:9])] if dist.get_rank(group) == 0 else []
+    Q = G.on(own, kind="empirical", cache=other_cache, sample_weight=np.arange(9.0) if split == "weights" else None)
+    dense, rows = Q.todense(), G.todense()
+    part = op.submatrix(["2.bias", "0.weight"])
+    differences = [
+        Q.gram(G) - dense @ rows.T,
+        G.gram(Q) - rows @ dense.T,
+        Q.gram() - dense @ dense.T,
+        Q.row_norms() - np.linalg.norm(dense, axis=1),
+        Q.rows(2, 7) - dense[2:7],
+        Q.T @ np.ones(len(dense)) - dense.sum(0),
+        part.todense() - op.todense()[np.ix_(INDEX, INDEX)],
+        part.scores.gram() - rows[:, INDEX] @ rows[:, INDEX].T,
+        part.damped(np.ones(len(INDEX))) @ np.ones(len(INDEX)) - op.todense()[np.ix_(INDEX, INDEX)].sum(1) - 1,
+    ]
+    return dense, Q.datum, differences
+
+
+# Of the parameters "2.bias" and "0.weight" in the flat vector.
+INDEX = np.r_[6 * D_IN + 6 + C * 6 : 6 * D_IN + 6 + C * 6 + C, 0 : 6 * D_IN]
+
+
+def no_other_data(group):
+    Q = operator(group).scores.on([])
+    return Q.shape, Q.gram().shape
+
+
 def scipy_solvers(group):
     op = operator(group)
     v0 = np.ones(op.shape[0])

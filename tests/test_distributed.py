@@ -141,6 +141,32 @@ def test_the_score_matrix_is_divided_by_rows(four, cache, split):
             np.testing.assert_allclose(difference, 0, atol=1e-13)
 
 
+@pytest.mark.parametrize(
+    ("cache", "other_cache", "split"),
+    [
+        ("auto", "auto", "strided"),
+        ("scores", "none", "strided"),
+        ("none", "auto", "strided"),
+        ("none", "none", "weights"),
+        ("factors", "scores", "nothing"),
+    ],
+)
+def test_other_data_are_divided_too(two, cache, other_cache, split):
+    X, y = everything()
+    weights = np.arange(9.0) if split == "weights" else None
+    expected = alone().scores.on((X[:9], y[:9]), kind="empirical", sample_weight=weights).todense()
+    for dense, datum, differences in two.results("other_data", cache, other_cache, split):
+        np.testing.assert_array_equal(np.sort(datum), np.arange(9))
+        np.testing.assert_allclose(dense, expected[datum], rtol=1e-10, atol=1e-14)
+        for difference in differences:
+            np.testing.assert_allclose(difference, 0, atol=1e-11)
+
+
+def test_there_may_be_no_other_data(two):
+    D = alone().shape[0]
+    assert two.results("no_other_data") == [((0, D), (0, 0))] * 2
+
+
 def test_scipys_solvers_run_in_lockstep(two):
     op = alone()
     v0 = np.ones(op.shape[0])

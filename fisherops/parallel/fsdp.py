@@ -275,17 +275,17 @@ class ShardedScores(DistributedScores):
 
     is_divided = True
 
-    def __init__(self, local: ScoreMatrix, group: Group | None) -> None:
+    def __init__(self, local: ScoreMatrix, group: Group | None, checks: bool = True) -> None:
         self._sharding = Sharding(local.parameters.tensors, group)
         self._divided = DividedVectors(self._sharding.group)
-        super().__init__(local, self._sharding.group)
+        super().__init__(local, self._sharding.group, checks)
 
     @property
     def processes(self) -> Processes:
         """The processes, each with its pieces of vectors."""
         return self._divided
 
-    def _read_once(self) -> None:
+    def _read_once(self, is_checked: bool) -> None:  # noqa: ARG002
         counts = self.group.share(self.local.reader.count())
         if len(set(counts)) > 1:
             raise ValueError(

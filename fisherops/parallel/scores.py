@@ -15,6 +15,7 @@ from fisherops._fingerprint import checksum_of, fingerprint
 from fisherops._linop import check_result, opaque
 from fisherops._processes import Processes
 from fisherops.parallel.group import Group, checksum
+from fisherops.parallel.shard import with_indices
 from fisherops.problem import Parameters
 from fisherops.score_matrix import NO_ORDER, ScoreMatrix, column_step, is_tiny
 from fisherops.scores import Kind, Plan
@@ -40,7 +41,7 @@ class DistributedScores(Scores):
     group : Group
     """
 
-    def __init__(self, local: ScoreMatrix, group: Group) -> None:
+    def __init__(self, local: ScoreMatrix, group: Group, checks: bool = True) -> None:
         self.local, self.group = local, group
         self.max_memory = local.max_memory
         self._number = group.number()
@@ -48,12 +49,13 @@ class DistributedScores(Scores):
         self._by_rank: list[int] = []
         super().__init__((local.parameters.numel,) * 2, local.torch_dtype, local.device)
         with self._step("construction", **self._identity()):
-            self._read_once()
-            local.check()
+            self._read_once(checks and local.reader.checks)
+            if checks:
+                local.check()
 
-    def _read_once(self) -> None:
+    def _read_once(self, is_checked: bool) -> None:
         """Read the data if no check does: which data are whose must be known before the first draw."""
-        if not self.local.reader.checks:
+        if not is_checked:
             self.local.reader.count()
 
     # ---- Steps --------------------------------------------------------------------------------
@@ -190,6 +192,11 @@ class DistributedScores(Scores):
             if not all(self.group.share(other.local.is_current)):
                 other.local.refresh()
         return other
+
+    def on(self, data: Any, kind: str | None = None, **options: Any) -> DistributedScores:
+        """Return the score matrix of other data, of which each rank passes its own part; see `ScoreMatrix.on`."""
+        local = self.local.on(with_indices(data, self.group), kind, **options)
+        return type(self)(local, self.group, checks=False)
 
     # ---- Products -----------------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSa
 from torch.utils.data.distributed import DistributedSampler
 
 from fisherops._checks import integer
-from fisherops._data import INDEX, Placed, check_number, is_pair, length_of_pair
+from fisherops._data import INDEX, Placed, is_pair, length_of_pair
 from fisherops._tree import leaves, map_arrays
 from fisherops.parallel.group import Group, as_process_group
 
@@ -198,7 +198,6 @@ class Placement:
         with group.step("the first pass over the data", num_data=num_data):
             shares = group.share((number, index is not None))
         total, is_indexed = sum(own for own, _ in shares), any(indexed for _, indexed in shares)
-        check_number(total, num_data)
         if len({indexed for own, indexed in shares if own}) > 1:
             raise ValueError(
                 "the batches of all ranks must be (X, y, index) if those of one are, got some without. Add the indices."
