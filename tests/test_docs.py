@@ -22,6 +22,7 @@ MODULES = [module.name for module in pkgutil.walk_packages(fisherops.__path__, "
 
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
 DOCTESTED = [
+    "fisherops.fisher",
     "fisherops.likelihoods.base",
     "fisherops.likelihoods.density",
     "fisherops.linalg.bounds",
@@ -30,6 +31,8 @@ DOCTESTED = [
     "fisherops.linalg.estimates",
     "fisherops.linalg.solve",
     "fisherops.operators",
+    "fisherops.score_matrix",
+    "fisherops.scores.protocol",
 ]
 TUTORIALS = sorted((ROOT / "docs" / "tutorials").glob("*.py"))
 HOW_TO = ROOT / "docs" / "how-to"
