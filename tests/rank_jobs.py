@@ -549,7 +549,8 @@ def sharded_composites(group):
     same = damped.sharded(x.to_local())
     operators = op, 2 * op, damped, op - 0.5 * op, op @ op, op**2, (op + op).damped(0.1)
     products = [(A @ same).to_local().numpy() for A in operators]
-    return places, products, op.processes.inner(x.unsqueeze(0), x.unsqueeze(0)).to_local().numpy()
+    own = x.to_local().unsqueeze(0)
+    return places, products, op.processes.inner(own, own).numpy()
 
 
 def documented(group, code):
