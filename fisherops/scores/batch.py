@@ -84,7 +84,9 @@ class MaterializedBatch:
     @property
     def nbytes(self) -> int:
         """Memory held."""
-        return self._dense.nbytes + sum(columns.nbytes for _, columns in self._blocks)
+        shared = {t.untyped_storage().data_ptr(): t.nbytes for _, columns in self._blocks for t in columns.shared}
+        own = sum(columns.nbytes - sum(t.nbytes for t in columns.shared) for _, columns in self._blocks)
+        return self._dense.nbytes + own + sum(shared.values())
 
     @property
     def device(self) -> torch.device:

@@ -69,6 +69,11 @@ class Columns(ABC):
         return sum(t.nbytes for t in self.tensors)
 
     @property
+    def shared(self) -> tuple[Tensor, ...]:
+        """What is held together with other uses, such as the input of two convolutions."""
+        return ()
+
+    @property
     def elements_per_vector(self) -> int:
         """Temporary elements of a product for each vector."""
         return 0

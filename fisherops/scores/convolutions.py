@@ -256,6 +256,10 @@ class Convolution(Columns):
     def tensors(self) -> tuple[Tensor, ...]:
         return self._x, self._b
 
+    @property
+    def shared(self) -> tuple[Tensor, ...]:
+        return self.tensors
+
 
 def _has_kernels(x: Tensor) -> bool:
     """Whether torch's convolutions are as precise as products of matrices: not those of GPUs, which take TF32."""
