@@ -108,12 +108,16 @@ class RowsBuilder:
         """Predict the memory of the rows in a form, as of `build`."""
         total = sum(self._N * self._q * self._leaves[name].numel() for name in self.unknown)
         dense: set[str] = set()
+        inputs: set[int] = set()
         for use, names in self._uses:
             if self.unknown.keys() & set(names):
                 continue
             factors = None if form == "scores" else self._elements_of_factors(use, form)
             if factors is not None:
                 total += factors
+                if use.window is not None and isinstance(use.a, Tensor):  # held once for all that share it
+                    total -= use.a.numel() if id(use.a) in inputs else 0
+                    inputs.add(id(use.a))
             else:
                 total += sum(self._N * self._q * self._leaves[name].numel() for name in set(names) - dense)
                 dense |= set(names)
