@@ -91,6 +91,7 @@ class RowsBuilder:
         self._q = factor.blocks // size * factor.rank
         self._f, self._leaves = evaluation.graph
         self._uses = evaluation.uses
+        self._form = "factors"
         self.unknown = dict(evaluation.missed)
         """Parameters whose rows must be differentiated datum by datum, with the reason."""
 
@@ -171,7 +172,7 @@ class RowsBuilder:
         CannotHoldError
             If rows cannot be found by datum, or are not those of plain reverse mode.
         """
-        e, facts = self._evaluation, self._evaluation.facts
+        e, facts, self._form = self._evaluation, self._evaluation.facts, form
         vectors = self._factor.columns()
         if not vectors.isfinite().all():
             raise FloatingPointError(
@@ -319,6 +320,10 @@ class RowsBuilder:
             with torch.enable_grad():
                 derived = self._derived(use, names, Z, *use.window.of_weight(D))
             columns = Convolution(arrangement(a), arrangement(b.transpose(0, 1)), use.window, D.shape)
+            if self._form == "scores" or columns.is_better_dense(self._form):
+                # Rows that are held dense anyway are quicker to compare than made again.
+                dense = Rows(columns.rows(0, self._N))
+                return _Found(derived, dense, float(dense.tensors[0].norm()), arrangement)
             return _Found(derived, columns, columns.magnitude, arrangement)
         form = _NormalForm(use, D, b, self._N, partial(self._repeats, use, names, Z))
         arrangement = known or second.arrangement(use, form.sizes, form.by_position, b)
