@@ -151,7 +151,7 @@ class Cache:
                 if form == "auto" and self._spill is None:
                     # A fast batch must not take the memory of later ones: without a cache, they are slowest.
                     later = (self._num_batches or 1) - len(self._batches) - 1
-                    fast, limit = nbytes, left - max(0, later) * builder.nbytes("factors")
+                    fast, limit = nbytes, left - (later * builder.nbytes("factors") if later > 0 else 0)
                 else:  # what goes to a file must be in memory while it is built
                     limit = left if self._spill is None else self.plan.max_memory
                 if nbytes <= limit:
