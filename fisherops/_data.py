@@ -162,6 +162,13 @@ class Data:
         """Whether batches are read from a list, so that no random numbers can change them."""
         return type(self._source) in (list, tuple)
 
+    @property
+    def num_batches(self) -> int | None:
+        """Number of batches here, or None if it is not known before the first complete pass."""
+        if self.num_data is not None:
+            return len(self._prints)
+        return len(self._source) if isinstance(self._source, list | tuple) else None
+
     def batches(self, description: str) -> Generator[Batch]:
         """Read all batches once.
 

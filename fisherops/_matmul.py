@@ -58,7 +58,7 @@ def _in_pieces(X: Tensor, W: Tensor, longest: int) -> Tensor:
 
 def takes_onednn(X: Tensor) -> bool:
     """Whether large matrices of this dtype and device are multiplied by oneDNN."""
-    return X.dtype == torch.float32 and X.device.type == "cpu" and _onednn_is_fast() and _precision_is_full()
+    return X.dtype == torch.float32 and X.device.type == "cpu" and _onednn_is_fast() and precision_is_full()
 
 
 @cache
@@ -75,6 +75,7 @@ def _onednn_is_fast() -> bool:
     return torch.allclose(product, X @ W.T, rtol=1e-3, atol=1e-3)
 
 
-def _precision_is_full() -> bool:
+def precision_is_full(operation: str = "matmul") -> bool:
+    """Whether oneDNN computes "matmul" or "conv" in float32, and not in the lower precision that a user may allow."""
     flags: Any = torch.backends.mkldnn
-    return flags.fp32_precision in ("none", "ieee") and flags.matmul.fp32_precision in ("none", "ieee")
+    return flags.fp32_precision in ("none", "ieee") and getattr(flags, operation).fp32_precision in ("none", "ieee")

@@ -503,7 +503,7 @@ class ScoreMatrix(Scores):
         reader, cache, late = self._reader, known, self._reader.finds_c_late
         if cache is None:
             self._cache = None
-            cache = Cache(self._asked, self.max_memory, self._spill)
+            cache = Cache(self._asked, self.max_memory, self._spill, reader.data.num_batches)
         counts, index = [], []
         records = self._asked != "linearization"
         for batch, evaluation, factor_of in reader.evaluations(batches, () if known is None else known, records):

@@ -39,10 +39,10 @@ def test_other_kernels_are_left_out(monkeypatch):
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")
     try:
-        assert not _matmul._precision_is_full()
+        assert not _matmul.precision_is_full()
     finally:
         torch.set_float32_matmul_precision(before)
-    assert _matmul._precision_is_full()
+    assert _matmul.precision_is_full()
 
 
 def test_a_kernel_that_is_missing_or_wrong_is_not_taken(monkeypatch):

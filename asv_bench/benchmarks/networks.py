@@ -57,11 +57,22 @@ def _resnet(N):
     return net, torch.randn(N, 3, 32, 32), torch.randint(10, (N,))
 
 
+def _resnet18(N):
+    layers = [nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.GroupNorm(8, 64), nn.ReLU()]
+    for inputs, outputs, stride in [(64, 64, 1), (64, 128, 2), (128, 256, 2), (256, 512, 2)]:
+        layers += [Block(inputs, outputs, stride), Block(outputs, outputs, 1)]
+    net = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, 10))
+    return net, torch.randn(N, 3, 32, 32), torch.randint(10, (N,))
+
+
 def _transformer(N):
     return Transformer(), torch.randint(256, (N, 64)), torch.randint(256, (N, 64))
 
 
-_MAKERS = {"mlp": (_mlp, 512), "cnn": (_cnn, 256), "resnet": (_resnet, 128), "transformer": (_transformer, 16)}
+_MAKERS = {
+    "mlp": (_mlp, 512), "cnn": (_cnn, 256), "resnet": (_resnet, 128), "resnet18": (_resnet18, 512),
+    "transformer": (_transformer, 16),
+}  # fmt: skip
 
 
 def make(name, N=None):

@@ -172,6 +172,42 @@ class Memory:
         fo.FisherMCLinearOperator(*self.arguments, cache=cache, max_memory="64MiB") @ self.V
 
 
+class Convolutions(_Suite):
+    """ResNet-18 with group norms on images of 32 × 32, held as factors, in batches of 64."""
+
+    params = ([16, 512],)
+    param_names = ("images",)
+    timeout = 3600
+    pairs = 3
+
+    def setup(self, images):
+        self.net, (X, y) = make("resnet18", images)
+        self.data = list(zip(X.split(64), y.split(64), strict=True))
+        loss = nn.CrossEntropyLoss()
+        self.op = fo.FisherMCLinearOperator(self.net, loss, list(self.net.parameters()), self.data, cache="factors")
+        self.v = torch.randn(self.op.shape[1])
+        self.op @ self.v
+
+    def gradient(self):
+        for X, y in self.data:
+            torch.autograd.grad(nn.functional.cross_entropy(self.net(X), y), list(self.net.parameters()))
+
+    def time_product(self, images):
+        self.op @ self.v
+
+    def track_gradients(self, images):
+        """Seconds of a product over those of one gradient of the loss."""
+        return ratio(lambda: self.op @ self.v, self.gradient, self.pairs)
+
+    track_gradients.unit = "gradients"
+
+    def track_memory(self, images):
+        """Bytes that are cached."""
+        return self.op.plan.nbytes
+
+    track_memory.unit = "bytes"
+
+
 class Construction(_Suite):
     """Everything before the second product: checks, draws, what is kept, and the first product."""
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import types
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -50,6 +50,33 @@ class Call:
         return self.args[k] if len(self.args) > k else self.kwargs.get(name, default)
 
 
+class Window(NamedTuple):
+    """How a convolution moves over its input."""
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    is_transposed: bool
+    output_padding: tuple[int, ...]
+    groups: int
+
+    @property
+    def options(self) -> list[Any]:
+        """Arguments of `torch.convolution` after input, weight and bias."""
+        return [list(x) if isinstance(x, tuple) else x for x in self]
+
+    def of_weight(self, weight: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """Return a view of a weight with its axes in the order g, o, i, and where o and i begin among them.
+
+        The axes of the kernel belong to the inputs, because each position sees a window of them; in a transposed
+        convolution to the outputs.
+        """
+        own = weight.unflatten(0, (self.groups, -1))
+        if self.is_transposed:
+            return own.movedim(1, -1), (1, own.ndim - 1)
+        return own, (1, 2)
+
+
 @dataclass(eq=False)
 class Use:
     """What a call does with a derived value D: its output is Σ a · D over letters, plus what does not depend on D.
@@ -61,7 +88,7 @@ class Use:
     """D."""
     call: Call
     letters: tuple[Letters, Letters, Letters] | None = None
-    """Names of the axes of a, D and the output; None for a look-up, or an operation known by its derivative only."""
+    """Names of the axes of a, D and the output; None for other uses than contractions."""
     a: Tensor | Callable[[], Tensor] | None = None
     """The data; None stands for 1."""
     through: Callable[[Tensor], Tensor] = unchanged
@@ -70,6 +97,8 @@ class Use:
     """b as the letters see it."""
     index: Callable[[], Tensor] | None = None
     """Rows of D that are looked up, in place of a."""
+    window: Window | None = None
+    """How D moves over a in a convolution."""
     source: GradientEdge | None = None
     """Where D is in the graph; None if nothing flows back to it."""
 
@@ -84,7 +113,7 @@ class Use:
     @property
     def is_generic(self) -> bool:
         """Whether only the derivative of the call itself is known."""
-        return self.letters is None and self.index is None
+        return self.letters is None and self.index is None and self.window is None
 
 
 Rule = Callable[[Call, "Recorder"], "list[Use] | None"]

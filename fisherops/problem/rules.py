@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from fisherops.problem.calls import Call, Letters, Recorder, Rule, Use, unchanged
+from fisherops.problem.calls import Call, Letters, Recorder, Rule, Use, Window, unchanged
 
 
 @functools.cache
@@ -318,16 +319,47 @@ def _rows_at(c: Call, r: Recorder, w: Tensor, index: Any) -> list[Use] | None:
 
 
 def _convolution(c: Call, r: Recorder) -> list[Use] | None:
-    """A weight is known by the derivative of the call, its bias as what is added to every position of a channel."""
-    w, b = c.get(1, "weight"), c.get(2, "bias")
-    x = c.get(0, "input")
+    """Return the uses of a weight, and of a bias, which is added at every position of a channel."""
+    x, w, b = c.get(0, "input"), c.get(1, "weight"), c.get(2, "bias")
     if x.ndim != w.ndim:
         return None
-    uses = [Use(w, c)] if r.is_derived(w) else []
+    uses = [_moved(c, x, w)] if r.is_derived(w) else []
     if b is not None and r.is_derived(b):
         letters = ("n", "o", *axes(x.ndim - 2))
         uses.append(Use(b, c, ((), ("o",), letters)))
     return uses
+
+
+def _moved(c: Call, x: Tensor, w: Tensor) -> Use:
+    """Return the use of a weight, known by the derivative of the call alone if its numbers are complex."""
+    d = w.ndim - 2
+    if x.is_complex() or w.is_complex():
+        return Use(w, c)
+
+    def each(value: Any) -> tuple[int, ...]:
+        return (value,) * d if isinstance(value, int) else tuple(value) * (d if len(value) == 1 else 1)
+
+    stride, padding = each(c.get(3, "stride", 1)), c.get(4, "padding", 0)
+    transposed, output_padding = "transpose" in c.name, 0
+    if c.name == "convolution":
+        dilation, transposed = c.get(5, "dilation"), c.get(6, "transposed")
+        output_padding, groups = c.get(7, "output_padding"), c.get(8, "groups")
+    elif transposed:
+        output_padding, groups = c.get(5, "output_padding", 0), c.get(6, "groups", 1)
+        dilation = c.get(7, "dilation", 1)
+    else:
+        dilation, groups = c.get(5, "dilation", 1), c.get(6, "groups", 1)
+    dilation = each(dilation)
+    a: Tensor | Callable[[], Tensor] = x
+    if padding == "same":
+        widths = [t * (size - 1) for t, size in zip(dilation, w.shape[2:], strict=True)]
+        padding = tuple(width // 2 for width in widths)
+        # An odd width has one more at the end.
+        ends = [e for width in reversed(widths) for e in (0, width % 2)]
+        if any(ends):
+            a = functools.partial(pad, x, ends)
+    padding = each(0 if padding == "valid" else padding)
+    return Use(w, c, a=a, window=Window(stride, padding, dilation, transposed, each(output_padding), groups))
 
 
 def _layer_norm(c: Call) -> Tensor:

@@ -84,7 +84,14 @@ class MaterializedBatch:
     @property
     def nbytes(self) -> int:
         """Memory held."""
-        return self._dense.nbytes + sum(columns.nbytes for _, columns in self._blocks)
+        total, seen = self._dense.nbytes, set[int]()
+        for _, columns in self._blocks:
+            total += columns.nbytes
+            for t in columns.shared:
+                place = t.untyped_storage().data_ptr()
+                total -= t.nbytes if place in seen else 0
+                seen.add(place)
+        return total
 
     @property
     def device(self) -> torch.device:

@@ -17,11 +17,12 @@ from torch.func import vjp, vmap
 
 from fisherops._memory import is_memory_error
 from fisherops.likelihoods import OutputFactor
-from fisherops.problem.calls import Call, Use, tensors_in, unchanged
+from fisherops.problem.calls import Use, tensors_in, unchanged
 from fisherops.problem.evaluation import Evaluation, derivative_not_finite
 from fisherops.problem.separation import keeps_examples_apart
 from fisherops.scores.batch import MaterializedBatch, Span
 from fisherops.scores.columns import Columns, Factors, Rows, Table, rows_are_cheaper, rows_are_smaller
+from fisherops.scores.convolutions import Convolution, rows_are_better
 from fisherops.scores.derived import Composed, Derived, Strided
 from fisherops.scores.positions import Arrangement, measure, only_axis
 from fisherops.scores.rows import rows_by_datum, rows_one_by_one
@@ -90,6 +91,7 @@ class RowsBuilder:
         self._q = factor.blocks // size * factor.rank
         self._f, self._leaves = evaluation.graph
         self._uses = evaluation.uses
+        self._form = "factors"
         self.unknown = dict(evaluation.missed)
         """Parameters whose rows must be differentiated datum by datum, with the reason."""
 
@@ -107,12 +109,16 @@ class RowsBuilder:
         """Predict the memory of the rows in a form, as of `build`."""
         total = sum(self._N * self._q * self._leaves[name].numel() for name in self.unknown)
         dense: set[str] = set()
+        inputs: set[int] = set()
         for use, names in self._uses:
             if self.unknown.keys() & set(names):
                 continue
             factors = None if form == "scores" else self._elements_of_factors(use, form)
             if factors is not None:
                 total += factors
+                if use.window is not None and isinstance(use.a, Tensor):  # held once for all that share it
+                    total -= use.a.numel() if id(use.a) in inputs else 0
+                    inputs.add(id(use.a))
             else:
                 total += sum(self._N * self._q * self._leaves[name].numel() for name in set(names) - dense)
                 dense |= set(names)
@@ -122,6 +128,8 @@ class RowsBuilder:
         """Predict the elements that a use takes as factors, or None if its rows are held dense."""
         if use.index is not None:
             return use.index().numel() * (self._q * math.prod(use.value.shape[1:]) + 2)
+        if use.window is not None:
+            return self._elements_of_convolution(use, form)
         axes = _axes_of(use)
         if axes is None:
             return None
@@ -130,6 +138,18 @@ class RowsBuilder:
         if rows_are_smaller(T, self._q, o, i) or (form == "auto" and rows_are_cheaper(T, self._q)):
             return None
         return self._N * T * g * (i + self._q * o)
+
+    def _elements_of_convolution(self, use: Use, form: str) -> int | None:
+        """Predict the elements of input and gradients, or None if dense rows are held."""
+        x, out = use.call.get(0, "input"), use.call.shape
+        assert use.window is not None
+        if out is None:
+            return None
+        elements = x.numel() + self._q * math.prod(out)
+        moved = x.shape if use.window.is_transposed else out
+        T = max(1, moved[0] // self._N) * math.prod(moved[2:])
+        rows = self._N * self._q * use.value.numel()
+        return None if rows_are_better(form, rows, elements, T, self._q) else elements
 
     def build(self, form: str, patient: bool = False) -> tuple[MaterializedBatch, dict[str, str]]:
         """Build the rows, with every piece checked.
@@ -152,7 +172,7 @@ class RowsBuilder:
         CannotHoldError
             If rows cannot be found by datum, or are not those of plain reverse mode.
         """
-        e, facts = self._evaluation, self._evaluation.facts
+        e, facts, self._form = self._evaluation, self._evaluation.facts, form
         vectors = self._factor.columns()
         if not vectors.isfinite().all():
             raise FloatingPointError(
@@ -294,6 +314,17 @@ class RowsBuilder:
             places = arrangement(index.reshape(-1) % len(D))
             derived = self._derived(use, names, Z, D, (0, 1))
             return _Found(derived, Table(places, B, len(D)), float(b.norm()), arrangement)
+        if use.window is not None:
+            a = (use.a() if callable(use.a) else use.call.get(0, "input")).detach().to(b.dtype)
+            arrangement = known or second.arrangement(use, (len(a),), lambda b: b.flatten(2), b)
+            with torch.enable_grad():
+                derived = self._derived(use, names, Z, *use.window.of_weight(D))
+            columns = Convolution(arrangement(a), arrangement(b.transpose(0, 1)), use.window, D.shape)
+            if self._form == "scores" or columns.is_better_dense(self._form):
+                # Rows that are held dense anyway are quicker to compare than made again.
+                dense = Rows(columns.rows(0, self._N))
+                return _Found(derived, dense, float(dense.tensors[0].norm()), arrangement)
+            return _Found(derived, columns, columns.magnitude, arrangement)
         form = _NormalForm(use, D, b, self._N, partial(self._repeats, use, names, Z))
         arrangement = known or second.arrangement(use, form.sizes, form.by_position, b)
         A, B = form.arranged(arrangement, self._N, b)
@@ -427,7 +458,7 @@ class RowsBuilder:
         def is_dense(x: _Found) -> bool:
             if isinstance(x.columns, Rows) or form == "scores":
                 return True
-            return isinstance(x.columns, Factors) and x.columns.is_better_dense(form)
+            return isinstance(x.columns, Factors | Convolution) and x.columns.is_better_dense(form)
 
         rows: dict[str, Tensor] = dict(dense)
         blocks: list[tuple[Derived, Columns]] = []
@@ -696,41 +727,12 @@ def _rows_of_call(use: Use, b: Tensor) -> Tensor:
         result: Tensor = vmap(lambda y: pull(y[None].to(D.dtype))[0])(own)
         return result
 
-    options = _options_of_convolution(call) if call.get(1, "weight") is use.value and len(data) == 1 else None
-    if options is not None:
-        one = partial(_rows_of_convolution, D.detach(), options)
     step = max(1, _BLOCK_BYTES // (len(b) * D.numel() * b.itemsize))
     xs = tuple(t.detach() for t in data)
     blocks = [
         vmap(one, in_dims=(0, 1))(tuple(x[m : m + step] for x in xs), b[:, m : m + step]) for m in range(0, M, step)
     ]
     return torch.cat(blocks).flatten(2).to(b.dtype)
-
-
-def _rows_of_convolution(D: Tensor, options: tuple[Any, ...], xs: tuple[Tensor, ...], own: Tensor) -> Tensor:
-    """Return the rows (q, ...) of one datum, by the kernel of the backward pass alone: no forward pass is needed."""
-
-    def pull(y: Tensor) -> Tensor:
-        args = y[None].to(D.dtype), xs[0][None], D, None, *options, [False, True, False]
-        gradient: Tensor = torch.ops.aten.convolution_backward.default(*args)[1]
-        return gradient
-
-    result: Tensor = vmap(pull)(own)
-    return result
-
-
-def _options_of_convolution(call: Call) -> tuple[Any, ...] | None:
-    """Return stride, padding, dilation, whether it is transposed, output padding and groups; None if not known."""
-    n = {"conv1d": 1, "conv2d": 2, "conv3d": 3}.get(call.name)
-    padding = call.get(4, "padding", 0)
-    if n is None or isinstance(padding, str):
-        return None
-
-    def each(x: Any) -> list[int]:
-        return [x] * n if isinstance(x, int) else [*x] * (n if len(x) == 1 else 1)
-
-    stride, dilation = call.get(3, "stride", 1), call.get(5, "dilation", 1)
-    return each(stride), each(padding), each(dilation), False, [0] * n, call.get(6, "groups", 1)
 
 
 def _is_adjoint(derived: Composed, like: Tensor) -> bool:
@@ -750,18 +752,15 @@ def _is_adjoint(derived: Composed, like: Tensor) -> bool:
 
 
 def _joined(found: Sequence[_Found]) -> list[_Found]:
-    """Join uses of the same elements as factors, such as those of the steps of a recurrent layer."""
+    """Join uses of the same elements, such as those of the steps of a recurrent layer."""
     result: list[_Found] = []
     for x in found:
         for k, known in enumerate(result):
-            if (
-                isinstance(x.columns, Factors)
-                and isinstance(known.columns, Factors)
-                and isinstance(known.derived, Strided)
-                and known.derived.same(x.derived)
-            ):
-                result[k] = known._replace(columns=known.columns.joined(x.columns))
-                break
+            if isinstance(known.derived, Strided) and known.derived.same(x.derived):
+                columns = known.columns.joined(x.columns)
+                if columns is not None:
+                    result[k] = known._replace(columns=columns)
+                    break
         else:
             result.append(x)
     return result

@@ -39,10 +39,13 @@ class Cache:
         Bytes that may be kept.
     spill : path or None
         A folder for files with the rows that do not fit.
+    num_batches : int or None
+        Number of batches, if it is known.
     """
 
-    def __init__(self, cache: str, max_memory: int, spill: Any = None) -> None:
+    def __init__(self, cache: str, max_memory: int, spill: Any = None, num_batches: int | None = None) -> None:
         self.plan = Plan(cache, max_memory)
+        self._num_batches = num_batches
         self._batches: list[BatchScores | SpilledScores | None] = []
         self._spill = None if spill is None else Spill(spill)
 
@@ -139,14 +142,18 @@ class Cache:
         builder = RowsBuilder(evaluation, factor_of(evaluation), size)
         if self.plan.cache == "auto" and builder.vectors > _MANY_VECTORS:
             raise CannotHoldError(f"{builder.vectors} rows for each datum would cost as many backward passes")
-        held = None
-        # What goes to a file must be in memory while it is built.
-        limit = left if self._spill is None else self.plan.max_memory
+        held, fast = None, 0
         try:
-            # Where the cheapest form does not fit, factors may, which are smaller for long sequences.
+            # If the fastest form does not fit, factors may, which are smaller.
             forms = ("auto", "factors") if self.plan.cache == "auto" else (self.plan.cache,)
             for form in ("factors",) if evaluation.problem.is_divided else forms:
                 nbytes = builder.nbytes(form)
+                if form == "auto" and self._spill is None:
+                    # A fast batch must not take the memory of later ones: without a cache, they are slowest.
+                    later = (self._num_batches or 1) - len(self._batches) - 1
+                    fast, limit = nbytes, left - (later * builder.nbytes("factors") if later > 0 else 0)
+                else:  # what goes to a file must be in memory while it is built
+                    limit = left if self._spill is None else self.plan.max_memory
                 if nbytes <= limit:
                     held, differentiated = builder.build(form, patient)
                     nbytes = held.nbytes
@@ -176,6 +183,8 @@ class Cache:
         if differentiated:
             listed = ", ".join(f"{name} ({why})" for name, why in differentiated.items())
             reason = f"rows of {listed} differentiated datum by datum, the others by their operations"
+        if self.plan.cache == "auto" and form == "factors" and held.nbytes < fast:
+            reason = f"{reason}; rows that are multiplied faster would take {readable(fast)} for a batch"
         if held.nbytes <= left or self._spill is None:
             return self._note(held, size, held.description, held.nbytes, reason)
         file = self._spill.write(held)

@@ -50,6 +50,10 @@ class Columns(ABC):
     def gram(self, other: Columns) -> Tensor | None:
         """Multiply with the transpose of columns of the same parameters, (N · q, N' · q'), or None if only rows can."""
 
+    def joined(self, other: Columns) -> Columns | None:
+        """Return the sum with another use of the same parameters, the positions of both together, or None."""
+        return None
+
     @abstractmethod
     def scale(self, factor: float) -> None:
         """Multiply by a number; the gradients may be those of another use too, so not in their memory."""
@@ -65,6 +69,11 @@ class Columns(ABC):
         return sum(t.nbytes for t in self.tensors)
 
     @property
+    def shared(self) -> tuple[Tensor, ...]:
+        """What is held together with other uses, such as the input of two convolutions."""
+        return ()
+
+    @property
     def elements_per_vector(self) -> int:
         """Temporary elements of a product for each vector."""
         return 0
@@ -72,7 +81,7 @@ class Columns(ABC):
     def col_norms(self) -> Tensor:
         """Return the squared norms of the columns, (g, o, i)."""
         step = min(_TERMS, max(1, _FILLING // math.prod(self.shape)))
-        return _total(self.rows(n, n + step).square().sum((0, 1)) for n in range(0, self.count, step))
+        return summed(self.rows(n, n + step).square().sum((0, 1)) for n in range(0, self.count, step))
 
     def row_norms(self) -> Tensor:
         """Return the squared norms of the rows, (N, q) in float64."""
@@ -101,7 +110,7 @@ class Rows(Columns):
     """The rows themselves, (N, q, g, o, i)."""
 
     def __init__(self, rows: Tensor) -> None:
-        self._rows = _owned(rows.detach())
+        self._rows = owned(rows.detach())
         self.count = len(rows)
         self.shape = rows.shape[2], rows.shape[3], rows.shape[4]
 
@@ -147,8 +156,8 @@ class Factors(Columns):
         self.shape = g, o, i
         N, T, q = self.count, self._T, self._q
         # In this order both products take and give contiguous matrices.
-        self._A = _owned(A.detach().permute(2, 0, 1, 3).reshape(g, N * T, i))
-        self._B = _owned(B.detach().permute(2, 3, 4, 0, 1).reshape(q, g * o, N, T))
+        self._A = owned(A.detach().permute(2, 0, 1, 3).reshape(g, N * T, i))
+        self._B = owned(B.detach().permute(2, 3, 4, 0, 1).reshape(q, g * o, N, T))
         # Vectors that fill a matrix product; more of them only need more memory.
         self._step = max(1, _FILLING // max(1, g * o * N * T))
 
@@ -188,7 +197,7 @@ class Factors(Columns):
             A, B = (x[start:stop, 0] for x in self._by_datum())
             return B.unsqueeze(-1) * A[:, None, :, None]
         A, B = (x[start:stop].split(_TERMS, 1) for x in self._by_datum())
-        return _total(torch.einsum("ntqgo,ntgi->nqgoi", b, a) for a, b in zip(A, B, strict=True))
+        return summed(torch.einsum("ntqgo,ntgi->nqgoi", b, a) for a, b in zip(A, B, strict=True))
 
     def _by_datum(self) -> tuple[Tensor, Tensor]:
         """Return views of A as (N, T, g, i) and B as (N, T, q, g, o)."""
@@ -253,8 +262,9 @@ class Factors(Columns):
         smaller = rows_are_smaller(self._T, self._q, *self.shape[1:])
         return smaller or (form == "auto" and rows_are_cheaper(self._T, self._q))
 
-    def joined(self, other: Factors) -> Factors:
-        """Return the sum of two uses of the same parameters: the positions of one after those of the other."""
+    def joined(self, other: Columns) -> Columns | None:
+        if not isinstance(other, Factors):
+            return None
         (A, B), (C, E) = self._by_datum(), other._by_datum()
         return Factors(torch.cat([A, C], 1), torch.cat([B, E], 1))
 
@@ -273,14 +283,14 @@ class Table(Columns):
     """
 
     def __init__(self, index: Tensor, B: Tensor, length: int) -> None:
-        self._index, self._B = _owned(index), _owned(B.detach().permute(0, 2, 1, 3))
+        self._index, self._B = owned(index), owned(B.detach().permute(0, 2, 1, 3))
         self.count, self.shape = len(B), (1, length, B.shape[3])
         self._sum = SegmentSum(index.reshape(-1), length)
 
     def apply(self, V: Tensor) -> Tensor:
         step = max(1, _TERMS // self.shape[2])
         pieces = zip(self._index.split(step, 1), self._B.split(step, 2), strict=True)
-        return _total(torch.einsum("kntd,nqtd->knq", V[:, 0][:, index], b) for index, b in pieces)
+        return summed(torch.einsum("kntd,nqtd->knq", V[:, 0][:, index], b) for index, b in pieces)
 
     def apply_t(self, W: Tensor) -> Tensor:
         weighted = torch.einsum("knq,nqtd->kntd", W, self._B)
@@ -366,19 +376,20 @@ def _norms_of_pairs(inputs: Tensor, B: Tensor) -> Tensor:
     return (inputs.unsqueeze(2) * outputs).sum((1, 3, 4)).clamp_min_(0)
 
 
-def _owned(t: Tensor) -> Tensor:
+def owned(t: Tensor) -> Tensor:
     """Return a tensor as contiguous, without the rest of a larger one that it may be a view of."""
     t = t.contiguous()
     return t if t.untyped_storage().nbytes() == t.nbytes else t.clone()
 
 
-def _total(terms: Iterator[Tensor]) -> Tensor:
+def summed(terms: Iterator[Tensor]) -> Tensor:
+    """Sum tensors, at least one, without losing digits by their number."""
     first = next(terms)
-    total = CompensatedSum(first)
-    total.add(first)
+    result = CompensatedSum(first)
+    result.add(first)
     for term in terms:
-        total.add(term)
-    return total.value()
+        result.add(term)
+    return result.value()
 
 
 def _in_range(x: Tensor) -> tuple[Tensor, int]:
