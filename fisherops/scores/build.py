@@ -127,7 +127,7 @@ class RowsBuilder:
             return None
         g, o, i, positions = axes
         T = max(1, positions // self._N)
-        if rows_are_smaller(T, self._q, o, i) or (form == "auto" and rows_are_cheaper(T, self._q)):
+        if rows_are_smaller(T, self._q, o, i) or (form == "auto" and rows_are_cheaper(T, self._q, o, i)):
             return None
         return self._N * T * g * (i + self._q * o)
 

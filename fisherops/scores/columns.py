@@ -89,12 +89,14 @@ def rows_are_smaller(T: int, q: int, o: int, i: int) -> bool:
     return q * o * i <= T * (i + q * o)
 
 
-def rows_are_cheaper(T: int, q: int) -> bool:
-    """Whether q dense rows for each datum are multiplied faster than the factors of T positions.
+def rows_are_cheaper(T: int, q: int, o: int, i: int) -> bool:
+    """Whether q dense rows for each datum are worth their memory, because products with T positions take longer.
 
-    A matrix product does several multiplications in the time that one element takes from memory.
+    A matrix product does several multiplications in the time that one element takes from memory. Rows may take up to
+    1.5 times the memory of the factors, or half as many times as they are faster.
     """
-    return 8 * q < T
+    faster = T / (8 * q)
+    return faster > 1 and q * o * i <= max(1.5, faster / 2) * T * (i + q * o)
 
 
 class Rows(Columns):
@@ -251,7 +253,7 @@ class Factors(Columns):
     def is_better_dense(self, form: str) -> bool:
         """Whether its rows should be held instead, to be small ("factors") or fast ("auto")."""
         smaller = rows_are_smaller(self._T, self._q, *self.shape[1:])
-        return smaller or (form == "auto" and rows_are_cheaper(self._T, self._q))
+        return smaller or (form == "auto" and rows_are_cheaper(self._T, self._q, *self.shape[1:]))
 
     def joined(self, other: Factors) -> Factors:
         """Return the sum of two uses of the same parameters: the positions of one after those of the other."""
