@@ -186,11 +186,8 @@ class Factors(Columns):
         return out
 
     def rows(self, start: int, stop: int) -> Tensor:
-        if self._T == 1:
-            A, B = (x[start:stop, 0] for x in self._by_datum())
-            return B.unsqueeze(-1) * A[:, None, :, None]
-        A, B = (x[start:stop].split(_TERMS, 1) for x in self._by_datum())
-        return _total(torch.einsum("ntqgo,ntgi->nqgoi", b, a) for a, b in zip(A, B, strict=True))
+        A, B = self._by_datum()
+        return rows_of_contraction(A[start:stop], B[start:stop])
 
     def _by_datum(self) -> tuple[Tensor, Tensor]:
         """Return views of A as (N, T, g, i) and B as (N, T, q, g, o)."""
@@ -250,15 +247,19 @@ class Factors(Columns):
     def tensors(self) -> tuple[Tensor, ...]:
         return self._A, self._B
 
-    def is_better_dense(self, form: str) -> bool:
-        """Whether its rows should be held instead, to be small ("factors") or fast ("auto")."""
-        smaller = rows_are_smaller(self._T, self._q, *self.shape[1:])
-        return smaller or (form == "auto" and rows_are_cheaper(self._T, self._q, *self.shape[1:]))
 
-    def joined(self, other: Factors) -> Factors:
-        """Return the sum of two uses of the same parameters: the positions of one after those of the other."""
-        (A, B), (C, E) = self._by_datum(), other._by_datum()
-        return Factors(torch.cat([A, C], 1), torch.cat([B, E], 1))
+def rows_of_contraction(A: Tensor, B: Tensor) -> Tensor:
+    """Return Σ_t b aᵀ of A (N, T, g, i) and B (N, T, q, g, o), (N, q, g, o, i)."""
+    (N, T, q, g, o), i = B.shape, A.shape[3]
+    if T > _TERMS:
+        return _total(map(rows_of_contraction, A.split(_TERMS, 1), B.split(_TERMS, 1)))
+    if T == 1:
+        return B[:, 0].unsqueeze(-1) * A[:, 0][:, None, :, None]
+    if i == 1:
+        return (B * A[:, :, None]).sum(1)[..., None]
+    if g == 1:
+        return torch.bmm(B.reshape(N, T, q * o).mT, A.reshape(N, T, i)).view(N, q, 1, o, i)
+    return torch.einsum("ntqgo,ntgi->nqgoi", B, A)
 
 
 class Table(Columns):
