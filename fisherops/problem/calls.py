@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -206,7 +207,8 @@ class Recorder:
             return self._plain(func, name, args, kwargs, values, kernels)
         call = Call(func, name, args, kwargs, derived=frozenset(map(id, values)))
         rule = self._rules.get(name)
-        uses = rule(call, self) if rule and torch.is_grad_enabled() and not _is_python(func) else None
+        is_opened = _is_python(func) and not (func in _LIKE_KERNELS and len(args) > 1)
+        uses = rule(call, self) if rule and torch.is_grad_enabled() and not is_opened else None
         if uses is None or not {id(v) for v in values} <= {id(use.value) for use in uses}:
             return self._opened(call, values, kernels)
         for use in uses:  # before the call, which may change D in place
@@ -340,6 +342,10 @@ class Kernels(TorchDispatchMode):
 
 # Operations that take only the shape or dtype of their other tensors.
 _SHAPE_ONLY = {"expand_as", "view_as", "reshape_as", "type_as", "zeros_like", "ones_like", "full_like", "empty_like"}
+
+
+# Python functions that take the same arguments, in the same order, as the function of torch that has their name.
+_LIKE_KERNELS = {torch.functional.einsum, functional.layer_norm, functional.group_norm, functional.rms_norm}
 
 
 def _is_python(func: Any) -> bool:

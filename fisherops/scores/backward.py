@@ -42,7 +42,7 @@ class Backward:
 
     def at_uses(self, uses: Iterable[Use], vectors: Tensor) -> dict[Any, Tensor]:
         """Return b (q, ...) at the outputs of uses, by one batched backward pass that stops there."""
-        edges = list(dict.fromkeys(edge for use in uses if (edge := edge_of(use)) is not None))
+        edges = list(dict.fromkeys([edge for use in uses if (edge := edge_of(use)) is not None]))
         return self.at(edges, self.cotangents(vectors)) if edges else {}
 
     def cotangents(self, vectors: Tensor) -> Tensor:

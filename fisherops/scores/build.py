@@ -190,7 +190,7 @@ class RowsBuilder:
                 "the scores of the likelihood contain NaN or infinity although the outputs are finite: check its "
                 "`log_prob` or `exact`, or pass dtype='float64'."
             )
-        gradients = self._backward.at_uses((use for use, _ in self._uses), vectors)
+        gradients = self._backward.at_uses([use for use, _ in self._uses], vectors)
         if e.problem.is_divided:
             return self._build_divided(gradients, vectors), {}
         known = None if e.custom_functions else facts.rows.get((self._N, self._q))
