@@ -10,7 +10,7 @@ import random
 import sys
 import threading
 import types
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from typing import Any
 
@@ -65,6 +65,14 @@ def memory_of(t: Tensor, count: int) -> Tensor | None:
 
 
 _PLAIN_DISPATCH = Tensor.__torch_dispatch__
+
+
+def norms(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return the norms of tensors by one call."""
+    try:
+        return list(torch._foreach_norm(list(tensors)))
+    except (AttributeError, NotImplementedError):
+        return [t.norm() for t in tensors]
 
 
 def deferred(flag: Tensor) -> Callable[[], bool]:
@@ -215,13 +223,12 @@ def signature(nodes: list[Any], names: Mapping[int, str]) -> int:
     index = {node: k for k, node in enumerate(nodes)}
     text: list[tuple[Any, ...]] = []
     for node in nodes:
-        variable = getattr(node, "variable", None)
-        if variable is not None:
-            text.append((names.get(id(variable)), tuple(variable.shape)))
+        if hasattr(node, "variable"):
+            text.append((names.get(id(node.variable)), tuple(node.variable.shape)))
             continue
-        shapes = tuple((tuple(m.shape), m.dtype) for m in getattr(node, "_input_metadata", ()))
-        integers = tuple(_hashable(getattr(node, name)) for name in _saved_names(node) if name in _INTEGERS)
-        parents = tuple((index.get(parent, -1), number) for parent, number in node.next_functions)
+        shapes = tuple([(tuple(m.shape), m.dtype) for m in getattr(node, "_input_metadata", ())])
+        integers = tuple([_hashable(getattr(node, name)) for name in _saved_integers(node)])
+        parents = tuple([(index.get(parent, -1), number) for parent, number in node.next_functions])
         text.append((node.name(), shapes, integers, parents))
     return hash(tuple(text))
 
@@ -231,6 +238,17 @@ _INTEGERS = {
     "_saved_split_size", "_saved_chunks", "_saved_size", "_saved_stride", "_saved_pad", "_saved_step",
     "_saved_normalized_shape", "_saved_training",
 }  # fmt: skip
+
+
+_SAVED_INTEGERS: dict[type, tuple[str, ...]] = {}
+
+
+def _saved_integers(node: Any) -> tuple[str, ...]:
+    """Name the integers that a node saves."""
+    kind = type(node)
+    if kind not in _SAVED_INTEGERS:
+        _SAVED_INTEGERS[kind] = tuple(name for name in dir(kind) if name in _INTEGERS)
+    return _SAVED_INTEGERS[kind]
 
 
 def _hashable(value: Any) -> Any:

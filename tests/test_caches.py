@@ -437,19 +437,32 @@ def test_an_embedding_is_never_a_dense_table_for_each_datum():
 
 
 def test_factors_are_kept_where_rows_do_not_fit():
-    """Of 12 positions with 64 × 64 weights, rows are faster (16 KiB a datum) and factors smaller (6 KiB)."""
+    """Of 24 positions with 64 × 64 weights, rows are faster (16 KiB a datum) and factors smaller (12 KiB)."""
     model = nn.Sequential(nn.Linear(64, 64, bias=False), nn.Tanh(), nn.Linear(64, 64, bias=False))
-    data = (torch.randn(8, 12, 64), torch.zeros(8, 12, 64))
+    data = (torch.randn(8, 24, 64), torch.zeros(8, 24, 64))
     free, tight, plain = (
         fo.FisherMCLinearOperator(model, nn.MSELoss(), data=data, rows="datum", **options)
-        for options in ({}, {"max_memory": "150KiB"}, {"cache": "none"})
+        for options in ({}, {"max_memory": "220KiB"}, {"cache": "none"})
     )
     v = np.ones(plain.shape[0], np.float32)
     assert_same(tight @ v, plain @ v, torch.float32)
     assert free.plan.nbytes == 8 * 2 * 64 * 64 * 4
     assert [entry.form for entry in free.plan.entries] == ["dense rows"]
     assert [entry.form for entry in tight.plan.entries] == ["factors"]
-    assert tight.plan.nbytes == 8 * 2 * 12 * 128 * 4
+    assert tight.plan.nbytes == 8 * 2 * 24 * 128 * 4
+
+
+@pytest.mark.parametrize(
+    ("positions", "width", "is_dense"),
+    [(4, 16, False), (12, 64, False), (24, 64, True), (64, 256, True), (64, 640, False)],
+)
+def test_rows_are_held_as_far_as_they_are_worth_their_memory(positions, width, is_dense):
+    """Up to 1.5 times the memory of the factors, or half as many times as they are faster: T / 8 times."""
+    model, X = nn.Linear(width, width, bias=False), torch.randn(3, positions, width)
+    op = fo.FisherMCLinearOperator(model, nn.MSELoss(), data=(X, torch.zeros_like(X)), rows="datum")
+    rows, factors = width * width, positions * 2 * width
+    assert is_dense == (positions > 8 and rows <= max(1.5, positions / 16) * factors)
+    assert op.plan.nbytes == 3 * 4 * (rows if is_dense else factors)
 
 
 @pytest.mark.parametrize("cache", ["scores", "factors", "auto"])

@@ -286,8 +286,8 @@ def deep(channels=32):
     """A network whose second convolution has many weights and few positions."""
     torch.manual_seed(0)
     model = nn.Sequential(
-        nn.Conv2d(1, channels, 3, 4, 1), nn.ReLU(), nn.Conv2d(channels, channels, 3, padding=1), nn.Flatten(),
-        nn.Linear(16 * channels, 3),
+        nn.Conv2d(1, channels, 3, 2, 1), nn.ReLU(), nn.Conv2d(channels, channels, 3, padding=1), nn.Flatten(),
+        nn.Linear(64 * channels, 3),
     )  # fmt: skip
     X, y = torch.randn(32, 1, 16, 16), torch.randint(3, (32,))
     return model, list(zip(X.split(8), y.split(8), strict=True))
@@ -312,8 +312,8 @@ def test_the_plan_counts_what_is_held(samples):
         op @ v
         plans[cache] = op.plan
         assert op.plan.nbytes == storages(op)
-    # The second convolution by 16 positions of 32 inputs and outputs, instead of 9,216 numbers for each row.
-    assert plans["factors"].nbytes < 0.4 * plans["scores"].nbytes
+    # The second convolution by 64 positions of 32 inputs and outputs, instead of 9,216 numbers for each row.
+    assert plans["factors"].nbytes < 0.5 * plans["scores"].nbytes
     # With one row for each example, rows are multiplied faster.
     assert (plans["auto"].nbytes > plans["factors"].nbytes) == (samples == 1)
 
@@ -334,7 +334,7 @@ def test_fast_rows_leave_memory_for_later_batches():
     fast, small = operator(), operator(cache="factors")
     expected = fast @ v
     assert_same(small @ v, expected, np.float32)
-    op = operator(max_memory=fast.plan.nbytes // 4 + small.plan.nbytes)
+    op = operator(max_memory=(fast.plan.nbytes + 3 * small.plan.nbytes) // 4)
     assert_same(op @ v, expected, np.float32)
     assert "none" not in {entry.form for entry in op.plan.entries}
     sizes = [entry.nbytes for entry in op.plan.entries]

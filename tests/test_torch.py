@@ -50,6 +50,14 @@ def test_the_memory_of_a_tensor_is_seen_and_not_referred_to(dtype):
     assert len(_torch.memory_of(torch.zeros(1000), 64)) <= 64
 
 
+def test_norms_of_many_tensors(monkeypatch):
+    tensors = torch.randn(10).split([3, 0, 7])
+    expected = [float(t.norm()) for t in tensors]
+    np.testing.assert_allclose(torch.stack(_torch.norms(tensors)), expected, rtol=1e-6)
+    monkeypatch.delattr(torch, "_foreach_norm")
+    np.testing.assert_allclose(torch.stack(_torch.norms(tensors)), expected, rtol=1e-6)
+
+
 def test_steps_of_optimizers_are_noted():
     noted = []
     _torch.on_optimizer_step(noted.append)

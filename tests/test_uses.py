@@ -12,6 +12,9 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 import fisherops as fo
+from fisherops.problem.calls import Recorder
+from fisherops.problem.problem import Problem
+from fisherops.scores.backward import Reverse
 
 N, T, I, O = 3, 4, 5, 6  # noqa: E741 (examples, positions, inputs, outputs)
 
@@ -335,3 +338,51 @@ def test_uses(name, cache):
     close(G.gram(), rows @ rows.T)
     close(op.diagonal(), (rows**2).sum(0))
     close(op @ V, rows.T @ (rows @ V))
+
+
+@pytest.mark.filterwarnings("ignore::fisherops.PlanWarning", "ignore:There is a performance drop")
+@pytest.mark.parametrize("name", list(CASES))
+def test_calls_that_see_data_only_need_no_note(name, monkeypatch):
+    """The same uses are found where each call is looked at in full."""
+    torch.manual_seed(0)
+    parameters, X, model = CASES[name]()
+
+    def uses():
+        e = Problem(model, nn.MSELoss(), parameters).evaluate(X)
+        return [(use.call.name, names, use.letters) for use, names in e.uses], e.missed
+
+    found = uses()
+    monkeypatch.setattr(Recorder, "sees_data_only", lambda *_: False)
+    assert uses() == found
+
+
+@pytest.mark.parametrize("shape", [(5, 5), (5, 10), (10, 5)])
+@pytest.mark.parametrize("vectors", [1, 3])
+def test_positions_are_measured_by_the_pass_that_rows_are_compared_with(shape, vectors, monkeypatch):
+    """Where the shape leaves a choice, the axis of the data is that which a pass of its own finds."""
+    torch.manual_seed(0)
+    N = 5
+
+    class Swapped(nn.Module):
+        """Positions first, or last within the axis of the data."""
+
+        def __init__(self):
+            super().__init__()
+            self.a, self.gain, self.b = nn.Linear(3, 4), nn.Parameter(torch.randn(4)), nn.Linear(4, vectors)
+
+        def forward(self, X):
+            h = X.transpose(0, 1).reshape(*shape, 3)
+            h = torch.tanh(self.a(h) * self.gain).reshape(-1, N, 4).transpose(0, 1)
+            return self.b((h * torch.arange(1.0, h.shape[1] + 1, dtype=h.dtype)[:, None]).sum(1))
+
+    model, X = Swapped().double(), torch.randn(N, shape[0] * shape[1] // N, 3).double()
+    data = (X, torch.zeros(N, vectors).double())
+    op = fo.FisherLinearOperator(model, nn.MSELoss(), data=data, cache="factors")
+    F = op.todense()
+    assert op.plan.holds_rows
+    assert "differentiated" not in str(op.plan)
+    monkeypatch.setattr(Reverse, "_axis", lambda *_: None)
+    np.testing.assert_allclose(F, fo.FisherLinearOperator(model, nn.MSELoss(), data=data).todense(), atol=1e-12)
+    np.testing.assert_allclose(
+        F, fo.FisherLinearOperator(model, nn.MSELoss(), data=data, cache="none") @ np.eye(len(F)), atol=1e-12
+    )

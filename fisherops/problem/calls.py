@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -136,6 +137,16 @@ def _collect(values: Iterable[Any], found: list[Tensor]) -> None:
             _collect(x.values(), found)
 
 
+def _has(values: Iterable[Any], known: Mapping[int, Tensor]) -> bool:
+    """Whether a known tensor is in nested tuples, lists and mappings."""
+    for x in values:
+        if id(x) in known:
+            return True
+        if isinstance(x, tuple | list | dict) and _has(x.values() if isinstance(x, dict) else x, known):
+            return True
+    return False
+
+
 class Recorder:
     """The uses of parameters in one evaluation.
 
@@ -164,8 +175,8 @@ class Recorder:
     ) -> None:
         self._rules, self._model = rules, model
         self._inputs = {id(t): t for t in tensors_in(X)}
-        self._names = {get_gradient_edge(t).node: name for name, t in leaves.items()}
         self._edges = {id(t): get_gradient_edge(t) for t in leaves.values()}
+        self._names = {edge.node: name for edge, name in zip(self._edges.values(), leaves, strict=True)}
         # Both refer to their tensors, so that no identity is used again.
         self._derived: dict[int, Tensor] = {id(t): t for t in leaves.values()}
         self._constants: dict[int, Tensor] = {id(t): t for t in constants}
@@ -186,6 +197,15 @@ class Recorder:
         if key in self._inputs or t.requires_grad:
             return True
         return key not in self._constants and key not in self._model.substitutes
+
+    def sees_data_only(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> bool:
+        """Whether the first argument is data and no other is derived, as in most calls: these need no note."""
+        if not args or not isinstance(args[0], Tensor) or not self.is_data(args[0]):
+            return False
+        derived = self._derived
+        return not (
+            _has(args, derived) or (kwargs and _has(kwargs.values(), derived)) or _torch.name_of(func) == "cond"
+        )
 
     def record(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], kernels: bool) -> Any:
         """Make a call, and note what it does with derived values. `kernels`: whether it is one of torch's kernels."""
@@ -208,15 +228,16 @@ class Recorder:
         data = [t for t in given if self.is_data(t)]
         if not values and data:  # most calls
             out = func(*args, **kwargs)
-            self._mark_data(out)
+            self.mark_data(out)
             if name[-1:] == "_" or name == "setitem":
-                self._mark_data(args[0])
+                self.mark_data(args[0])
             return out
         if not values or not data:
             return self._plain(func, name, args, kwargs, values, kernels)
         call = Call(func, name, args, kwargs, derived=frozenset(map(id, values)))
         rule = self._rules.get(name)
-        uses = rule(call, self) if rule and torch.is_grad_enabled() and not _is_python(func) else None
+        is_opened = _is_python(func) and not (func in _LIKE_KERNELS and len(args) > 1)
+        uses = rule(call, self) if rule and torch.is_grad_enabled() and not is_opened else None
         if uses is None or not {id(v) for v in values} <= {id(use.value) for use in uses}:
             return self._opened(call, values, kernels)
         for use in uses:  # before the call, which may change D in place
@@ -259,9 +280,9 @@ class Recorder:
         return out
 
     def _note(self, call: Call, out: Any, data: list[Tensor]) -> None:
-        self._mark_data(out)
+        self.mark_data(out)
         if call.name == "setitem":
-            self._mark_data(call.args[0])
+            self.mark_data(call.args[0])
             out = call.args[0]
         call.below = [t.grad_fn for t in data if t.grad_fn is not None]
         self._calls.append(call)
@@ -270,7 +291,8 @@ class Recorder:
             call.shape = outputs[0].shape
             self._pending.append((call, outputs[0]))
 
-    def _mark_data(self, x: Any) -> None:
+    def mark_data(self, x: Any) -> None:
+        """Note that the tensors in a value depend on data."""
         for t in (x,) if isinstance(x, Tensor) else tensors_in(x):
             self._derived.pop(id(t), None)
             self._constants.pop(id(t), None)
@@ -319,11 +341,15 @@ class Calls(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        recorder = self._recorder
+        if recorder.sees_data_only(func, args, kwargs):
+            out = func(*args, **kwargs) if kwargs else func(*args)
+            recorder.mark_data(out)
+            return out
         if getattr(func, "__name__", None) == "__get__":  # most attributes are no tensors
             out = func(*args)
             if not isinstance(out, Tensor):
                 return out
-        recorder = self._recorder
         out = recorder.record(func, args, kwargs or {}, kernels=False)
         if recorder._pending:
             recorder.settle()
@@ -345,6 +371,10 @@ class Kernels(TorchDispatchMode):
 
 # Operations that take only the shape or dtype of their other tensors.
 _SHAPE_ONLY = {"expand_as", "view_as", "reshape_as", "type_as", "zeros_like", "ones_like", "full_like", "empty_like"}
+
+
+# Python functions that take the same arguments, in the same order, as the function of torch that has their name.
+_LIKE_KERNELS = {torch.functional.einsum, functional.layer_norm, functional.group_norm, functional.rms_norm}
 
 
 def _is_python(func: Any) -> bool:

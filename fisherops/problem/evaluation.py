@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from math import isnan
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 from torch.func import jvp, vmap
 
 from fisherops import _torch
@@ -351,6 +352,18 @@ class Evaluation:
         gradients = self._batched_grad([f], leaves, [U])
         return self.problem.parameters.join(dict(zip(self.point, gradients, strict=True)))
 
+    def vjp_through(self, u: Tensor, edges: Sequence[GradientEdge]) -> tuple[Tensor, list[Tensor | None]]:
+        """Multiply Jᵀ with one u (T, C): (D,), and return the gradients at some edges in the same backward pass."""
+        f, leaves = self._graph
+        if not self.reached:
+            return u.new_zeros(self.problem.parameters.numel), [None] * len(edges)
+        with self.kernels():  # for what is evaluated again in a backward pass
+            inputs: list[Any] = [*leaves, *edges]
+            found = torch.autograd.grad([f], inputs, [u], retain_graph=True, allow_unused=True)
+        pairs = zip(found[: len(leaves)], leaves, strict=True)
+        own = [x.new_zeros(1, *x.shape) if g is None else g.to_dense()[None] for g, x in pairs]
+        return self.problem.parameters.join(dict(zip(self.point, own, strict=True)))[0], list(found[len(leaves) :])
+
     def saved_bytes(self) -> int:
         """Return the memory of the tensors that the graph of the outputs has saved."""
         return _torch.saved_bytes(self.nodes)
@@ -396,8 +409,9 @@ class Evaluation:
     def measure_rounding(self) -> float:
         """Return the relative rounding of the coarsest arithmetic inside the model, if it is lower than its own."""
         seen = {self.problem.likelihood.flatten(self.output).dtype}
-        seen |= {t.dtype for t in _torch.saved_tensors(self.nodes)}
         seen |= {m.dtype for node in self.nodes for m in getattr(node, "_input_metadata", ())}
+        if self.custom_functions:  # which may compute in another precision than their outputs have
+            seen |= {t.dtype for t in _torch.saved_tensors(self.nodes)}
         parameters = self.problem.parameters
         own = torch.finfo(parameters.dtype).eps
         precisions = [torch.finfo(dtype).eps for dtype in seen if dtype.is_floating_point]

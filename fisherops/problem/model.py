@@ -382,7 +382,12 @@ class _Substitution(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        return func(*self._replace(args), **self._replace(kwargs or {}))
+        known = self._replacements
+        for x in args:
+            if id(x) in known or isinstance(x, tuple | list | dict):
+                args = self._replace(args)
+                break
+        return func(*args, **self._replace(kwargs)) if kwargs else func(*args)
 
     def _replace(self, x: Any) -> Any:
         if isinstance(x, Tensor):

@@ -143,7 +143,7 @@ class _Watch:
             if isinstance(x, nn.Module):
                 own = vars(x)
                 seen |= {id(own[name]) for name in BOOKKEEPING if name in own}
-        self._held = waiting
+        self._held, self._seen = waiting, seen
         self._ids = self._read()
         self._marks = self._read_marks()
         self.tensor_ids = set(map(id, self.tensors))
@@ -161,7 +161,10 @@ class _Watch:
 
     def grew(self) -> bool:
         """Whether more objects are to be compared, such as modules that an evaluation was seen to call."""
-        return len(list(self._roots())) > self._count
+        roots = list(self._roots())
+        return len(roots) > self._count and any(
+            not isinstance(x, nn.Module) or id(x) not in self._seen for x in roots[self._count :]
+        )
 
     def changed(self) -> bool:
         """Whether anything differs from the snapshot."""

@@ -15,23 +15,30 @@ import torch
 from torch import Tensor
 from torch.func import vjp, vmap
 
+from fisherops import _torch
 from fisherops._memory import is_memory_error
 from fisherops.likelihoods import OutputFactor
 from fisherops.problem.calls import Use, tensors_in, unchanged
-from fisherops.problem.evaluation import Evaluation, derivative_not_finite
+from fisherops.problem.evaluation import Evaluation
 from fisherops.problem.separation import keeps_examples_apart
+from fisherops.scores.backward import Backward, Reverse, edge_of
 from fisherops.scores.batch import MaterializedBatch, Span
-from fisherops.scores.columns import Columns, Factors, Rows, Table, rows_are_cheaper, rows_are_smaller
+from fisherops.scores.columns import (
+    Columns,
+    Factors,
+    Rows,
+    Table,
+    rows_are_cheaper,
+    rows_are_smaller,
+    rows_of_contraction,
+)
 from fisherops.scores.convolutions import Convolution, rows_are_better
-from fisherops.scores.derived import Composed, Derived, Strided
-from fisherops.scores.positions import Arrangement, measure, only_axis
+from fisherops.scores.derived import Composed, Derived, Strided, UnknownUseError, UsedValue
+from fisherops.scores.positions import Arrangement
 from fisherops.scores.rows import rows_by_datum, rows_one_by_one
 
 # Bytes of the rows of one call that are differentiated at once.
 _BLOCK_BYTES = 2**26
-
-# Random sums of rows that are compared with reverse mode: one says enough where each parameter has many elements.
-_PROBES, _MANY_ELEMENTS = 2, 3
 
 # Rounding of a sum without cancellation, in units of the squared tolerance.
 _CANCELLATION = 64.0
@@ -50,22 +57,45 @@ class PlanWarning(UserWarning):
     """The rows of G cannot be kept for this model, or only slowly, so that products take longer."""
 
 
-class UnknownUseError(Exception):
-    """Why the rows for a use cannot be found by what its operation means."""
-
-
 Place = tuple[int, int, int]
 """Number of a node in a graph, number of its output, and number of the use among those of this output."""
+
+
+@dataclass(eq=False)
+class _Pair:
+    """The inputs A (N, T, g, i) of a contraction, and the gradients B (N, T, q, g, o) at its outputs."""
+
+    A: Tensor
+    B: Tensor
+
+    def is_better_dense(self, form: str) -> bool:
+        """Whether its rows should be held instead, to be small ("factors") or fast ("auto")."""
+        (_, T, _, i), (q, _, o) = self.A.shape, self.B.shape[2:]
+        return rows_are_smaller(T, q, o, i) or (form == "auto" and rows_are_cheaper(T, q, q * o * i, T * (i + q * o)))
+
+    def joined(self, other: _Pair) -> _Pair:
+        """Return the sum of two uses of the same parameters: the positions of one after those of the other."""
+        return _Pair(torch.cat([self.A, other.A], 1), torch.cat([self.B, other.B], 1))
 
 
 class _Found(NamedTuple):
     """The rows of one use."""
 
     derived: Derived
-    columns: Columns
-    magnitude: float
-    """The size of the rows if nothing cancelled in them, by which rounding is measured."""
+    columns: Columns | _Pair
+    magnitude: Callable[[], float]
+    """Returns the size of the rows if nothing cancelled in them, by which rounding is measured."""
     arrangement: Arrangement
+
+    def rows(self, N: int) -> Tensor:
+        """Return the rows, (N, q, g, o, i)."""
+        x = self.columns
+        return rows_of_contraction(x.A, x.B) if isinstance(x, _Pair) else x.rows(0, N)
+
+    def as_columns(self) -> Columns:
+        """Return the columns as they are held."""
+        x = self.columns
+        return Factors(x.A, x.B) if isinstance(x, _Pair) else x
 
 
 class RowsBuilder:
@@ -90,6 +120,7 @@ class RowsBuilder:
         self._evaluation, self._factor, self._N = evaluation, factor, size
         self._q = factor.blocks // size * factor.rank
         self._f, self._leaves = evaluation.graph
+        self._backward = Backward(evaluation, factor, size)
         self._uses = evaluation.uses
         self._form = "factors"
         self.unknown = dict(evaluation.missed)
@@ -135,7 +166,7 @@ class RowsBuilder:
             return None
         g, o, i, positions = axes
         T = max(1, positions // self._N)
-        if rows_are_smaller(T, self._q, o, i) or (form == "auto" and rows_are_cheaper(T, self._q)):
+        if rows_are_smaller(T, self._q, o, i) or (form == "auto" and rows_are_cheaper(T, self._q, o, i)):
             return None
         return self._N * T * g * (i + self._q * o)
 
@@ -179,33 +210,36 @@ class RowsBuilder:
                 "the scores of the likelihood contain NaN or infinity although the outputs are finite: check its "
                 "`log_prob` or `exact`, or pass dtype='float64'."
             )
-        gradients = self._backpropagated(vectors)
+        gradients = self._backward.at_uses([use for use, _ in self._uses], vectors)
         if e.problem.is_divided:
             return self._build_divided(gradients, vectors), {}
         known = None if e.custom_functions else facts.rows.get((self._N, self._q))
         with torch.no_grad():
             places = self._places()
-            second = _Second(self, gradients, vectors)
+            reverse = Reverse(self._backward, gradients, vectors)
             is_known = known is not None and not self.unknown and self._holds(known, places)
             own = [known.arrangements.get(place) for place in places] if known is not None and is_known else None
-            found, unknown = self._found(gradients, second, own)
+            found, unknown = self._found(gradients, reverse, own)
+            held = self._assembled(found, {}, form)
+            surprising: list[str] = []
             if own is None or unknown.keys() - self.unknown.keys():
-                surprising = self._probe(found, unknown, vectors)
-                if surprising and second.has_assumed:
+                surprising = self._probe(held, found, unknown, reverse)
+                if surprising and reverse.has_assumed:
                     # An axis that has the length of the data is not theirs.
-                    second.is_asked = True
-                    found, unknown = self._found(gradients, second, None)
-                    surprising = self._probe(found, unknown, vectors)
+                    reverse.is_asked = True
+                    found, unknown = self._found(gradients, reverse, None)
+                    held = self._assembled(found, {}, form)
+                    surprising = self._probe(held, found, unknown, reverse)
                 is_reusable = all(x is None or x.arrangement.reusable for x in found)
                 if not unknown and not e.custom_functions and is_reusable and (known is None or known.keeps_apart):
                     pairs = zip(places, found, strict=True)
                     facts.rows[self._N, self._q] = KnownRows(
                         {place: None if x is None else x.arrangement for place, x in pairs if place is not None}
                     )
-            else:
-                surprising = []
-            dense = self._differentiated(unknown, surprising, patient) if unknown else {}
-            return self._assembled(found, dense, form), unknown
+            if unknown:
+                del held  # before the rows of other parameters take memory
+                held = self._assembled(found, self._differentiated(unknown, surprising, patient), form)
+            return held, unknown
 
     def _places(self) -> list[Place | None]:
         """Return where the gradient of each use is in the graph, None if the outputs do not depend on its call.
@@ -216,7 +250,7 @@ class RowsBuilder:
         counts: Counter[tuple[int, int]] = Counter()
         places: list[Place | None] = []
         for use, _ in self._uses:
-            edge = _edge_of(use)
+            edge = edge_of(use)
             if edge is None or edge[0] not in number:
                 places.append(None)
                 continue
@@ -232,58 +266,24 @@ class RowsBuilder:
         data: by sorting, gates or routing.
         """
         if known.keeps_apart is None:
-            ends = {edge[0] for use, _ in self._uses if (edge := _edge_of(use)) is not None}
+            ends = {edge[0] for use, _ in self._uses if (edge := edge_of(use)) is not None}
             known.keeps_apart = keeps_examples_apart(self._f, self._N, ends)
         return known.keeps_apart and known.arrangements.keys() == set(places) - {None}
 
-    def _backpropagated(self, vectors: Tensor) -> dict[Any, Tensor]:
-        """Return b (q, ...) at the outputs of all uses, by one batched backward pass that stops there."""
-        edges = list(dict.fromkeys(edge for use, _ in self._uses if (edge := _edge_of(use)) is not None))
-        if not edges:
-            return {}
-        return self._gradients(edges, self._weighted(vectors))
-
-    def _weighted(self, vectors: Tensor) -> Tensor:
-        """Return the vectors of all data as cotangents of the outputs, (q, T, C)."""
-        own = self._factor.blocks // self._N
-        U = vectors.view(self._N, own, self._factor.rank, -1)
-        U = torch.einsum("norp,ox->ornxp", U, torch.eye(own, dtype=U.dtype, device=U.device))
-        return U.reshape(self._q, *self._f.shape)
-
-    def _gradients(self, edges: Sequence[Any], U: Tensor) -> dict[Any, Tensor]:
-        targets = [torch.autograd.graph.GradientEdge(*edge) for edge in edges]
-
-        def grad(cotangent: Tensor, batched: bool) -> tuple[Tensor | None, ...]:
-            with self._evaluation.kernels():  # for what is evaluated again in a backward pass
-                result: tuple[Tensor | None, ...] = torch.autograd.grad(
-                    [self._f], targets, [cotangent], retain_graph=True, is_grads_batched=batched, allow_unused=True
-                )
-            return result
-
-        def one_by_one() -> tuple[Tensor | None, ...]:
-            passes = zip(*(grad(u.clone(), batched=False) for u in U), strict=True)
-            return tuple(None if b[0] is None else torch.stack([g for g in b if g is not None]) for b in passes)
-
-        facts = self._evaluation.facts
-        found = one_by_one() if len(U) == 1 else facts.try_vmap("factors", lambda: grad(U, batched=True), one_by_one)
-        dtype = self._f.dtype
-        pairs = zip(edges, found, strict=True)
-        return {edge: b.detach().to(dtype) for edge, b in pairs if b is not None and b.layout is torch.strided}
-
     def _found(
-        self, gradients: Mapping[Any, Tensor], second: _Second, known: Sequence[Arrangement | None] | None
+        self, gradients: Mapping[Any, Tensor], reverse: Reverse, known: Sequence[Arrangement | None] | None
     ) -> tuple[list[_Found | None], dict[str, str]]:
         """Return the rows of each use, None where nothing flows back or its parameters are unknown; and these."""
         unknown = dict(self.unknown)
         found: list[_Found | None] = []
         for number, (use, names) in enumerate(self._uses):
-            edge = _edge_of(use)
+            edge = edge_of(use)
             b = gradients.get(edge) if edge is not None else None
             found.append(None)
             if b is None or not b.numel() or unknown.keys() & set(names):
                 continue
             try:
-                found[number] = self._rows_of(use, names, b, second, None if known is None else known[number])
+                found[number] = self._rows_of(use, names, b, reverse, None if known is None else known[number])
             except Exception as error:  # a rule that does not fit this call says less than differentiation
                 if is_memory_error(error):
                     raise
@@ -294,133 +294,92 @@ class RowsBuilder:
         return found, unknown
 
     def _rows_of(
-        self, use: Use, names: tuple[str, ...], b: Tensor, second: _Second, known: Arrangement | None
+        self, use: Use, names: tuple[str, ...], b: Tensor, reverse: Reverse, known: Arrangement | None
     ) -> _Found:
         """Return the rows of one use from b (q, ...)."""
-        with torch.enable_grad():
-            Z = self._copy_of(use, names).requires_grad_()
-            D = use.through(Z)
+        value = UsedValue(use, names, self._leaves, self._evaluation.problem.is_divided)
         if use.is_generic:  # one entry of the leading axis of the call at a time
             M = b.shape[1]
-            arrangement = known or second.arrangement(use, (M,), lambda b: b.flatten(2), b)
+            arrangement = known or reverse.arrangement(use, (M,), lambda b: b.flatten(2), b)
             rows = arrangement(_rows_of_call(use, b))  # (N, T, q, d)
             rows = rows[:, 0] if rows.shape[1] == 1 else rows.sum(1)
-            derived = self._derived(use, names, Z, Z, (0, 0))
-            return _Found(derived, Rows(rows[:, :, None, None]), float(rows.norm()), arrangement)
+            derived = value.derived(value.Z, (0, 0))
+            return _Found(derived, Rows(rows[:, :, None, None]), lambda: float(rows.norm()), arrangement)
         if use.index is not None:
             index = use.index()
-            arrangement = known or second.arrangement(use, index.shape, lambda b: use.take(b).flatten(1, -2), b)
+            arrangement = known or reverse.arrangement(use, index.shape, lambda b: use.take(b).flatten(1, -2), b)
             B = arrangement(use.take(b).flatten(1, -2).transpose(0, 1))
-            places = arrangement(index.reshape(-1) % len(D))
-            derived = self._derived(use, names, Z, D, (0, 1))
-            return _Found(derived, Table(places, B, len(D)), float(b.norm()), arrangement)
+            places = arrangement(index.reshape(-1) % len(value.D))
+            derived = value.derived(value.D, (0, 1))
+            return _Found(derived, Table(places, B, len(value.D)), lambda: float(b.norm()), arrangement)
         if use.window is not None:
             a = (use.a() if callable(use.a) else use.call.get(0, "input")).detach().to(b.dtype)
-            arrangement = known or second.arrangement(use, (len(a),), lambda b: b.flatten(2), b)
+            arrangement = known or reverse.arrangement(use, (len(a),), lambda b: b.flatten(2), b)
             with torch.enable_grad():
-                derived = self._derived(use, names, Z, *use.window.of_weight(D))
-            columns = Convolution(arrangement(a), arrangement(b.transpose(0, 1)), use.window, D.shape)
+                derived = value.derived(*use.window.of_weight(value.D))
+            columns = Convolution(arrangement(a), arrangement(b.transpose(0, 1)), use.window, value.D.shape)
             if self._form == "scores" or columns.is_better_dense(self._form):
                 # Rows that are held dense anyway are quicker to compare than made again.
                 dense = Rows(columns.rows(0, self._N))
-                return _Found(derived, dense, float(dense.tensors[0].norm()), arrangement)
-            return _Found(derived, columns, columns.magnitude, arrangement)
-        form = _NormalForm(use, D, b, self._N, partial(self._repeats, use, names, Z))
-        arrangement = known or second.arrangement(use, form.sizes, form.by_position, b)
+                return _Found(derived, dense, lambda: float(dense.tensors[0].norm()), arrangement)
+            return _Found(derived, columns, lambda: columns.magnitude, arrangement)
+        form = _NormalForm(use, value.D, b, self._N, value.repeats)
+        arrangement = known or reverse.arrangement(use, form.sizes, form.by_position, b)
         A, B = form.arranged(arrangement, self._N, b)
-        derived = self._derived(use, names, Z, form.view, form.split)
+        derived = value.derived(form.view, form.split)
         g, o, i = derived.shape
         A, B = A.reshape(*A.shape[:2], g, i), B.reshape(*B.shape[:3], g, o)
-        # Before sums over positions, in which b may cancel, such as of biases that a softmax does not see.
-        magnitude = float(b.norm()) * float(A.square().sum((2, 3)).max()) ** 0.5
-        return _Found(derived, Factors(A, B), magnitude, arrangement)
 
-    def _copy_of(self, use: Use, names: tuple[str, ...]) -> Tensor:
-        """Return D without its history; only its place in memory if the parameters are sharded, which is freed."""
-        if not self._evaluation.problem.is_divided:
-            return use.value.detach()
-        leaf = self._leaves[names[0]]
-        if len(names) > 1 or (use.value is not leaf and use.value._base is not leaf):
-            raise UnknownUseError("it is computed from sharded parameters")
-        return use.stand_in(leaf)
+        def magnitude() -> float:
+            # Before sums over positions, in which b may cancel, such as of biases that a softmax does not see.
+            return float(b.norm()) * math.sqrt(float(A.square().sum((2, 3)).max()))
 
-    def _derived(self, use: Use, names: tuple[str, ...], Z: Tensor, view: Tensor, split: tuple[int, int]) -> Derived:
-        if not names:
-            raise UnknownUseError("no parameter is behind its value")
-        leaves = [self._leaves[name] for name in names]
-        if self._evaluation.problem.is_divided:
-            leaves = [torch.empty(leaves[0].shape, dtype=leaves[0].dtype, device="meta")]
-        if len(names) == 1 and Strided.fits(leaves[0], view):
-            return Strided(names[0], leaves[0].detach(), view.detach(), split)
-        if self._evaluation.problem.is_divided:
-            raise UnknownUseError("it is no view of a sharded parameter")
-        is_leaf = len(names) == 1 and use.value is leaves[0]
-        o, i = split
-        shape = math.prod(view.shape[:o]), math.prod(view.shape[o:i]), math.prod(view.shape[i:])
-        with torch.enable_grad():
-            return Composed(names, leaves, None if is_leaf else use.source, Z, view.reshape(shape))
+        return _Found(derived, _Pair(A, B), magnitude, arrangement)
 
-    def _repeats(self, use: Use, names: tuple[str, ...], Z: Tensor, D: Tensor, axis: int) -> bool:
-        """Whether D is the same function of the parameters all along an axis, which then came by expansion."""
-        if D.shape[axis] == 1 or D.stride(axis) == 0:
-            return True
-        one = torch.randn_like(D.select(axis, 0)).unsqueeze(axis)
-        eye = torch.eye(D.shape[axis], dtype=D.dtype, device=D.device)
-        eye = eye.view(-1, *[1] * axis, D.shape[axis], *[1] * (D.ndim - axis - 1))
-        pulled = self._derived(use, names, Z, D, (0, 0)).pull((eye * one).reshape(D.shape[axis], 1, 1, -1))
-        rows = torch.cat(list(pulled.values()), 1)
-        return bool((rows - rows[:1]).norm() <= torch.finfo(D.dtype).eps ** 0.5 * rows.norm())
-
-    def _probe(self, found: list[_Found | None], unknown: dict[str, str], vectors: Tensor) -> list[str]:
+    def _probe(
+        self, held: MaterializedBatch, found: list[_Found | None], unknown: dict[str, str], reverse: Reverse
+    ) -> list[str]:
         """Compare random sums of the rows with plain reverse mode, and note in `unknown` where they differ.
 
         Returns the parameters whose operations seemed known.
         """
         e, f = self._evaluation, self._f
-        coarse = e.facts.tolerance > torch.finfo(f.dtype).eps ** 0.5
-        fewest = min(leaf.numel() for leaf in self._leaves.values())
-        probes = _PROBES if coarse or fewest < _MANY_ELEMENTS else 1
-        w = self._weights(probes)
-        if coarse:  # reverse mode is linear but for rounding, which so is measured
-            w = torch.cat([w, w.sum(0, keepdim=True)])
-        cotangents = self._factor.apply(w.view(len(w), self._factor.blocks, self._factor.rank))
-        sums = torch.cat([e.vjp(u.reshape(1, *f.shape)) for u in cotangents])
-        if not sums.isfinite().all() and f.isfinite().all() and vectors.isfinite().all():
-            raise derivative_not_finite()
-        truth = dict(zip(self._leaves, sums.split([leaf.numel() for leaf in self._leaves.values()], 1), strict=True))
-        totals = {name: torch.zeros_like(t[:probes]) for name, t in truth.items()}
-        magnitudes = dict.fromkeys(truth, 0.0)
         for x in found:
-            if x is not None:
-                for name, piece in x.derived.pull(x.columns.apply_t(w[:probes])).items():
-                    totals[name] += piece
-                    magnitudes[name] += x.magnitude
-                if isinstance(x.derived, Composed) and not _is_adjoint(x.derived, f):
-                    unknown |= dict.fromkeys(x.derived.names, "the derivative of what was computed from it")
+            if x is not None and isinstance(x.derived, Composed) and not _is_adjoint(x.derived, f):
+                unknown |= dict.fromkeys(x.derived.names, "the derivative of what was computed from it")
+        truth, probes = reverse.sums, reverse.probes
+        fine, tolerance = torch.finfo(f.dtype).eps ** 0.5, e.facts.tolerance
+        differences = self._norms(held.apply_t(reverse.weights[:probes].flatten(1)) - truth[:probes])
+        sizes = self._norms(truth[:probes])
+        if reverse.is_coarse:  # reverse mode is linear but for rounding, which so is measured
+            (rounding,) = self._norms(truth[-1:] - truth[-2:-1] - truth[-3:-2])
         surprising = []
-        for name, own in truth.items():
+        for k, name in enumerate(self._leaves):
             if name in unknown or name not in e.reached:
                 continue
-            difference = (totals[name] - own[:probes]).norm(dim=1)
-            tolerance = e.facts.tolerance * own[:probes].norm(dim=1)
-            if coarse:
-                rounding = (own[-1] - own[-2] - own[-3]).norm()
-                own_tolerance = torch.finfo(f.dtype).eps ** 0.5 * own[:probes].norm(dim=1)
-                tolerance = torch.minimum(tolerance, 8 * rounding + own_tolerance)
-            floor = _CANCELLATION * e.facts.tolerance**2 * magnitudes[name]
-            if coarse:  # what cancels leaves the rounding that was measured
-                floor = max(floor, min(8 * float(rounding), _CANCELLATION * e.facts.tolerance * magnitudes[name]))
-            if not bool((difference <= tolerance + floor).all()):
-                surprising.append(name)
-                unknown[name] = "its rows are not those of reverse mode by its operations"
+            floor = 0.0
+            for difference, size in zip(differences, sizes, strict=True):
+                allowed = tolerance * size[k]
+                if reverse.is_coarse:
+                    allowed = min(allowed, 8 * rounding[k] + fine * size[k])
+                if difference[k] <= allowed:
+                    continue
+                magnitude = sum(x.magnitude() for x in found if x is not None and name in x.derived.names)
+                floor = _CANCELLATION * tolerance**2 * magnitude
+                if reverse.is_coarse:  # what cancels leaves the rounding that was measured
+                    floor = max(floor, min(8 * rounding[k], _CANCELLATION * tolerance * magnitude))
+                if not difference[k] <= allowed + floor:
+                    surprising.append(name)
+                    unknown[name] = "its rows are not those of reverse mode by its operations"
+                    break
         _drop(found, [names for _, names in self._uses], unknown)
         return surprising
 
-    def _weights(self, K: int) -> Tensor:
-        """Return random weights of the rows, (K, N, q)."""
-        generator = torch.Generator(device=self._f.device).manual_seed(0)
-        shape = K, self._N, self._q
-        return torch.randn(shape, dtype=self._f.dtype, device=self._f.device, generator=generator)
+    def _norms(self, V: Tensor) -> list[list[float]]:
+        """Return the norms of the pieces of vectors (K, D) that belong to each parameter."""
+        lengths = [leaf.numel() for leaf in self._leaves.values()]
+        norms: list[list[float]] = [torch.stack(_torch.norms(v.split(lengths))).tolist() for v in V]
+        return norms
 
     def _differentiated(
         self, unknown: Mapping[str, str], surprising: Sequence[str], patient: bool
@@ -453,29 +412,34 @@ class RowsBuilder:
     ) -> MaterializedBatch:
         """Put the rows of all uses together: dense if every use of a parameter is, else as columns of their own."""
         parameters = self._evaluation.problem.parameters
-        own = _joined([x for x in found if x is not None])
 
         def is_dense(x: _Found) -> bool:
-            if isinstance(x.columns, Rows) or form == "scores":
+            if merge and (form == "scores" or isinstance(x.columns, Rows)):
                 return True
-            return isinstance(x.columns, Factors | Convolution) and x.columns.is_better_dense(form)
+            return merge and isinstance(x.columns, _Pair | Convolution) and x.columns.is_better_dense(form)
 
-        rows: dict[str, Tensor] = dict(dense)
+        as_rows: list[_Found] = []
         blocks: list[tuple[Derived, Columns]] = []
-        for x in own:
-            if not merge or not is_dense(x):
-                blocks.append((x.derived, x.columns))
-                continue
-            pulled = x.derived.pull(x.columns.rows(0, self._N).flatten(0, 1))
-            for name, piece in pulled.items():
-                rows[name] = rows[name].add_(piece) if name in rows else piece
-        spans = [(name, span) for name, span in parameters.spans.items() if name in rows]
-        width = sum(stop - start for _, (start, stop) in spans)
-        matrix = torch.empty(self._N * self._q, width, dtype=self._f.dtype, device=self._f.device)
-        offset = 0
-        for name, (start, stop) in spans:
-            matrix[:, offset : offset + stop - start] = rows.pop(name)
-            offset += stop - start
+        for x in _joined([x for x in found if x is not None]):
+            if is_dense(x):
+                as_rows.append(x)
+            else:
+                blocks.append((x.derived, x.as_columns()))
+        names = {*dense, *(name for x in as_rows for name in x.derived.names)}
+        spans = [(name, span) for name, span in parameters.spans.items() if name in names]
+        lengths = [stop - start for _, (start, stop) in spans]
+        matrix = torch.empty(self._N * self._q, sum(lengths), dtype=self._f.dtype, device=self._f.device)
+        targets = dict(zip((name for name, _ in spans), matrix.split(lengths, 1), strict=True))
+        fresh = set(targets)
+
+        def put(pieces: Mapping[str, Tensor]) -> None:
+            for name, piece in pieces.items():
+                (targets[name].copy_ if name in fresh else targets[name].add_)(piece)
+                fresh.discard(name)
+
+        put(dense)
+        for x in as_rows:
+            put(x.derived.pull(x.rows(self._N).flatten(0, 1)))
         layers = self._layers(found, {name for derived, _ in blocks for name in derived.names})
         return MaterializedBatch(matrix, [span for _, span in spans], blocks, self._N, parameters.spans, layers)
 
@@ -486,7 +450,7 @@ class RowsBuilder:
             (use, names[0], x)
             for (use, names), x in zip(self._uses, found, strict=True)
             if x is not None and len(names) == 1 == counts[names[0]] and use.take is unchanged
-            and isinstance(x.derived, Strided) and x.derived.is_injective and isinstance(x.columns, Factors)
+            and isinstance(x.derived, Strided) and x.derived.is_injective and isinstance(x.columns, _Pair)
         ]  # fmt: skip
         biases = {
             id(use.call): (name, x.derived.shape) for use, name, x in alone if use.a is None and name not in weights
@@ -505,11 +469,13 @@ class RowsBuilder:
         A plain backward pass gives them one after the other, and each is compared when it is there.
         """
         with torch.no_grad():
-            found, unknown = self._found(gradients, _Second(self, gradients, vectors), None)
+            reverse = Reverse(self._backward, gradients, vectors, is_whole=False)
+            found, unknown = self._found(gradients, reverse, None)
+            found = [x and x._replace(columns=x.as_columns()) for x in found]
         if unknown:
             name, reason = next(iter(unknown.items()))
             raise CannotHoldError(f"the use of {name} is not known: {reason}")
-        f, w = self._f, self._weights(1)
+        f, w = self._f, self._backward.weights(1)
         sizes: dict[str, float] = {}
         differences: dict[str, float] = {}
 
@@ -519,7 +485,7 @@ class RowsBuilder:
             with torch.no_grad():
                 for x in found:
                     if x is not None and name in x.derived.names:
-                        total += x.derived.pull(x.columns.apply_t(w))[name]
+                        total += x.derived.pull(x.as_columns().apply_t(w))[name]
             sizes[name], differences[name] = float(truth.norm()), float((total - truth).norm())
 
         tensors = self._evaluation.problem.parameters.tensors.values()
@@ -562,51 +528,10 @@ class KnownRows:
     """Whether the graph keeps the examples apart for any data; None as long as no second batch has asked."""
 
 
-def _edge_of(use: Use) -> tuple[Any, int] | None:
-    """Return where b is to be had, in a form that can be compared."""
-    return None if use.call.edge is None else (use.call.edge.node, use.call.edge.output_nr)
-
-
-class _Second:
-    """The same combination of vectors, with the data weighted: at a position, the ratio names the datum."""
-
-    def __init__(self, builder: RowsBuilder, gradients: Mapping[Any, Tensor], vectors: Tensor) -> None:
-        self._builder, self._edges, self._vectors = builder, list(gradients), vectors
-        self._gradients: dict[Any, Tensor] | None = None
-        self._measured: dict[Any, Arrangement] = {}
-        self.is_asked = False
-        """Whether positions are measured even if only one axis has the length of the data."""
-        self.has_assumed = False
-        """Whether such an axis was taken without a measurement."""
-
-    def arrangement(
-        self, use: Use, sizes: Sequence[int], by_position: Callable[[Tensor], Tensor], b: Tensor
-    ) -> Arrangement:
-        """Return how positions belong to data; `by_position` arranges b as (q, P, features)."""
-        N = self._builder._N
-        only = None if self.is_asked and N > 1 else only_axis(sizes, N)
-        if only is not None:
-            self.has_assumed = self.has_assumed or N > 1
-            return only
-        q, f = self._builder._q, self._builder._f
-        mix = torch.linspace(1, 2, q, dtype=f.dtype, device=f.device)
-        if self._gradients is None:
-            weights = 1 + torch.arange(N, dtype=f.dtype, device=f.device) / N
-            U = torch.einsum("q...,q->...", self._builder._weighted(self._vectors), mix)
-            U = (U.view(N, -1) * weights[:, None]).view(1, *f.shape)
-            self._gradients = self._builder._gradients(self._edges, U)
-        key = _edge_of(use), tuple(sizes), use.take  # such as of a weight and its bias
-        if key not in self._measured:
-            b1 = torch.einsum("q...,q->...", by_position(b), mix)
-            b2 = by_position(self._gradients[_edge_of(use)])[0]
-            self._measured[key] = measure(sizes, b1.reshape(len(b1), -1), b2.reshape(len(b2), -1), N)
-        return self._measured[key]
-
-
 class _NormalForm:
     """A contraction with the axes of D, a and b sorted: groups g, outputs o, inputs i, and positions."""
 
-    def __init__(self, use: Use, D: Tensor, b: Tensor, N: int, repeats: Any) -> None:
+    def __init__(self, use: Use, D: Tensor, b: Tensor, N: int, repeats: Callable[[Tensor, int], bool]) -> None:
         assert use.letters is not None
         self._take, self._N = use.take, N
         self._splits: list[int] = []
@@ -690,7 +615,8 @@ def _axes_of(use: Use) -> tuple[int, int, int, int] | None:
     of_a, of_D, out = use.letters
     if use.a is None or (isinstance(use.a, Tensor) and use.a.ndim == 0):
         of_a = ()
-    sizes = dict(zip(of_D, use.through(use.stand_in()).shape, strict=True))
+    value = use.value if use.through is unchanged else use.through(use.stand_in())
+    sizes = dict(zip(of_D, value.shape, strict=True))
     shape = dict(zip(out, use.call.shape, strict=True)) if len(out) == len(use.call.shape) else {}
     g = math.prod(n for c, n in sizes.items() if c in of_a and c in out)
     o = math.prod(n for c, n in sizes.items() if c in out and c not in of_a)
@@ -751,18 +677,28 @@ def _is_adjoint(derived: Composed, like: Tensor) -> bool:
     return bool(abs(forward - reverse) <= 10 * torch.finfo(derived.dtype).eps ** 0.5 * scale)
 
 
+def _sum_of_uses(first: Columns | _Pair, second: Columns | _Pair) -> Columns | _Pair | None:
+    """Return the rows of two uses of the same elements together, or None if they stay apart."""
+    if isinstance(first, _Pair) and isinstance(second, _Pair):
+        return first.joined(second)
+    if isinstance(first, Convolution) and isinstance(second, Convolution):
+        return first.joined(second)
+    return None
+
+
 def _joined(found: Sequence[_Found]) -> list[_Found]:
     """Join uses of the same elements, such as those of the steps of a recurrent layer."""
     result: list[_Found] = []
+    place: dict[Any, int] = {}
     for x in found:
-        for k, known in enumerate(result):
-            if isinstance(known.derived, Strided) and known.derived.same(x.derived):
-                columns = known.columns.joined(x.columns)
-                if columns is not None:
-                    result[k] = known._replace(columns=columns)
-                    break
-        else:
-            result.append(x)
+        if isinstance(x.columns, _Pair | Convolution) and isinstance(x.derived, Strided):
+            k = place.setdefault(x.derived.key, len(result))
+            if k < len(result):
+                joined = _sum_of_uses(result[k].columns, x.columns)
+                if joined is not None:
+                    result[k] = result[k]._replace(columns=joined)
+                    continue
+        result.append(x)
     return result
 
 

@@ -50,10 +50,6 @@ class Columns(ABC):
     def gram(self, other: Columns) -> Tensor | None:
         """Multiply with the transpose of columns of the same parameters, (N · q, N' · q'), or None if only rows can."""
 
-    def joined(self, other: Columns) -> Columns | None:
-        """Return the sum with another use of the same parameters, the positions of both together, or None."""
-        return None
-
     @abstractmethod
     def scale(self, factor: float) -> None:
         """Multiply by a number; the gradients may be those of another use too, so not in their memory."""
@@ -98,12 +94,15 @@ def rows_are_smaller(T: int, q: int, o: int, i: int) -> bool:
     return q * o * i <= T * (i + q * o)
 
 
-def rows_are_cheaper(T: int, q: int) -> bool:
-    """Whether q dense rows for each datum are multiplied faster than the factors of T positions.
+def rows_are_cheaper(T: int, q: int, rows: int, factors: int) -> bool:
+    """Whether so many elements of q dense rows for each datum are worth their memory beside those of factors.
 
-    A matrix product does several multiplications in the time that one element takes from memory.
+    A matrix product does several multiplications in the time that one element takes from memory, so products with
+    factors of T positions may take longer. Rows may take up to 1.5 times the memory of the factors, or half as many
+    times as they are faster.
     """
-    return 8 * q < T
+    faster = T / (8 * q)
+    return faster > 1 and rows <= max(1.5, faster / 2) * factors
 
 
 class Rows(Columns):
@@ -193,11 +192,8 @@ class Factors(Columns):
         return out
 
     def rows(self, start: int, stop: int) -> Tensor:
-        if self._T == 1:
-            A, B = (x[start:stop, 0] for x in self._by_datum())
-            return B.unsqueeze(-1) * A[:, None, :, None]
-        A, B = (x[start:stop].split(_TERMS, 1) for x in self._by_datum())
-        return summed(torch.einsum("ntqgo,ntgi->nqgoi", b, a) for a, b in zip(A, B, strict=True))
+        A, B = self._by_datum()
+        return rows_of_contraction(A[start:stop], B[start:stop])
 
     def _by_datum(self) -> tuple[Tensor, Tensor]:
         """Return views of A as (N, T, g, i) and B as (N, T, q, g, o)."""
@@ -257,16 +253,19 @@ class Factors(Columns):
     def tensors(self) -> tuple[Tensor, ...]:
         return self._A, self._B
 
-    def is_better_dense(self, form: str) -> bool:
-        """Whether its rows should be held instead, to be small ("factors") or fast ("auto")."""
-        smaller = rows_are_smaller(self._T, self._q, *self.shape[1:])
-        return smaller or (form == "auto" and rows_are_cheaper(self._T, self._q))
 
-    def joined(self, other: Columns) -> Columns | None:
-        if not isinstance(other, Factors):
-            return None
-        (A, B), (C, E) = self._by_datum(), other._by_datum()
-        return Factors(torch.cat([A, C], 1), torch.cat([B, E], 1))
+def rows_of_contraction(A: Tensor, B: Tensor) -> Tensor:
+    """Return Σ_t b aᵀ of A (N, T, g, i) and B (N, T, q, g, o), (N, q, g, o, i)."""
+    (N, T, q, g, o), i = B.shape, A.shape[3]
+    if T > _TERMS:
+        return summed(map(rows_of_contraction, A.split(_TERMS, 1), B.split(_TERMS, 1)))
+    if T == 1:
+        return B[:, 0].unsqueeze(-1) * A[:, 0][:, None, :, None]
+    if i == 1:
+        return (B * A[:, :, None]).sum(1)[..., None]
+    if g == 1:
+        return torch.bmm(B.reshape(N, T, q * o).mT, A.reshape(N, T, i)).view(N, q, 1, o, i)
+    return torch.einsum("ntqgo,ntgi->nqgoi", B, A)
 
 
 class Table(Columns):

@@ -28,7 +28,7 @@ _SHORT = 4
 
 def rows_are_better(form: str, rows: int, factors: int, T: int, q: int) -> bool:
     """Whether rows are fewer elements than inputs and outputs at T positions, or in "auto" multiplied faster."""
-    return rows <= factors or (form == "auto" and rows_are_cheaper(T, q))
+    return rows <= factors or (form == "auto" and rows_are_cheaper(T, q, rows, factors))
 
 
 class Convolution(Columns):
@@ -235,10 +235,9 @@ class Convolution(Columns):
             energy = self._windows(energy).sum(tuple(range(2, len(self._weight))))
         return float(self._b.norm()) * math.sqrt(energy.max())
 
-    def joined(self, other: Columns) -> Columns | None:
-        if not isinstance(other, Convolution) or self._scale != other._scale:
-            return None
-        if (self._window, self._x.shape[1:]) != (other._window, other._x.shape[1:]):
+    def joined(self, other: Convolution) -> Convolution | None:
+        """Return the sum with another use of the same parameters, or None if their inputs or windows differ."""
+        if self._scale != other._scale or (self._window, self._x.shape[1:]) != (other._window, other._x.shape[1:]):
             return None
         parts = [(c._x.unflatten(0, (c.count, -1)), c._b.unflatten(0, (c.count, -1))) for c in (self, other)]
         X, B = (torch.cat(pair, 1) for pair in zip(*parts, strict=True))

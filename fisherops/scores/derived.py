@@ -14,6 +14,12 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
+from fisherops.problem.calls import Use
+
+
+class UnknownUseError(Exception):
+    """Why the rows for a use cannot be found by what its operation means."""
+
 
 class Derived(ABC):
     """A value computed from some parameters, in the shape (g, o, i) of its columns."""
@@ -60,6 +66,8 @@ class Strided(Derived):
         self._offset = view.storage_offset() - leaf.storage_offset()
         o, i = split
         self.shape = math.prod(view.shape[:o]), math.prod(view.shape[o:i]), math.prod(view.shape[i:])
+        self.key = self.names, self._offset, self._sizes, self._strides, self.shape
+        """Equal for those that see the same elements of the same parameter in the same places."""
         self._repeated = [k for k, n in enumerate(view.shape) if n > 1 and view.stride(k) == 0]
         self.is_injective = not self._repeated
         """Whether no element of the parameter is in two places."""
@@ -100,9 +108,7 @@ class Strided(Derived):
 
     def same(self, other: Derived) -> bool:
         """Whether another one sees the same elements of the same parameter in the same places."""
-        return isinstance(other, Strided) and (self.names, self._offset, self._sizes, self._strides, self.shape) == (
-            other.names, other._offset, other._sizes, other._strides, other.shape,
-        )  # fmt: skip
+        return isinstance(other, Strided) and self.key == other.key
 
     def apart(self, other: Derived) -> bool:
         """Whether another one sees other elements, by the ranges of memory that they span."""
@@ -180,6 +186,76 @@ class Composed(Derived):
             return {self.names[0]: changes.reshape(len(Y), -1).to(Y.dtype)}
         gradients = _batched([self._source], self._leaves, [changes.contiguous()])
         return {name: g.reshape(len(Y), -1).to(Y.dtype) for name, g in zip(self.names, gradients, strict=True)}
+
+
+class UsedValue:
+    """A value D derived from parameters, as a use sees it; it has a graph of its own unless it is a view of one.
+
+    Parameters
+    ----------
+    use : Use
+    names : tuple of str
+        The parameters that D was computed from.
+    leaves : mapping of str to torch.Tensor
+        All parameters in the graph.
+    is_freed : bool
+        Whether their memory is freed, so that only the place of D in it is known.
+
+    Attributes
+    ----------
+    Z : torch.Tensor
+        Its copy without a history.
+    D : torch.Tensor
+        What the letters of the use see of it.
+
+    Raises
+    ------
+    UnknownUseError
+        If no parameter is behind it, or it is no view of a sharded one.
+    """
+
+    def __init__(self, use: Use, names: tuple[str, ...], leaves: Mapping[str, Tensor], is_freed: bool) -> None:
+        if not names:
+            raise UnknownUseError("no parameter is behind its value")
+        self._use, self._names = use, names
+        self._leaves = [leaves[name] for name in names]
+        leaf = self._leaves[0]
+        if is_freed:  # only its place in memory, which is freed
+            if len(names) > 1 or (use.value is not leaf and use.value._base is not leaf):
+                raise UnknownUseError("it is computed from sharded parameters")
+            self.Z = use.stand_in(leaf)
+            self._leaves = [torch.empty(leaf.shape, dtype=leaf.dtype, device="meta")]
+        else:
+            self.Z = use.value.detach()
+        self.D = use.through(self.Z)
+        self._is_view = len(names) == 1 and Strided.fits(self._leaves[0], self.D)
+        if not self._is_view:
+            if is_freed:
+                raise UnknownUseError("it is no view of a sharded parameter")
+            with torch.enable_grad():
+                self.D = use.through(self.Z.requires_grad_())
+
+    def derived(self, view: Tensor, split: tuple[int, int]) -> Derived:
+        """Return the value as `view`, computed from D, sees it, with the axes o and i from some on."""
+        if self._is_view:
+            return Strided(self._names[0], self._leaves[0], view, split)
+        is_leaf = len(self._names) == 1 and self._use.value is self._leaves[0]
+        o, i = split
+        shape = math.prod(view.shape[:o]), math.prod(view.shape[o:i]), math.prod(view.shape[i:])
+        source = None if is_leaf else self._use.source
+        with torch.enable_grad():
+            return Composed(self._names, self._leaves, source, self.Z, view.reshape(shape))
+
+    def repeats(self, D: Tensor, axis: int) -> bool:
+        """Whether D is the same function of the parameters all along an axis, which then came by expansion."""
+        if D.shape[axis] == 1 or D.stride(axis) == 0:
+            return True
+        one = torch.randn_like(D.select(axis, 0)).unsqueeze(axis)
+        eye = torch.eye(D.shape[axis], dtype=D.dtype, device=D.device)
+        eye = eye.view(-1, *[1] * axis, D.shape[axis], *[1] * (D.ndim - axis - 1))
+        pulled = self.derived(D, (0, 0)).pull((eye * one).reshape(D.shape[axis], 1, 1, -1))
+        rows = torch.cat(list(pulled.values()), 1)
+        return bool((rows - rows[:1]).norm() <= torch.finfo(D.dtype).eps ** 0.5 * rows.norm())
 
 
 def _batched(outputs: Sequence[Any], inputs: Sequence[Tensor], cotangents: Sequence[Tensor]) -> list[Tensor]:

@@ -41,6 +41,13 @@ class ByAxis:
             x = x.unflatten(0, (-1, self.N)).transpose(0, 1)
         return x.reshape(self.N, -1, *rest)
 
+    def labels(self, device: torch.device) -> Tensor:
+        """Return the datum of each position, (P,)."""
+        P = math.prod(self.sizes)
+        labels = torch.empty(P, dtype=torch.long, device=device)
+        labels[self(torch.arange(P, device=device))] = torch.arange(self.N, device=device)[:, None]
+        return labels
+
 
 @dataclass(frozen=True)
 class ByLabel:
@@ -59,17 +66,40 @@ def only_axis(sizes: Sequence[int], N: int) -> ByAxis | None:
     sizes = tuple(sizes) or (1,)
     if N == 1:
         return ByAxis(sizes, 0, 1)
-    ways = _ways(sizes, N)
+    ways = list_axes(sizes, N)
     return ways[0] if len(ways) == 1 else None
 
 
-def _ways(sizes: tuple[int, ...], N: int) -> list[ByAxis]:
+def list_axes(sizes: tuple[int, ...], N: int) -> list[ByAxis]:
+    """Return all ways in which N data can lie along an axis of the positions."""
     return [
         ByAxis(sizes, axis, N, is_faster)
         for axis, size in enumerate(sizes)
         if size % N == 0
         for is_faster in ((False, True) if size > N else (False,))
     ]
+
+
+def best_axis(ways: Sequence[ByAxis], weights: Tensor, b1: Tensor, b2: Tensor) -> ByAxis | None:
+    """Return the way that explains the gradient of a weighted sum at P positions, None if there is none.
+
+    Parameters
+    ----------
+    ways : sequence of ByAxis
+    weights : torch.Tensor
+        (ways, P, q), those of the rows of the datum to which a position belongs.
+    b1, b2 : torch.Tensor
+        (P, q) and (P,), what is backpropagated from the vectors of all data, and from their weighted sum.
+    """
+    N = ways[0].N
+    wrong: list[float] = (b2 - (weights * b1).sum(2)).norm(dim=1).tolist()
+    tolerance = 0.1 / N * float(b2.norm())
+    fitting = sum(x <= tolerance for x in wrong)
+    if not fitting:
+        return None
+    chosen = ways[wrong.index(min(wrong))]
+    # Gradients that are zero fit every axis, and say nothing about those of the next batch.
+    return chosen if fitting == 1 else replace(chosen, reusable=False)
 
 
 def measure(sizes: Sequence[int], b1: Tensor, b2: Tensor, N: int) -> Arrangement:
@@ -96,7 +126,7 @@ def measure(sizes: Sequence[int], b1: Tensor, b2: Tensor, N: int) -> Arrangement
     factor = (1 + torch.arange(N, device=b1.device) / N).to(b1.dtype)[:, None, None]
     tolerance = 0.1 / N * float(b2.norm())
     best, chosen, fitting = math.inf, None, 0
-    for way in _ways(sizes, N):
+    for way in list_axes(sizes, N):
         wrong = float((way(b2) - factor * way(b1)).norm())
         fitting += wrong <= tolerance
         if wrong < best:
