@@ -128,10 +128,10 @@ class Data:
         self._progressbar = progressbar
         self._place, self._may_be_empty = place, may_be_empty
         self._first = 0
-        self._prints: list[_Print] = []
+        self._fingerprints: list[_Fingerprint] = []
         self._sum_of_places = 0
         # Of the examples of each batch, whatever their order; None if some cannot be told apart.
-        self._sums_of_prints: list[int | None] = []
+        self._sums_of_fingerprints: list[int | None] = []
         self.num_data: int | None = None
         self.total: int | None = None
         """Number of examples of all processes, known after the first complete pass."""
@@ -166,7 +166,7 @@ class Data:
     def num_batches(self) -> int | None:
         """Number of batches here, or None if it is not known before the first complete pass."""
         if self.num_data is not None:
-            return len(self._prints)
+            return len(self._fingerprints)
         return len(self._source) if isinstance(self._source, list | tuple) else None
 
     def batches(self, description: str) -> Generator[Batch]:
@@ -182,12 +182,12 @@ class Data:
             If a batch differs from what the first pass read.
         """
         first_pass = self.num_data is None
-        prints: list[_Print] = [] if first_pass else self._prints
+        fingerprints: list[_Fingerprint] = [] if first_pass else self._fingerprints
         total = count = sum_of_places = 0
-        sums_of_prints: list[int | None] = []
+        sums_of_fingerprints: list[int | None] = []
         compares = not self.order_is_free  # else a batch is not known by its number
         seen: list[Tensor] = []
-        total_batches = None if first_pass else len(self._prints)
+        total_batches = None if first_pass else len(self._fingerprints)
         with tqdm(
             self._source,
             desc=description,
@@ -202,21 +202,23 @@ class Data:
                 contents = (X, y) if places is None else (X, y, places)
                 as_before = compares
                 if first_pass:
-                    prints.append(_Print(contents, size, self._verify))
+                    fingerprints.append(_Fingerprint(contents, size, self._verify))
                     self.order_is_free = free and places is not None and not self._verify
-                elif index >= len(prints):
-                    raise RuntimeError(self._changed(f"the first pass read {len(prints)} batches, this one has more"))
-                elif compares and not prints[index].matches(contents, size):
+                elif index >= len(fingerprints):
+                    raise RuntimeError(
+                        self._changed(f"the first pass read {len(fingerprints)} batches, this one has more")
+                    )
+                elif compares and not fingerprints[index].matches(contents, size):
                     as_before = False
-                    identified = places is not None or (self._verify and None not in self._sums_of_prints)
+                    identified = places is not None or (self._verify and None not in self._sums_of_fingerprints)
                     if not free or not identified:
                         raise RuntimeError(self._changed(f"batch {index} is not the one that the first pass read"))
                     if not self.order_is_free:  # the batches before were those of the first pass
-                        self.order_is_free, sums_of_prints = True, self._sums_of_prints[:index]
+                        self.order_is_free, sums_of_fingerprints = True, self._sums_of_fingerprints[:index]
                 if free and self._verify and (first_pass or self.order_is_free):
-                    if places is None and not prints[index].fits(contents, size):
+                    if places is None and not fingerprints[index].fits(contents, size):
                         raise RuntimeError(self._changed(f"batch {index} does not have the shapes of the first pass"))
-                    sums_of_prints.append(_print_of_examples(contents, size))
+                    sums_of_fingerprints.append(_fingerprint_of_examples(contents, size))
                 if places is None:
                     places = torch.arange(total, total + size, device="cpu") + self._first
                 else:
@@ -226,8 +228,8 @@ class Data:
                 count, total = index + 1, total + size
                 ready = self._ready(X, self._convert), self._ready(y, False)
                 yield Batch(index, *ready, size, places.to(self._device), as_before)
-        if count < len(prints):
-            raise RuntimeError(self._changed(f"the first pass read {len(prints)} batches, this one only {count}"))
+        if count < len(fingerprints):
+            raise RuntimeError(self._changed(f"the first pass read {len(fingerprints)} batches, this one only {count}"))
         if first_pass:
             _check_distinct(seen)
             indices = torch.cat(seen) if seen else None
@@ -235,12 +237,14 @@ class Data:
             if placed.total or not self._may_be_empty:
                 _check_number(placed.total, self._said_num_data)
             self._first, self.total, self.is_indexed = placed
-            self._sums_of_prints = sums_of_prints
+            self._sums_of_fingerprints = sums_of_fingerprints
         elif (total, sum_of_places) != (self.num_data, self._sum_of_places):
             raise RuntimeError(self._changed(f"the first pass read {self.num_data} examples, this one {total} others"))
-        elif self.order_is_free and _total_print(sums_of_prints) != _total_print(self._sums_of_prints):
+        elif self.order_is_free and _total_fingerprint(sums_of_fingerprints) != _total_fingerprint(
+            self._sums_of_fingerprints
+        ):
             raise RuntimeError(self._changed("it read other examples than the first pass, not only another order"))
-        self._prints, self.num_data, self._sum_of_places = prints, total, sum_of_places
+        self._fingerprints, self.num_data, self._sum_of_places = fingerprints, total, sum_of_places
 
     def _changed(self, what: str) -> str:
         """Return the text of the error for data that differ from pass to pass."""
@@ -493,38 +497,40 @@ def _check_distinct(places: list[Tensor]) -> None:
             batches[place] = number
 
 
-class _Print:
+class _Fingerprint:
     """The fingerprint of one batch: its size and shapes, and its contents if they are to be verified."""
 
     def __init__(self, contents: Any, size: int, verify: bool) -> None:
         self._size = size
-        self._prints = [_print_of(t) for t in leaves(contents)] if verify else None
+        self._fingerprints = [_fingerprint_of(t) for t in leaves(contents)] if verify else None
 
     def fits(self, contents: Any, size: int) -> bool:
         """Return whether contents have the size, and their arrays the shapes and dtypes, of the first pass."""
-        prints, tensors = self._prints or [], leaves(contents)
+        fingerprints, tensors = self._fingerprints or [], leaves(contents)
         return (
             size == self._size
-            and len(tensors) == len(prints)
-            and all((t.shape, t.dtype) == known[:2] for t, known in zip(tensors, prints, strict=True))
+            and len(tensors) == len(fingerprints)
+            and all((t.shape, t.dtype) == known[:2] for t, known in zip(tensors, fingerprints, strict=True))
         )
 
     def matches(self, contents: Any, size: int) -> bool:
         """Return whether contents are those of the first pass, as far as these are known."""
-        if self._prints is None:
+        if self._fingerprints is None:
             return size == self._size
         return self.fits(contents, size) and all(
-            _unchanged_on_device(t, known) or _print_of(t)[:3] == known[:3]
-            for t, known in zip(leaves(contents), self._prints, strict=True)
+            _unchanged_on_device(t, known) or _fingerprint_of(t)[:3] == known[:3]
+            for t, known in zip(leaves(contents), self._fingerprints, strict=True)
         )
 
     def __getstate__(self) -> dict[str, Any]:
         # Weak references cannot be pickled, and mean nothing elsewhere.
-        prints = None if self._prints is None else [(*known[:3], None, None) for known in self._prints]
-        return {"_size": self._size, "_prints": prints}
+        fingerprints = (
+            None if self._fingerprints is None else [(*known[:3], None, None) for known in self._fingerprints]
+        )
+        return {"_size": self._size, "_fingerprints": fingerprints}
 
 
-def _print_of(t: Tensor) -> tuple[Any, ...]:
+def _fingerprint_of(t: Tensor) -> tuple[Any, ...]:
     """Return shape, dtype and checksum of a tensor; and its identity and version."""
     version = None if t.is_inference() else t._version
     return t.shape, t.dtype, _checksum(t), weakref.ref(t), version
@@ -556,12 +562,12 @@ def _bytes_of(t: Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
     return t.view(torch.uint8).numpy()
 
 
-def _total_print(sums: list[int | None]) -> int | None:
+def _total_fingerprint(sums: list[int | None]) -> int | None:
     """Return the fingerprint of the examples of all batches; None if some have none."""
     return None if None in sums else sum(own for own in sums if own is not None) % 2**64
 
 
-def _print_of_examples(contents: Any, size: int) -> int | None:
+def _fingerprint_of_examples(contents: Any, size: int) -> int | None:
     """Return a fingerprint of the examples of a batch, which does not depend on their order.
 
     It is the sum over the examples of a hash of their rows. None if some array does not have one row per example.

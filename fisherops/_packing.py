@@ -33,14 +33,14 @@ class _Unpickler(pickle.Unpickler):
         return self._tensors[number]
 
 
-def taken_apart(value: Any) -> list[Tensor]:
+def to_tensors(value: Any) -> list[Tensor]:
     """Return the tensors in an object, and the rest of it as a tensor of bytes, at the end."""
     stream, tensors = io.BytesIO(), list[Tensor]()
     _Pickler(stream, tensors).dump(value)
     return [*tensors, as_bytes(stream.getvalue())]
 
 
-def put_together(tensors: list[Tensor]) -> Any:
+def from_tensors(tensors: list[Tensor]) -> Any:
     """Return the object that was taken apart into these tensors, which it shares."""
     return _Unpickler(io.BytesIO(tensors[-1].cpu().numpy().tobytes()), tensors).load()
 

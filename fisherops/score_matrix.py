@@ -30,7 +30,7 @@ from fisherops.scores import (
     compute,
 )
 from fisherops.scores.kinds import kind_of
-from fisherops.scores.protocol import Kept, Scores, by_rows
+from fisherops.scores.protocol import CacheSize, Scores, by_rows
 from fisherops.scores.reader import Reader, as_weights
 
 # Columns of a product are taken together up to this size, but a few at least.
@@ -153,10 +153,10 @@ class ScoreMatrix(Scores):
         return not self._reader.data.order_is_free or self._cache.is_complete
 
     @property
-    def kept(self) -> Kept:
+    def cache_size(self) -> CacheSize:
         """What is cached between products."""
         plan = self.plan
-        return Kept(plan.nbytes + plan.file_size, self.max_memory - plan.nbytes, plan.holds_rows)
+        return CacheSize(plan.nbytes + plan.file_size, self.max_memory - plan.nbytes, plan.holds_rows)
 
     @property
     @opaque

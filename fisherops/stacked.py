@@ -13,7 +13,7 @@ from fisherops._processes import Processes
 from fisherops.problem import Parameters
 from fisherops.score_matrix import ScoreMatrix
 from fisherops.scores import Kind
-from fisherops.scores.protocol import Kept, Scores
+from fisherops.scores.protocol import CacheSize, Scores
 
 
 class StackedScores(Scores):
@@ -101,10 +101,10 @@ class StackedScores(Scores):
             G.require_order()
 
     @property
-    def kept(self) -> Kept:
+    def cache_size(self) -> CacheSize:
         """What is cached of all parts, and the least memory that is left."""
-        nbytes, left, rows = zip(*(G.kept for _, G in self._stacked), strict=True)
-        return Kept(sum(nbytes), min(left), all(rows))
+        nbytes, left, rows = zip(*(G.cache_size for _, G in self._stacked), strict=True)
+        return CacheSize(sum(nbytes), min(left), all(rows))
 
     # ---- Products -----------------------------------------------------------------------------
 

@@ -153,7 +153,7 @@ def test_a_folder_is_taken(folder, error, text):
 def test_what_is_written_is_not_held(tmp_path):
     _, op = build(tmp_path, cache="scores")
     alive = []
-    write = spilling.Spill.write
+    write = spilling.Store.write
 
     def noted(self, held):
         alive.append(weakref.ref(held._dense))
@@ -161,7 +161,7 @@ def test_what_is_written_is_not_held(tmp_path):
 
     gc.disable()
     try:
-        with mock.patch.object(spilling.Spill, "write", noted):
+        with mock.patch.object(spilling.Store, "write", noted):
             op @ np.ones(op.shape[0])
         assert len(alive) > 1
         assert not any(reference() is not None for reference in alive[:-1])
@@ -174,10 +174,10 @@ def test_files_are_closed_and_read_once_for_many_columns(tmp_path):
     op @ np.ones(op.shape[0])
     before = len(os.listdir("/proc/self/fd"))
     loads = []
-    load = spilling.SpilledScores.load
+    load = spilling.StoredBatch.load
     with (
         mock.patch("fisherops.score_matrix._CHUNK_BYTES", 1),
-        mock.patch.object(spilling.SpilledScores, "load", lambda self: loads.append(self) or load(self)),
+        mock.patch.object(spilling.StoredBatch, "load", lambda self: loads.append(self) or load(self)),
     ):
         op @ np.ones((op.shape[0], 40))
     assert len(loads) == sum(entry.file_size > 0 for entry in op.plan.entries) > 20

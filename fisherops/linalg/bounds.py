@@ -150,7 +150,7 @@ def _square_root(
     is_triangular = method == "dense"
     n = sum(min(G.shape[0], D) if is_triangular else G.shape[0] for G in matrices)
     n += D * (len(parts) - len(matrices))
-    needed, left = 8 * _SVD_WORK * n * D, min(G.kept.memory_left for G in matrices)
+    needed, left = 8 * _SVD_WORK * n * D, min(G.cache_size.memory_left for G in matrices)
     if needed > left:
         raise ValueError(
             f"the square root of F takes a matrix of shape {(n, D)}, {needed} bytes with its factors, and "

@@ -78,8 +78,8 @@ class Dual(Dense):
         The Gram matrix of rows that are not cached takes two passes for each block of the identity, and their images
         another one; all rows take one.
         """
-        kept, R = self._G.kept, self._G.shape[0]
-        if kept.holds_rows or self._G.is_divided or 8 * R * (self.dim + 6 * R) > kept.memory_left:
+        size, R = self._G.cache_size, self._G.shape[0]
+        if size.holds_rows or self._G.is_divided or 8 * R * (self.dim + 6 * R) > size.memory_left:
             return None
         rows: Tensor = self._G.square_root(triangular=False)
         return rows if len(rows) else None

@@ -187,8 +187,8 @@ def _cheapest(op: TorchLinearOperator, task: Task, method: str, damping: float) 
                 raise ValueError(reason)
         if reason is None and (method == "dual" or G.rows_have_order):
             sizes["dual"] = rows
-        kept = G.kept
-        memory = kept.memory_left
+        size = G.cache_size
+        memory = size.memory_left
     costs, itemsize_of_work = {}, itemsize + 8 * _DENSE_WORK
     for name, n in sizes.items():
         if n * n * itemsize_of_work <= memory:
@@ -205,7 +205,7 @@ def _cheapest(op: TorchLinearOperator, task: Task, method: str, damping: float) 
         costs["dense"] += 2.0 * rows * D**2
     if "dual" in costs:
         # From what is cached, each number of a row meets those of all other rows; otherwise by products with G and Gᵀ.
-        cached = kept.nbytes / itemsize if kept.holds_rows else 4.0 * D * rows
+        cached = size.nbytes / itemsize if size.holds_rows else 4.0 * D * rows
         costs["dual"] += 2.0 * rows * cached
     costs["primal"] = task.products * (_PRODUCT * rows * D + _OVERHEAD)
     return min(costs, key=costs.__getitem__)

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fisherops._checks import first_line
-from fisherops._packing import as_bytes, put_together, taken_apart
+from fisherops._packing import as_bytes, from_tensors, to_tensors
 from fisherops._processes import Processes, Result
 from fisherops.parallel.abort import Abort, RankError, named
 
@@ -197,14 +197,14 @@ class Group(Processes):
 
     def broadcast(self, value: Any, source: int) -> Any:
         """Return the object that rank `source` passes, such as one that holds tensors; to be read only."""
-        tensors = taken_apart(value) if self.rank == source else []
+        tensors = to_tensors(value) if self.rank == source else []
         kinds = self.share([(t.shape, t.dtype, t.device.type) for t in tensors])[source]
         if self.rank != source:
             devices = {"cpu": torch.device("cpu"), self._device.type: self._device}
             tensors = [torch.empty(shape, dtype=dtype, device=devices[kind]) for shape, dtype, kind in kinds]
         for t in tensors:
             self._wait(self._group(t).broadcast(t, source), t.device)
-        return value if self.rank == source else put_together(tensors)
+        return value if self.rank == source else from_tensors(tensors)
 
     def _group(self, t: Tensor) -> Any:
         return self._cpu if t.device.type == "cpu" else self._gpu

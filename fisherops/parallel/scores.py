@@ -19,7 +19,7 @@ from fisherops.parallel.shard import with_indices
 from fisherops.problem import Parameters
 from fisherops.score_matrix import NO_ORDER, ScoreMatrix, column_step, is_tiny
 from fisherops.scores import Kind, Plan
-from fisherops.scores.protocol import Kept, Scores, by_rows
+from fisherops.scores.protocol import CacheSize, Scores, by_rows
 
 # Rows of the Gram matrix that are summed over the ranks at a time.
 _FEW_ROWS = 128
@@ -159,12 +159,12 @@ class DistributedScores(Scores):
             raise ValueError(NO_ORDER)
 
     @property
-    def kept(self) -> Kept:
+    def cache_size(self) -> CacheSize:
         """What is cached between products on all ranks together."""
         with self._pass("what is kept"):
-            shares = self.group.share(tuple(self.local.kept))
+            shares = self.group.share(tuple(self.local.cache_size))
         nbytes, left, rows = zip(*shares, strict=True)
-        return Kept(sum(nbytes), min(left), all(rows))
+        return CacheSize(sum(nbytes), min(left), all(rows))
 
     @property
     @opaque

@@ -10,7 +10,7 @@ from fisherops.scores.cache import CACHES, BatchScores, Cache, compute
 from fisherops.scores.kinds import Empirical, Exact, FactorOf, Kind, MonteCarlo
 from fisherops.scores.lazy import LazyBatch
 from fisherops.scores.plan import Plan
-from fisherops.scores.spill import InOrder
+from fisherops.scores.store import InOrder
 
 __all__ = [
     "CACHES",

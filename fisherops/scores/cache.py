@@ -14,7 +14,7 @@ from fisherops.scores.build import CannotHoldError, PlanWarning, RowsBuilder
 from fisherops.scores.kinds import FactorOf, Kind, Sampler
 from fisherops.scores.lazy import LazyBatch
 from fisherops.scores.plan import Entry, Plan, readable
-from fisherops.scores.spill import InOrder, Spill, SpilledScores, loaded
+from fisherops.scores.store import InOrder, Store, StoredBatch, loaded
 
 BatchScores = MaterializedBatch | LazyBatch
 
@@ -46,8 +46,8 @@ class Cache:
     def __init__(self, cache: str, max_memory: int, spill: Any = None, num_batches: int | None = None) -> None:
         self.plan = Plan(cache, max_memory)
         self._num_batches = num_batches
-        self._batches: list[BatchScores | SpilledScores | None] = []
-        self._spill = None if spill is None else Spill(spill)
+        self._batches: list[BatchScores | StoredBatch | None] = []
+        self._spill = None if spill is None else Store(spill)
 
     @property
     def is_complete(self) -> bool:

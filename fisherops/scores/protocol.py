@@ -18,7 +18,7 @@ from fisherops.scores.kinds import Kind
 _BLOCK_BYTES = 2**28
 
 
-class Kept(NamedTuple):
+class CacheSize(NamedTuple):
     """What is cached, and the memory that is left; of several processes, on the one with the least."""
 
     nbytes: int
@@ -68,7 +68,7 @@ class Scores(TorchLinearOperator):
         raise NotImplementedError
 
     @property
-    def kept(self) -> Kept:
+    def cache_size(self) -> CacheSize:
         """What is cached between products, on all processes together."""
         raise NotImplementedError
 

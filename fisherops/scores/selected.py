@@ -15,7 +15,7 @@ from fisherops._processes import Processes
 from fisherops._sums import CompensatedSum
 from fisherops.problem import Parameters
 from fisherops.scores.kinds import Kind
-from fisherops.scores.protocol import Kept, Scores, by_rows
+from fisherops.scores.protocol import CacheSize, Scores, by_rows
 
 # Bytes of the rows that are listed at once.
 _BLOCK_BYTES = 2**26
@@ -99,8 +99,8 @@ class SelectedScores(Scores):
         return self._G.is_cached
 
     @property
-    def kept(self) -> Kept:
-        return self._G.kept
+    def cache_size(self) -> CacheSize:
+        return self._G.cache_size
 
     # ---- Products -----------------------------------------------------------------------------
 

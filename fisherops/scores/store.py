@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fisherops._packing import put_together, taken_apart
+from fisherops._packing import from_tensors, to_tensors
 from fisherops.scores.batch import MaterializedBatch
 
 # Tensors begin at multiples of this in a file, as the fastest instructions want it.
@@ -27,7 +27,7 @@ _ALIGNMENT = 64
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
-class Spill:
+class Store:
     """A folder for the files of one operator, which is removed with the object.
 
     Parameters
@@ -51,7 +51,7 @@ class Spill:
         self._count = 0
         self.close = weakref.finalize(self, _remove, self.folder, os.getpid())
 
-    def write(self, held: MaterializedBatch) -> SpilledScores:
+    def write(self, held: MaterializedBatch) -> StoredBatch:
         """Write the rows of a batch to a file.
 
         Raises
@@ -62,7 +62,7 @@ class Spill:
         path = self.folder / f"batch-{self._count}.npy"
         self._count += 1
         held = held.without_graphs()
-        tensors = [t.detach().cpu() for t in taken_apart(held)]
+        tensors = [t.detach().cpu() for t in to_tensors(held)]
         ends = list(accumulate(-(-t.nbytes // _ALIGNMENT) * _ALIGNMENT for t in tensors))
         places = [(start, t.shape, t.dtype) for t, start in zip(tensors, [0, *ends], strict=False)]
         size = ends[-1]
@@ -84,7 +84,7 @@ class Spill:
                 "and multiply again; nothing is lost",
                 str(self.folder),
             ) from None
-        return SpilledScores(path, start, places, held)
+        return StoredBatch(path, start, places, held)
 
 
 def _remove(folder: Path, process: int) -> None:
@@ -92,7 +92,7 @@ def _remove(folder: Path, process: int) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-class SpilledScores:
+class StoredBatch:
     """G of one batch in a file, which is mapped into memory while it is used.
 
     Parameters
@@ -134,7 +134,7 @@ class SpilledScores:
         for place, shape, dtype in self._places:
             own = everything[place : place + shape.numel() * dtype.itemsize]
             tensors.append(own.view(dtype).view(shape).to(self._device))
-        held: MaterializedBatch = put_together(tensors)
+        held: MaterializedBatch = from_tensors(tensors)
         return held
 
     def read_ahead(self) -> None:
@@ -164,11 +164,11 @@ class InOrder(list[Any]):
     def __iter__(self) -> Iterator[Any]:
         for number in range(len(self)):
             present = self[number]
-            if number + 1 < len(self) and isinstance(self[number + 1], SpilledScores):
+            if number + 1 < len(self) and isinstance(self[number + 1], StoredBatch):
                 self[number + 1].read_ahead()
             yield loaded(present)
 
 
 def loaded(scores: Any) -> Any:
     """Return G of a batch that may be in a file."""
-    return scores.load() if isinstance(scores, SpilledScores) else scores
+    return scores.load() if isinstance(scores, StoredBatch) else scores
