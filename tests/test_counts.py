@@ -37,11 +37,11 @@ COUNTS = {
     "calls of eigsh": (460, 250, 6),
     "functions of eigsh": (130, 70, 6),
     "files of eigsh": (21, 10, 6),
-    "lines of the core": (8350, 2500, 4),
-    "lines of the package": (19750, 9200, 7),
+    "lines of the core": (8180, 2500, 4),
+    "lines of the package": (19800, 9200, 7),
     "methods of the largest class": (45, 20, 4),
-    "lines of the largest file": (780, 350, 7),
-    "modules in import cycles": (2, 0, 7),
+    "lines of the largest file": (710, 350, 7),
+    "modules in import cycles": (0, 0, 0),
     "files that mention ranks": (2, 2, 0),
 }
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from math import isnan
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,11 +18,12 @@ from fisherops import _torch
 from fisherops._checks import first_line
 from fisherops._memory import is_memory_error
 from fisherops._tree import copied
+from fisherops.likelihoods import Likelihood
 from fisherops.problem.calls import Calls, Kernels, Recorder, Use
+from fisherops.problem.model import ModelFunction
+from fisherops.problem.parameters import Parameters
 from fisherops.problem.rules import RULES
-
-if TYPE_CHECKING:
-    from fisherops.problem.problem import Problem
+from fisherops.problem.version import Version
 
 Result = TypeVar("Result")
 
@@ -52,6 +53,33 @@ MODES = (
 )
 
 ELEMENTARY_ATTENTION = Mode("double-backward with elementary attention", False, _torch.elementary_attention)
+
+
+class EvaluatedProblem(Protocol):
+    """What an evaluation asks of its `Problem`, which makes it."""
+
+    parameters: Parameters
+    model: ModelFunction
+    likelihood: Likelihood
+    version: Version
+    facts: Any
+    mode: Mode
+    front: type[Calls | Kernels]
+    hides: bool
+    is_divided: bool
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+
+    def isolated(self) -> AbstractContextManager[None]:
+        """Evaluate inside as if nothing else ran in the process."""
+
+    def call(self, point: Mapping[str, Tensor], X: Any) -> Any:
+        """Return the model's output at a point."""
+
+    def flat(self, point: Mapping[str, Tensor], X: Any) -> Tensor:
+        """Return the outputs at a point, (T, C)."""
 
 
 @dataclass
@@ -134,7 +162,7 @@ class Evaluation:
         What is known of graphs like this one.
     """
 
-    def __init__(self, problem: Problem, point: Mapping[str, Tensor], X: Any, records: bool = True) -> None:
+    def __init__(self, problem: EvaluatedProblem, point: Mapping[str, Tensor], X: Any, records: bool = True) -> None:
         self.problem = problem
         self.records = records
         self.point = point
@@ -191,7 +219,7 @@ class Evaluation:
         self.reached = frozenset(name for name, leaf in leaves.items() if id(leaf) in reached)
         self.custom_functions = _torch.custom_functions(self.nodes)
         self._note_uses(recorder, missed)
-        self.facts = problem.facts.of(self)
+        self.facts: GraphFacts = problem.facts.of(self)
 
     def _recorded(self, leaves: dict[str, Tensor], front: Any) -> tuple[Tensor, Recorder | None]:
         """Evaluate the model: f with its graph, and what was recorded of the uses of parameters."""
