@@ -405,8 +405,10 @@ class TorchLinearOperator(LinearOperator):
         return self.rdot(x)
 
     def __matmul__(self, x: Any) -> Any:
+        if isinstance(x, LinearOperator):
+            return self.dot(x)
         _refuse_scalar(x)
-        return self.dot(x)
+        return self._product(x, "@")
 
     def __rmatmul__(self, x: Any) -> Any:
         _refuse_scalar(x)

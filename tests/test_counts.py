@@ -28,8 +28,8 @@ ROOT = Path(fo.__file__).parent
 # b2cece1 were 127, 61, 13, 129; 897, 29; 777, 110, 16; 5505, 11649; 41, 733; 2, 21. Problem, Version and uses by calls
 # (landings 2 and 3) raised them. The numbers of a first product are those without the determinism check.
 COUNTS = {
-    "calls of a warm product": (90, 35, 4),
-    "functions of a warm product": (56, 25, 4),
+    "calls of a warm product": (70, 35, 4),
+    "functions of a warm product": (50, 25, 4),
     "files of a warm product": (13, 9, 4),
     "kernels of a warm product": (135, 90, 4),
     "calls of a constructor and first product": (1650, 350, 4),
@@ -37,7 +37,7 @@ COUNTS = {
     "calls of eigsh": (460, 250, 6),
     "functions of eigsh": (130, 70, 6),
     "files of eigsh": (21, 10, 6),
-    "lines of the core": (8180, 2500, 4),
+    "lines of the core": (8210, 2500, 4),
     "lines of the package": (19800, 9200, 7),
     "methods of the largest class": (45, 20, 4),
     "lines of the largest file": (710, 350, 7),

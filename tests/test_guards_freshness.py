@@ -953,9 +953,9 @@ def test_copies_of_operators(way, again):
 
 
 def _in_a_dict(model, make):
-    if "bias" not in model.cache_size:
-        model.cache_size["bias"] = make()
-    return model.cache_size["bias"]
+    if "bias" not in model.kept:
+        model.kept["bias"] = make()
+    return model.kept["bias"]
 
 
 def _in_a_list(model, make):
@@ -998,7 +998,7 @@ class Biased(nn.Module):
         super().__init__()
         self.qk, self.head, self.offsets = nn.Linear(4, 4), nn.Linear(4, 3), nn.Parameter(torch.randn(3))
         self.register_buffer("index", (torch.arange(3)[:, None] - torch.arange(3)).abs(), persistent=False)
-        self.store, self.cache_size, self.list, self.bias = store, {}, [], None
+        self.store, self.kept, self.list, self.bias = store, {}, [], None
 
     def forward(self, X):
         bias = self.store(self, lambda: self.offsets[self.index])

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import fisherops as fo
-from fisherops.scores import spill as spilling
+from fisherops.scores import store as spilling
 
 
 def build(folder, max_memory=3000, **options):

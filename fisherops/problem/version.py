@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 import threading
 import types
 import weakref
@@ -29,6 +30,9 @@ BOOKKEEPING = {
 
 # Longer lists and mappings are data sets or tables, not settings that an evaluation reads.
 LONG = 1000
+
+# Reads torch's counter of changes in place.
+_COUNTER = operator.attrgetter("_version")
 
 # One look at a time: a second one would compare with half of a new snapshot.
 _LOCK = threading.RLock()
@@ -172,15 +176,15 @@ class _Watch:
             self._read() != self._ids
             or any(self._empty)
             or self._read_marks() != self._marks
-            or self._contents_differ()
+            or (bool(self._views) and self._contents_differ())
         )
 
     def _read(self) -> list[int]:
-        return list(map(id, chain.from_iterable([read() for read in self._readers])))
+        return list(map(id, chain.from_iterable(map(operator.call, self._readers))))
 
     def _read_marks(self) -> Sequence[int | None]:
         try:
-            return [t._version for t in self.tensors] + [t.data_ptr() for t in self.tensors]
+            return [*map(_COUNTER, self.tensors), *map(Tensor.data_ptr, self.tensors)]
         except (AttributeError, RuntimeError, NotImplementedError):  # some tensor has no counter, or no memory
             tensors = self.tensors
             return [*map(_torch.version_of, tensors), *map(_torch.address_of, tensors)]

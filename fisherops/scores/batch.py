@@ -71,6 +71,8 @@ class MaterializedBatch:
             self._fills.append(fresh)
             written |= fresh
             seen |= set(derived.names)
+        names = dict.fromkeys(name for derived, _ in self._blocks for name in derived.names)
+        self._pieces_of_blocks = [(name, *self._parameters[name]) for name in names]
         self._empty = _merged([span for name, span in self._parameters.items() if name not in written])
         elements = max([1, dense.shape[1], *(columns.elements_per_vector for _, columns in self._blocks)])
         self.columns = min(256, max(1, _BLOCK_BYTES // (elements * dense.itemsize)))
@@ -177,8 +179,7 @@ class MaterializedBatch:
 
     def _pieces(self, V: Tensor) -> dict[str, Tensor]:
         """Return views of vectors (K, D), (K, n) for each parameter of a block."""
-        names = {name for derived, _ in self._blocks for name in derived.names}
-        return {name: V[:, slice(*self._parameters[name])] for name in names}
+        return {name: V[:, start:stop] for name, start, stop in self._pieces_of_blocks}
 
     def _zeroed(self, like: Tensor) -> Tensor:
         """Return a buffer for a result (K, D), zero where nothing is filled in."""

@@ -91,7 +91,8 @@ class Strided(Derived):
         return first >= 0 and first + reach < leaf.numel()
 
     def push(self, pieces: Mapping[str, Tensor]) -> Tensor:
-        return self._seen(pieces[self.names[0]]).reshape(-1, *self.shape)
+        piece = pieces[self.names[0]]
+        return (piece if self._is_plain else self._seen(piece)).reshape(-1, *self.shape)
 
     def pull(self, Y: Tensor) -> dict[str, Tensor]:
         if self._is_plain:
@@ -101,7 +102,13 @@ class Strided(Derived):
         return {self.names[0]: out}
 
     def pull_into(self, Y: Tensor, out: Mapping[str, Tensor], fills: frozenset[str]) -> None:
-        self._add(Y, out[self.names[0]], fill=self.names[0] in fills)
+        piece, fill = out[self.names[0]], self.names[0] in fills
+        if not self._is_plain:
+            self._add(Y, piece, fill)
+        elif fill:
+            piece.copy_(Y.reshape(piece.shape))
+        else:
+            piece.add_(Y.reshape(piece.shape))
 
     def fills(self, name: str) -> bool:
         return self._is_whole
