@@ -284,7 +284,8 @@ class TorchLinearOperator(LinearOperator):
         Y = self.multiply(V.to(self.device).resolve_conj().resolve_neg())
         if X.ndim > 2:
             Y = Y.unflatten(0, (*X.shape[:-2], X.shape[-1]) if are_columns else X.shape[:-1])
-        return leave(Y.squeeze(0) if X.ndim == 1 else Y.mT if are_columns else Y)
+        Y = Y.squeeze(0) if X.ndim == 1 else Y.mT if are_columns else Y
+        return Y if type(Y) in _arrays.DIVIDED else leave(Y)
 
     def _product_of_pieces(self, X: Any, name: str) -> Any:  # noqa: ARG002
         """Multiply with a vector (N,) or matrix (N, K) that is divided among processes."""

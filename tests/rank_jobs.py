@@ -503,6 +503,15 @@ def sharded_gradient(group):
     }
 
 
+def sharded_other_data(group, kind):
+    model, op = sharded_operator(group, kind, rows="datum")
+    G, data = op.scores, sharded_case(kind)[2]
+    Q = G.on(fo.distributed.shard(tuple(part[:8] for part in data), group, batch_size=2), kind="empirical")
+    w = np.linspace(-1, 1, len(Q.datum))
+    product = (Q.T @ w).to_local().numpy(), own_places(group, model)
+    return Q.datum, Q.gram(G), Q.gram(), Q.row_norms(), product, w
+
+
 def sharded_refusals(group):
     def attempt(function):
         try:

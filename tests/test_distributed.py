@@ -378,6 +378,19 @@ def test_sharded_parameters(kind, rows, size, request):
     assert sorted(every) == list(range(len(F)))
 
 
+@pytest.mark.parametrize("kind", ["dense", "convolution", "attention"])
+def test_other_data_of_sharded_parameters(two, kind):
+    model, _, data = sharded_case(kind)
+    G = fo.FisherMCLinearOperator(model, torch.nn.CrossEntropyLoss(), data=data, rows="datum").scores
+    Q = G.on(tuple(part[:8] for part in data), kind="empirical")
+    for datum, gram, own, norms, (product, places), w in two.results("sharded_other_data", kind):
+        np.testing.assert_array_equal(np.sort(datum), np.arange(8))
+        np.testing.assert_allclose(gram, Q.gram(G)[datum], rtol=1e-9, atol=1e-12)
+        np.testing.assert_allclose(own, Q.gram()[np.ix_(datum, datum)], rtol=1e-9, atol=1e-12)
+        np.testing.assert_allclose(norms, Q.row_norms()[datum], rtol=1e-9)
+        np.testing.assert_allclose(product, (Q.rows()[datum].T @ w)[places], rtol=1e-9, atol=1e-12)
+
+
 def test_a_natural_gradient_of_sharded_parameters(two):
     model, _, data = sharded_case("dense")
     op = fo.FisherMCLinearOperator(model, torch.nn.CrossEntropyLoss(), data=data)

@@ -6,6 +6,7 @@ through the parameters one after the other, so that no rank has a whole vector a
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from itertools import accumulate
@@ -252,6 +253,12 @@ class DividedVectors(Processes):
             return self._group.sum(super().inner(X, Y))
 
 
+@functools.cache
+def _divided_vectors(group: Group) -> DividedVectors:
+    """Return the same object for the same group, by which operators see that they can be combined."""
+    return DividedVectors(group)
+
+
 class TransposedPieces(Transposed):
     """Gᵀ, whose products are DTensors."""
 
@@ -277,7 +284,7 @@ class ShardedScores(DistributedScores):
 
     def __init__(self, local: ScoreMatrix, group: Group | None, checks: bool = True) -> None:
         self._sharding = Sharding(local.parameters.tensors, group)
-        self._divided = DividedVectors(self._sharding.group)
+        self._divided = _divided_vectors(self._sharding.group)
         super().__init__(local, self._sharding.group, checks)
 
     @property
