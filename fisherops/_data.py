@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, SequentialSampler
 from tqdm import tqdm
 
 from fisherops import _arrays
@@ -155,6 +155,14 @@ class Data:
             place=self._place,
             may_be_empty=True,
             **options,
+        )
+
+    @property
+    def has_known_order(self) -> bool:
+        """Whether an example's position in a pass is its index in the data set, as far as the source shows it."""
+        source = self._source
+        return not isinstance(source, DataLoader) or (
+            isinstance(source.sampler, SequentialSampler) and type(source.batch_sampler) in (BatchSampler, type(None))
         )
 
     @property

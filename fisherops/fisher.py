@@ -42,7 +42,8 @@ class FisherOperator(TorchLinearOperator):
     def scores(self) -> Scores:
         """The score matrix G, F = GᵀG, as an operator (rows, D): :class:`fisherops.score_matrix.ScoreMatrix`.
 
-        Always the same object. Reads the data if nothing is cached yet, because the rows must have an order.
+        Always the same object. Reads the data if nothing is cached yet, because the rows must have an order. That of a
+        sum, a multiple or a submatrix has products, `gram`, `rows` and `row_norms`, but no `on`, `datum` and `plan`.
         """
         self.score_matrix.require_order()
         return self.score_matrix

@@ -139,7 +139,7 @@ class ModelFisherOperator(ShardableFisherOperator):
             batch_size_fn=batch_size_fn,
             num_data=num_data,
             verify=check_deterministic,
-            order=self._kind.order,
+            order=self._kind.order if sample_weight is None else self._kind.order_with_weights,
             progressbar=progressbar and (group is None or group.leads),
             place=place_alone if group is None else Placement(group),
         )
@@ -291,8 +291,9 @@ class FisherMCLinearOperator(ModelFisherOperator):
         and mapped into memory batch by batch; they are removed with the operator. One batch must fit `max_memory`.
     sample_weight : array or None
         Weights w_n ≥ 0 of the examples, (N,), which multiply those of their loss terms (w in the formula). An example
-        is known by its index in the data set, with `process_group` too. A weight of k equals k copies of an example
-        for the Monte-Carlo (in expectation) and the exact Fisher; in the empirical Fisher weights multiply gradients.
+        is known by its index in the data set, with `process_group` too, so a loader that shuffles must yield
+        (X, y, index). In the exact and, in expectation, the Monte-Carlo Fisher of a sum a weight of k equals k copies
+        of an example; in the empirical Fisher weights multiply gradients.
         ``reduction="mean"`` divides as the loss with a ``weight`` does: by the sum of the weights, but ``BCELoss``,
         ``BCEWithLogitsLoss``, ``HuberLoss`` and ``SmoothL1Loss`` by their number.
     process_group : torch.distributed.ProcessGroup, DeviceMesh or None

@@ -123,7 +123,7 @@ class ScoreMatrix(Scores):
     @property
     def reductions(self) -> tuple[str, ...]:
         """The reduction, "mean" or "sum", of each head of the loss."""
-        return tuple(self.problem.likelihood.reductions)
+        return self._reader.reductions
 
     @property
     def num_data(self) -> int | None:
@@ -217,15 +217,18 @@ class ScoreMatrix(Scores):
         data : iterable of (X, y) or (X, y, index), or a pair of arrays (X, y)
             As for the operator; one example, or none, are accepted too.
         kind : {"mc", "exact", "empirical", "outputs"}, optional
-            Which rows: of the Monte-Carlo, the exact or the empirical Fisher; or the Jacobian J of the outputs, with C
-            rows for each term, as the loss arranges the outputs, and without weights. Default: that of this matrix.
+            Which rows: of the Monte-Carlo, the exact or the empirical Fisher; or the Jacobian J of the outputs f, with
+            C rows for each term and without weights. f are the coordinates of the likelihood, as the loss arranges
+            them: for ``BCELoss`` the logits, for ``PoissonNLLLoss(log_input=False)`` the logarithms of the rates.
+            Default: that of this matrix.
         reduction : {"sum", "mean"}
             Whether rows are divided by √c, with c what the mean of the loss over these data divides by. Default: "sum":
             a row of kind "empirical" with rows="datum" is the gradient of the example's loss.
         mc_samples, seed : int, optional
             As for `FisherMCLinearOperator`, for kind "mc". Default: those of this matrix, or 1 and 2147483647.
         rows : {"term", "datum"}, optional
-            As for `FisherMCLinearOperator`. Default: as in this matrix, and "term" for "outputs".
+            As for `FisherMCLinearOperator`, for the kinds "mc" and "empirical". Default: as in this matrix, and "term"
+            for the other kinds.
         cache, max_memory, spill, batch_size, batch_size_fn, sample_weight, progressbar
             As for `FisherMCLinearOperator`.
 
@@ -259,13 +262,25 @@ class ScoreMatrix(Scores):
         if reduction not in ("sum", "mean"):
             raise ValueError(f"`reduction` must be 'sum' or 'mean', got {reduction!r}.")
         chosen = kind_of(kind, self.kind, mc_samples, seed)
+        if rows == "datum" and not chosen.may_sum_terms:
+            raise ValueError(f"`rows` must be 'term' for kind={chosen.name!r}, got 'datum'. Leave it out.")
+        if chosen.name == "outputs" and (reduction != "sum" or sample_weight is not None):
+            raise ValueError("kind='outputs' has no weights and no mean: leave out `reduction` and `sample_weight`.")
         own = self._reader.data.of(
-            data, batch_size=batch_size, order=chosen.order, batch_size_fn=batch_size_fn, progressbar=progressbar
+            data,
+            batch_size=batch_size,
+            order=chosen.order if sample_weight is None else chosen.order_with_weights,
+            batch_size_fn=batch_size_fn,
+            progressbar=progressbar,
         )
         weights = None if sample_weight is None else as_weights(sample_weight)
         reader = self._reader.of_data(own, chosen, rows=rows, reduction=reduction, weights=weights)
         memory = as_bytes(max_memory, self.device)
         return ScoreMatrix(reader, cache=cache, max_memory=memory, spill=as_folder(spill))
+
+    def __repr__(self) -> str:
+        rows = "rows not counted yet" if self.counts is None else f"{sum(self.counts)} rows"
+        return f"<{type(self).__name__}: {rows}, D={self.parameters.numel}, kind={self.kind.description}>"
 
     def __getstate__(self) -> dict[str, Any]:
         # Graphs cannot be copied; what is cached is found again. SciPy has a state of its own from 1.18 on.
@@ -327,7 +342,7 @@ class ScoreMatrix(Scores):
     def square_norm(self) -> float:
         """Return the squared Frobenius norm, which is the trace of F."""
         total = float(self.col_norms().sum(dtype=torch.float64))
-        return float(self.square_norm_of_rows()) if is_tiny(total, self.torch_dtype) else total
+        return float(self.square_norm_of_rows()) if self._is_tiny(total) else total
 
     def square_norm_of_rows(self) -> Tensor:
         """Sum the squares in float64, which are below the range of the compute precision."""
@@ -403,7 +418,10 @@ class ScoreMatrix(Scores):
 
     @property
     def datum(self) -> np.ndarray[Any, Any]:
-        """The index in the data set of the example that each row belongs to, (rows,) of int64."""
+        """The example that each row belongs to, (rows,) of int64: its index, or its position in a pass over the data.
+
+        The two are the same for data in a fixed order. For batches (X, y, index) it is the index.
+        """
         self.require_order()
         _ = self.shape
         index = [torch.empty(0, dtype=torch.int64)]
@@ -536,12 +554,6 @@ class ScoreMatrix(Scores):
 def column_step(V: Tensor) -> int:
     """Return how many of the vectors (K, D) are multiplied together: few, whose memory is used again for the next."""
     return max(_FEW_COLUMNS, _CHUNK_BYTES // (V.shape[1] * V.itemsize))
-
-
-def is_tiny(square: float, dtype: torch.dtype) -> bool:
-    """Whether a sum of squares is so small that some of them may be below the range of a precision."""
-    limits = torch.finfo(dtype)
-    return square <= limits.tiny / limits.eps
 
 
 def _gram_of_batches(

@@ -219,6 +219,15 @@ def test_of_sums():
         (lambda G, X, y: G.on((X, y), reduction="none"), ValueError, "`reduction` must be 'sum' or 'mean', got 'none'"),
         (lambda G, X, y: G.on((X, y), rows="all"), ValueError, "`rows` must be 'term' or 'datum', got 'all'"),
         (lambda G, X, y: G.on((X, y), cache="all"), ValueError, "`cache` must be one of"),
+        (lambda G, X, y: G.on((X, y), kind=["mc"]), ValueError, "`kind` must be one of 'mc', 'exact', 'empirical', "),
+        (
+            lambda G, X, y: G.on((X, y), kind="exact", rows="datum"),
+            ValueError,
+            "`rows` must be 'term' for kind='exact'",
+        ),
+        (lambda G, X, y: G.on((X, y), kind="outputs", reduction="mean"), ValueError, "no weights and no mean"),
+        (lambda G, X, y: G.on((X, y), kind="outputs", sample_weight=y), ValueError, "no weights and no mean"),
+        (lambda G, X, y: G.rows(0, 2.0), TypeError, "cannot be interpreted as an integer"),
         (lambda G, X, y: G.on((X, y), kind="exact", seed=1), ValueError, "`seed` and `mc_samples` are those of kind"),
         (lambda G, X, y: G.on((X[:, :3], y)).plan, RuntimeError, "shape"),
         (lambda G, X, y: G.on((X * torch.nan, y)).plan, FloatingPointError, "contains NaN"),
@@ -312,9 +321,86 @@ def test_a_submatrix(which, cache):
         (np.ones(4, bool), IndexError, "a mask must have one entry for each of the 43 parameters, got 4"),
         (np.zeros(43, bool), ValueError, "must select at least one"),
         ([0.5], ValueError, "must be names, a slice, integers"),
+        ([], ValueError, "must select at least one"),
+        (["2.bias", "2.bias"], ValueError, "must not repeat parameters"),
+        ([2, -41], ValueError, "must not repeat indices"),
         (np.ones((2, 2), int), ValueError, "must be names, a slice, integers"),
     ],
 )
 def test_submatrices_that_do_not_exist(which, error, text):
     with pytest.raises(error, match=text):
         make()[0].submatrix(which)
+
+
+def test_names_in_other_containers():
+    op = make()[0]
+    expected = op.submatrix(["2.weight", "2.bias"]).todense()
+    for names in ({"2.weight": 0, "2.bias": 0}.keys(), np.array(["2.weight", "2.bias"]), ("2.weight", "2.bias")):
+        np.testing.assert_allclose(op.submatrix(names).todense(), expected, rtol=1e-12, atol=1e-15)
+
+
+def test_gram_matrices_of_other_columns():
+    op = make()[0]
+    first, second = op.submatrix([0, 1]).scores, op.submatrix([2, 3]).scores
+    for one, other in [
+        (first, second),
+        (first, op.scores),
+        (op.scores, first),
+        (op.submatrix(slice(None)).scores, op.scores),
+    ]:
+        with pytest.raises(ValueError, match="must have the same parameters"):
+            one.gram(other)
+    np.testing.assert_allclose(first.gram(op.submatrix([0, 1]).scores), first.gram(), rtol=1e-12)
+
+
+@pytest.mark.parametrize("rows", [None, "term"])
+def test_the_exact_fisher_of_other_data_has_rows_by_term(rows):
+    """Columns of the square roots of different terms do not belong together, so they are not summed by example."""
+    torch.manual_seed(0)
+    model, loss = nn.Linear(4, 3).double(), nn.MSELoss(reduction="sum")
+    data = torch.randn(6, 5, 4, dtype=torch.float64), torch.randn(6, 5, 3, dtype=torch.float64)
+    G = fo.FisherMCLinearOperator(model, loss, data=data, rows="datum").scores
+    Q = G.on(data, kind="exact", rows=rows)
+    F = fo.FisherLinearOperator(model, loss, data=data).todense()
+    np.testing.assert_allclose(Q.rows().T @ Q.rows(), F, rtol=1e-10, atol=1e-12)
+    np.testing.assert_array_equal(np.bincount(Q.datum), 15)
+
+
+def test_a_description_reads_nothing():
+    class Counting(nn.Linear):
+        calls = 0
+
+        def forward(self, X):
+            Counting.calls += 1
+            return super().forward(X)
+
+    X, y = torch.randn(12, 4), torch.randint(3, (12,))
+    G = fo.FisherMCLinearOperator(Counting(4, 3), nn.CrossEntropyLoss(), data=(X, y)).scores
+    Counting.calls = 0
+    Q = G.on((X[:7], y[:7]), kind="empirical")
+    assert repr(Q) == "<ScoreMatrix: rows not counted yet, D=15, kind='empirical'>"
+    assert not Counting.calls
+    Q.gram()
+    assert repr(Q) == "<ScoreMatrix: 7 rows, D=15, kind='empirical'>"
+
+
+def test_reductions_of_other_data():
+    op, _, X, y = make()
+    assert op.scores.reductions == ("mean",)
+    assert op.scores.on((X, y)).reductions == ("sum",)
+    assert op.scores.on((X[:0], y[:0]), reduction="mean").shape == (0, 43)
+
+
+def test_tiny_rows():
+    """Squares that float32 cannot represent."""
+    X = torch.linspace(1, 2, 8).view(4, 2) * 1e-25
+    op = fo.FisherMCLinearOperator(
+        nn.Linear(2, 3, bias=False), nn.MSELoss(reduction="sum"), data=(X, torch.zeros(4, 3))
+    )
+    exact = (op.scores.todense().astype(float) ** 2).sum()
+    assert 0 < exact < 1e-40
+    np.testing.assert_allclose(op.trace(), exact, rtol=1e-6)
+    np.testing.assert_allclose(op.submatrix(slice(None)).trace(), exact, rtol=1e-6)
+    np.testing.assert_allclose(
+        op.scores.row_norms(), np.linalg.norm(op.scores.todense().astype(float), axis=1), rtol=1e-6
+    )

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from torch.distributions import Gamma, Normal
 from torch.nn import functional
+from torch.utils.data import DataLoader, TensorDataset
 
 import fisherops as fo
 
@@ -204,3 +205,50 @@ def test_more_indices_than_weights():
     only = [(X[index], LABELS[index])]
     expected = fo.FisherLinearOperator(model(), nn.CrossEntropyLoss(), data=only, sample_weight=W[index]).todense()
     np.testing.assert_allclose(F, expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("cache", ["auto", "none"])
+def test_a_loader_that_shuffles_must_name_the_examples(cache):
+    """The exact Fisher does not depend on the order; weights by the position in a pass would."""
+    X, index = inputs(), torch.arange(7)
+    ordered = DataLoader(TensorDataset(X, LABELS), 3)
+    shuffled = DataLoader(TensorDataset(X, LABELS), 3, shuffle=True)
+    own = DataLoader(TensorDataset(X, LABELS), batch_sampler=[[6, 0, 2], [1, 3, 5, 4]])
+    named = DataLoader(TensorDataset(X, LABELS, index), 3, shuffle=True)
+    loss = nn.CrossEntropyLoss()
+    F = fo.FisherLinearOperator(model(), loss, data=(X, LABELS), sample_weight=W).todense()
+    for loader in (ordered, named):
+        op = fo.FisherLinearOperator(model(), loss, data=loader, sample_weight=W, cache=cache)
+        np.testing.assert_allclose(op.todense(), F, rtol=1e-10, atol=1e-14)
+    for loader in (shuffled, own):
+        with pytest.raises(ValueError, match=r"Let it yield \(X, y, index\)"):
+            fo.FisherLinearOperator(model(), loss, data=loader, sample_weight=W, cache=cache).trace()
+    G = fo.FisherLinearOperator(model(), loss, data=(X, LABELS)).scores
+    with pytest.raises(ValueError, match=r"Let it yield \(X, y, index\)"):
+        _ = G.on(shuffled, sample_weight=W).plan
+
+
+def test_data_in_another_order_are_noticed():
+    X = inputs()
+
+    class Turning:
+        turn = 0
+
+        def __iter__(self):
+            self.turn += 1
+            batches = list(zip(X.split(4), LABELS.split(4), strict=True))
+            return iter(batches if self.turn < 3 else [(batch[0].flip(0), batch[1].flip(0)) for batch in batches])
+
+    op = fo.FisherLinearOperator(model(), nn.CrossEntropyLoss(), data=Turning(), sample_weight=W, cache="none")
+    with pytest.raises(RuntimeError, match="`data` must be the same in every pass"):
+        op @ np.ones(op.shape[0])
+
+
+def test_all_weights_zero():
+    loss = nn.CrossEntropyLoss(reduction="sum")
+    op = fo.FisherMCLinearOperator(model(), loss, data=(inputs(), LABELS), sample_weight=np.zeros(7))
+    assert op.trace() == 0
+    for method in ("auto", "dual", "dense", "primal"):
+        pairs = fo.linalg.eigsh(op, 2, method=method)
+        np.testing.assert_array_equal(pairs.eigenvalues, 0)
+        np.testing.assert_allclose(pairs.eigenvectors.T @ pairs.eigenvectors, np.eye(2), atol=1e-12)

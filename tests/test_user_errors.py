@@ -134,3 +134,41 @@ def test_the_likelihood_raises(error, heads, place):
     check(caught, error, "users_own_line")
     if heads and place == "terms":
         assert "head 1" in " ".join([*getattr(error, "__notes__", []), *map(str, error.args)])
+
+
+class Filtering(nn.Module):
+    """Keeps the examples with a positive first entry."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(2, 1)
+
+    def forward(self, X):
+        return self.linear(X[X[:, 0] > 0])
+
+
+@pytest.mark.parametrize("check", [True, False])
+def test_a_batch_without_outputs(check):
+    data = [(torch.ones(3, 2), torch.ones(3, 1)), (-torch.ones(3, 2), torch.ones(0, 1))]
+    with pytest.raises(ValueError, match="the model must return outputs, got none for batch 1 of 3 examples"):
+        fo.FisherMCLinearOperator(
+            Filtering(), nn.MSELoss(), data=data, batch_size_fn=len, check_deterministic=check
+        ).trace()
+
+
+def test_a_parameter_without_elements():
+    class Empty(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.linear, self.nothing = nn.Linear(2, 1), nn.Parameter(torch.zeros(0))
+
+        def forward(self, X):
+            return self.linear(X) + self.nothing.sum()
+
+    data = torch.randn(5, 2), torch.randn(5, 1)
+    model = Empty()
+    for cache in ("auto", "scores", "factors", "linearization", "none"):
+        op = fo.FisherLinearOperator(model, nn.MSELoss(), data=data, cache=cache)
+        expected = fo.FisherLinearOperator(model.linear, nn.MSELoss(), data=data).todense()
+        np.testing.assert_allclose(op @ np.eye(3, dtype=np.float32), expected, rtol=1e-5, atol=1e-7)

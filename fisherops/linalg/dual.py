@@ -60,6 +60,10 @@ class Dual(Dense):
         positive = values > self.zero(float(values[-1]))
         values, W = values[positive], U.T[positive]
         rank = len(values)  # or k, if that is less
+        if not rank and with_vectors:  # F = 0, of which all vectors are eigenvectors
+            zeros = min(k, self.dim)
+            V = torch.eye(zeros, self.dim, dtype=self.op.torch_dtype, device=self.op.device)
+            return Pairs(values.new_zeros(zeros), V, norm)
         zeros = max(0, k - rank) if largest else min(k, self.dim - rank)
         chosen = rank if largest else k - zeros
         eigenvalues = torch.cat([values.new_zeros(zeros), values[:chosen]])

@@ -17,7 +17,7 @@ from fisherops._processes import Processes
 from fisherops.parallel.group import Group, checksum
 from fisherops.parallel.shard import with_indices
 from fisherops.problem import Parameters
-from fisherops.score_matrix import NO_ORDER, ScoreMatrix, column_step, is_tiny
+from fisherops.score_matrix import NO_ORDER, ScoreMatrix, column_step
 from fisherops.scores import Kind, Plan
 from fisherops.scores.protocol import CacheSize, Scores, by_rows
 
@@ -251,7 +251,7 @@ class DistributedScores(Scores):
     def square_norm(self) -> float:
         """Return the squared Frobenius norm, which is the trace of F."""
         total = float(self.col_norms().sum(dtype=torch.float64))
-        return float(self._sum("trace", self.local.square_norm_of_rows)) if is_tiny(total, self.torch_dtype) else total
+        return float(self._sum("trace", self.local.square_norm_of_rows)) if self._is_tiny(total) else total
 
     def square_root(self, triangular: bool) -> Tensor:
         """Return B in float64 with BᵀB = F; see `ScoreMatrix.square_root`."""

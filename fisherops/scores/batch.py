@@ -218,8 +218,10 @@ class MaterializedBatch:
             and factors[weight] == factors[bias]
         }
         joint = {self._parameters[bias] for bias in layers.values()}
-        shared = [span for span in self._own_spans if span in set(other._own_spans) - joint]
-        if not joint and self._own_spans == other._own_spans and scale is None:
+        # Parameters with dense rows and blocks too go by their rows below.
+        both = {self._parameters[name] for name in left.keys() | right.keys()}
+        shared = [span for span in self._own_spans if span in set(other._own_spans) - joint - both]
+        if shared == self._own_spans == other._own_spans and scale is None:
             total += times_transposed(self._dense, other._dense)
         elif shared:
             total += times_transposed(self._dense_at(shared, scale), other._dense_at(shared))
@@ -235,12 +237,7 @@ class MaterializedBatch:
             if blocks is not None and factor is not None:
                 total.add_(blocks, alpha=factor)
             elif mixed or (mine and theirs):
-                own = None
-                if span in shared:
-                    own = times_transposed(self._dense_at([span], scale), other._dense_at([span]))
                 total += self._gram_of_rows(name, other, scale)
-                if own is not None:
-                    total -= own
         return total
 
     def _gram_of_rows(self, name: str, other: MaterializedBatch, scale: Tensor | None = None) -> Tensor:
@@ -275,7 +272,7 @@ class MaterializedBatch:
         total = self._dense.new_zeros(self.count, dtype=torch.float64)
         if alone:
             dense = self._dense if alone == self._own_spans else self._dense_at(alone)
-            total += torch.linalg.vector_norm(dense, dim=1).double().square()
+            total += torch.linalg.vector_norm(dense, dim=1, dtype=torch.float64).square()
         for name, blocks in by_name.items():
             derived, columns = blocks[0]
             mixed = self._parameters[name] in self._own_spans or len(blocks) > 1
@@ -287,7 +284,7 @@ class MaterializedBatch:
             step = max(1, _BLOCK_BYTES // (self._q * (stop - start) * self._dense.itemsize))
             for n in range(0, self._N, step):
                 last = min(n + step, self._N)
-                norms = torch.linalg.vector_norm(self._rows_of(name, n, last), dim=1).double().square()
+                norms = torch.linalg.vector_norm(self._rows_of(name, n, last), dim=1, dtype=torch.float64).square()
                 total[n * self._q : last * self._q] += norms
         return total
 

@@ -341,7 +341,7 @@ class RowsBuilder:
     ) -> list[str]:
         """Compare random sums of the rows with plain reverse mode, and note in `unknown` where they differ.
 
-        Returns the parameters whose operations seemed known.
+        Returns the parameters whose operations seemed known, and whose rows differ nevertheless.
         """
         e, f = self._evaluation, self._f
         for x in found:
@@ -357,7 +357,6 @@ class RowsBuilder:
         for k, name in enumerate(self._leaves):
             if name in unknown or name not in e.reached:
                 continue
-            floor = 0.0
             for difference, size in zip(differences, sizes, strict=True):
                 allowed = tolerance * size[k]
                 if reverse.is_coarse:

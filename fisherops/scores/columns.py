@@ -83,7 +83,9 @@ class Columns(ABC):
         """Return the squared norms of the rows, (N, q) in float64."""
         step = max(1, _FILLING // math.prod(self.shape))
         norms = [
-            torch.linalg.vector_norm(self.rows(n, min(n + step, self.count)).flatten(2), dim=2).double().square()
+            torch.linalg.vector_norm(
+                self.rows(n, min(n + step, self.count)).flatten(2), dim=2, dtype=torch.float64
+            ).square()
             for n in range(0, self.count, step)
         ]
         return torch.cat(norms)

@@ -174,10 +174,11 @@ class Composed(Derived):
 
     def push(self, pieces: Mapping[str, Tensor]) -> Tensor:
         if self._source is None:
-            changes = pieces[self.names[0]].reshape(-1, *self._value.shape).to(self._value.dtype)
+            piece = pieces[self.names[0]]
+            changes = piece.reshape(len(piece), *self._value.shape).to(self._value.dtype)
         else:
             own = [
-                (g, pieces[name].reshape(-1, *leaf.shape).to(g.dtype))
+                (g, pieces[name].reshape(len(pieces[name]), *leaf.shape).to(g.dtype))
                 for name, leaf, g in zip(self.names, self._leaves, self._gradients, strict=True)
                 if g is not None
             ]

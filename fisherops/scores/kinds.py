@@ -34,8 +34,17 @@ class Kind(ABC):
     """M, what sums over draws are divided by."""
     by_datum = False
     """Whether terms must belong to data in equal numbers, for the draws."""
+    name: str
+    """As `ScoreMatrix.on` takes it."""
+    may_sum_terms = True
+    """Whether the vectors of the terms of an example may be summed into one row each."""
     needs_terms = True
     """Whether what the targets say about the terms, and their weights, enter G."""
+
+    @property
+    def order_with_weights(self) -> str:
+        """Which order G depends on if examples have weights of their own."""
+        return "index" if self.order == "any" else self.order
 
     def sampler(self, stream: int, device: torch.device) -> Sampler | None:
         """Return the sampler for one pass over the data, if any is needed; of a stream, by its number."""
@@ -53,6 +62,7 @@ class Kind(ABC):
 class MonteCarlo(Kind):
     """Scores at targets drawn from the model: M of them for each term."""
 
+    name = "mc"
     by_datum = True
 
     def __init__(self, samples: int, seed: int, stream: bool) -> None:
@@ -87,7 +97,8 @@ class MonteCarlo(Kind):
 class Exact(Kind):
     """A closed-form square root of the Fisher of the outputs."""
 
-    description = "'exact'"
+    name, description = "exact", "'exact'"
+    may_sum_terms = False  # columns of square roots of different terms do not belong together
 
     def factor(self, q: Likelihood, f: Tensor, terms: Terms, draws: Draws | None) -> OutputFactor:
         return _checked(q.exact(f), q, f, None)
@@ -96,7 +107,7 @@ class Exact(Kind):
 class Empirical(Kind):
     """Scores at the observed targets."""
 
-    description = "'empirical'"
+    name, description = "empirical", "'empirical'"
     needs_targets = any_loss = True
 
     def factor(self, q: Likelihood, f: Tensor, terms: Terms, draws: Draws | None) -> OutputFactor:
@@ -108,7 +119,8 @@ class Empirical(Kind):
 class Outputs(Kind):
     """The unit vectors, so that G is the Jacobian J of the outputs, as the likelihood arranges them."""
 
-    description = "'outputs'"
+    name, description = "outputs", "'outputs'"
+    may_sum_terms = False
     needs_terms = False
 
     def factor(self, q: Likelihood, f: Tensor, terms: Terms, draws: Draws | None) -> OutputFactor:
@@ -117,14 +129,14 @@ class Outputs(Kind):
 
 def kind_of(name: str | None, known: Kind, mc_samples: Any, seed: Any) -> Kind:
     """Return the kind of a score matrix of other data; what is None is as in a known one."""
-    names = {"mc": MonteCarlo, "exact": Exact, "empirical": Empirical, "outputs": Outputs}
-    if name is not None and name not in names:
+    names: dict[str, Any] = {kind.name: kind for kind in (MonteCarlo, Exact, Empirical, Outputs)}
+    if name is not None and (not isinstance(name, str) or name not in names):
         raise ValueError(f"`kind` must be one of {', '.join(map(repr, names))}, or None, got {name!r}.")
-    chosen = type(known) if name is None else names[name]
+    chosen: Any = type(known) if name is None else names[name]
     if chosen is not MonteCarlo:
         if mc_samples is not None or seed is not None:
             raise ValueError(f"`seed` and `mc_samples` are those of kind='mc', got {name!r}. Leave them out.")
-        return known if name is None else names[name]()
+        return known if name is None else chosen()
     like = known if isinstance(known, MonteCarlo) else MonteCarlo(1, _SEED, stream=False)
     samples = like.samples if mc_samples is None else integer("mc_samples", mc_samples, 1)
     return like.with_samples(samples).with_seed(like.seed if seed is None else as_seed(seed))

@@ -113,4 +113,4 @@ class LazyBatch:
 
     def row_norms(self) -> Tensor:
         """Return the squared norms of the rows, (rows,) in float64."""
-        return torch.cat([torch.linalg.vector_norm(rows, dim=1).double().square() for rows in self.rows()])
+        return torch.cat([torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).square() for rows in self.rows()])

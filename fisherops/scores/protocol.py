@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from math import sqrt
 from typing import Any, NamedTuple
 
@@ -120,6 +121,15 @@ class Scores(TorchLinearOperator):
         """Multiply G diag(scale) Hᵀ, for another score matrix that is not a stack: (rows, rows of H)."""
         return by_rows(self, other, scale)
 
+    def _is_tiny(self, square: float) -> bool:
+        """Whether a sum of squares is so small that some of them may be below the range of the precision."""
+        limits = torch.finfo(self.torch_dtype)
+        return square <= limits.tiny / limits.eps
+
+    def has_columns_of(self, other: Scores) -> bool:
+        """Whether the columns belong to parameters of the same names and shapes."""
+        return self.parameters.shapes == other.parameters.shapes and type(other).has_columns_of is Scores.has_columns_of
+
     # ---- What is made of these ----------------------------------------------------------------
 
     def _transpose(self) -> Transposed:
@@ -168,7 +178,7 @@ class Scores(TorchLinearOperator):
         (10, 3, 4)
         """
         R = self.shape[0]
-        stop = R if stop is None else stop
+        start, stop = operator.index(start), R if stop is None else operator.index(stop)
         if not 0 <= start <= stop <= R:
             raise ValueError(f"rows {start} to {stop} must be among the {R} rows of the score matrix.")
         leave = _arrays.leave_like(like) if like is not None else lambda t: t.cpu().numpy()
@@ -203,7 +213,7 @@ class Scores(TorchLinearOperator):
         TypeError
             If `other` is not a score matrix.
         ValueError
-            If its parameters are others, or rows have no order.
+            If its columns belong to parameters of other names or shapes, or rows have no order.
         """
         if other is not None:
             if not isinstance(other, Scores):
@@ -212,7 +222,7 @@ class Scores(TorchLinearOperator):
         return self.gram_tensor(other).cpu().numpy()
 
     def _check_same_parameters(self, other: Scores) -> None:
-        if self.parameters.shapes != other.parameters.shapes:
+        if not self.has_columns_of(other):
             texts = []
             for G in (self, other):
                 shapes = ", ".join(f"{name} {tuple(shape)}" for name, shape in G.parameters.shapes.items())

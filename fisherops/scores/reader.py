@@ -83,6 +83,11 @@ class Reader:
         return self.c is None and len(self.problem.likelihood.reductions) == 1
 
     @property
+    def reductions(self) -> tuple[str, ...]:
+        """The reduction, "mean" or "sum", of each head of the loss."""
+        return tuple(self._reduction or reduction for reduction in self.problem.likelihood.reductions)
+
+    @property
     def repeats(self) -> tuple[bool, bool]:
         """Whether the next pass checks the model again, and whether it sums c again."""
         version = self.problem.version
@@ -100,12 +105,12 @@ class Reader:
 
     def of_data(self, data: Data, kind: Kind, *, rows: str | None, reduction: str, weights: Tensor | None) -> Reader:
         """Return a reader of other data for the same problem; `rows` are as here if they are None."""
-        sums = self.sums and kind.needs_terms if rows is None else rows == "datum"
+        sums = self.sums and kind.may_sum_terms if rows is None else rows == "datum"
         return Reader(
             self.problem,
             data,
             kind,
-            name=self.name,
+            name=f"kind={kind.name!r}",
             rows="datum" if sums else "term",
             checks=self.checks,
             weights=weights,
@@ -154,6 +159,7 @@ class Reader:
                 continue
             with noting(f"batch {batch.number}"):
                 evaluation = problem.evaluate(copied(batch.X), point, records)
+                _check_not_empty(evaluation.outputs, batch)
                 if not reached:
                     evaluation.compare_with_plain()
             reached |= evaluation.reached
@@ -236,6 +242,7 @@ class Reader:
                 for batch in batches:
                     with noting(f"batch {batch.number}"):
                         output, f, same, wrote = problem.evaluate_twice(batch.X)
+                    _check_not_empty(f, batch)
                     writes = writes or wrote
                     divisors.add(self._terms(output, batch))
                     _check_finite(f, batch)
@@ -278,7 +285,8 @@ class Reader:
             if batch.y is None and self.kind.needs_targets:
                 raise ValueError(
                     f"the targets y must be given for {self.name}, got None. Pass (X, y), or use "
-                    "FisherMCLinearOperator or FisherLinearOperator, which most losses need no targets for."
+                    "FisherMCLinearOperator or FisherLinearOperator (kind='mc' or 'exact'), which most losses need no "
+                    "targets for."
                 )
             return terms_of(self.problem.likelihood, output, batch.y, self._weights_of(batch))
 
@@ -295,9 +303,16 @@ class Reader:
         return self.weights[index].to(self.problem.device)
 
     def _check_weights(self) -> None:
-        """Raise ValueError if there are more weights than examples, which are numbered by their order."""
+        """Raise ValueError unless there is a weight for each example, if they are numbered by their order."""
         data, weights = self.data, self.weights
-        if weights is not None and not data.is_indexed and data.total != len(weights):
+        if weights is None or data.is_indexed:
+            return
+        if not data.has_known_order:
+            raise ValueError(
+                "`sample_weight` needs to know the examples, and the DataLoader samples them in an order of its own. "
+                "Let it yield (X, y, index)."
+            )
+        if data.total != len(weights):
             raise ValueError(
                 f"`sample_weight` must have a weight for each example, got {len(weights)} weights for {data.total} "
                 "examples."
@@ -338,6 +353,7 @@ class Divisors:
         self._likelihood, self._reduction = likelihood, reduction
         self.sum = torch.zeros(len(likelihood.reductions), dtype=torch.float64, device="cpu")
         self.needed = bool(self._mean.any())
+        self._is_empty = True
 
     @property
     def _mean(self) -> Tensor:
@@ -347,26 +363,27 @@ class Divisors:
 
     def add(self, terms: Terms) -> None:
         """Add those of one batch."""
+        self._is_empty = False
         self.sum = self.sum + torch.as_tensor(terms.divisor, dtype=torch.float64, device="cpu") * self._mean
 
     def total(self, over_processes: Callable[[Tensor], Tensor]) -> Tensor:
         """Return c for each head: 1 where the reduction is a sum."""
         total = over_processes(self.sum.clone())
-        if (self._mean & (total == 0)).any():
+        zero = self._mean & (total == 0)
+        if zero.any() and not self._is_empty:
             raise ValueError(
                 "every loss term of the data is ignored or has weight 0, so reduction='mean' divides by zero: "
-                "check `ignore_index` and the class weights, or use reduction='sum'."
+                "check `ignore_index`, the class weights and `sample_weight`, or use reduction='sum'."
             )
-        return torch.where(self._mean, total, torch.ones_like(total))
+        return torch.where(self._mean & ~zero, total, torch.ones_like(total))
 
 
 def as_weights(sample_weight: Any) -> Tensor:
     """Return the weights of examples as a tensor (N,) of our own in float64 on the CPU."""
     if not _arrays.is_array(sample_weight):
         sample_weight = np.asarray(sample_weight)
-    if sample_weight.ndim != 1 or str(sample_weight.dtype).split(".")[-1].startswith(
-        ("complex", "object", "str", "<U")
-    ):
+    is_number = not isinstance(sample_weight, np.ndarray) or sample_weight.dtype.kind in "biuf"
+    if sample_weight.ndim != 1 or not is_number or "complex" in str(sample_weight.dtype):
         raise ValueError(
             "`sample_weight` must be real numbers of shape (N,), one for each example, got shape "
             f"{tuple(sample_weight.shape)} of {sample_weight.dtype}."
@@ -399,6 +416,14 @@ def _check_terms_by_datum(f: Tensor, batch: Batch) -> None:
         raise ValueError(
             f"batch {batch.number} has {len(f)} loss terms for {batch.size} data, so they do not belong to data in "
             "equal numbers: use rows='term', and sampler='stream' for a Monte-Carlo Fisher."
+        )
+
+
+def _check_not_empty(f: Tensor, batch: Batch) -> None:
+    if not f.numel():
+        raise ValueError(
+            f"the model must return outputs, got none for batch {batch.number} of {batch.size} examples. Leave such "
+            "batches out."
         )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -140,7 +140,14 @@ class SelectedScores(Scores):
         return norms if self._factors is None else norms * self._factors.square()
 
     def square_norm(self) -> float:
-        return float(self.col_norms().sum(dtype=torch.float64))
+        total = float(self.col_norms().sum(dtype=torch.float64))
+        return float(self.row_squares().sum()) if self._is_tiny(total) else total
+
+    def has_columns_of(self, other: Scores) -> bool:
+        if not isinstance(other, SelectedScores) or not self._G.has_columns_of(other._G):
+            return False
+        pairs = (self._columns, other._columns), (self._factors, other._factors)
+        return all(a is b or (a is not None and b is not None and torch.equal(a, b)) for a, b in pairs)
 
     def square_root(self, triangular: bool) -> Tensor:
         B = self._cut(self._G.square_root(triangular))
@@ -159,7 +166,7 @@ class SelectedScores(Scores):
 
     def row_squares(self) -> Tensor:
         empty = torch.empty(0, dtype=torch.float64, device=self.device)
-        norms = (torch.linalg.vector_norm(rows, dim=1).double().square() for rows in self._blocks())
+        norms = (torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).square() for rows in self._blocks())
         return torch.cat([empty, *norms])
 
     def cross(self, other: Scores, scale: Tensor | None = None) -> Tensor:
@@ -178,17 +185,25 @@ class SelectedScores(Scores):
 def selected(parameters: Parameters, which: Any) -> tuple[Tensor, Parameters]:
     """Return the columns (d,) that names, indices or a mask select, and the parameters that they belong to."""
     D = parameters.numel
+    if isinstance(which, np.ndarray) and which.dtype.kind == "U":
+        which = which.tolist()
     names = [which] if isinstance(which, str) else which
-    if isinstance(names, list | tuple) and names and all(isinstance(name, str) for name in names):
+    if not _arrays.is_array(which) and isinstance(names, Iterable):
+        which = names = list(names)
+    if isinstance(names, list) and names and all(isinstance(name, str) for name in names):
         unknown = [name for name in names if name not in parameters.shapes]
         if unknown:
             raise KeyError(f"there is no parameter {unknown[0]!r}, the parameters are {list(parameters.shapes)}.")
+        if len(set(names)) < len(names):
+            raise ValueError(f"`which` must not repeat parameters, got {names}.")
         spans = parameters.spans
         index = torch.cat([torch.arange(*spans[name]) for name in names])
         return index, Parameters({name: parameters.tensors[name] for name in names}, parameters.dtype)
     if isinstance(which, slice):
         index = torch.tensor(range(D)[which], dtype=torch.int64)
     else:
+        if isinstance(which, list) and not which:
+            which = np.empty(0, dtype=np.int64)
         given = _arrays.to_tensor(which if _arrays.is_array(which) else np.asarray(which), "which").cpu()
         if given.ndim != 1 or given.is_floating_point() or given.is_complex():
             raise ValueError(
@@ -204,6 +219,8 @@ def selected(parameters: Parameters, which: Any) -> tuple[Tensor, Parameters]:
         if wrong.any():
             raise IndexError(f"index {int(index[wrong][0])} is out of range for {D} parameters.")
         index = index % D
+        if len(index.unique()) < len(index):
+            raise ValueError("`which` must not repeat indices. Leave the copies out.")
     if not len(index):
         raise ValueError(f"`which` must select at least one of the {D} parameters, got none.")
     own = torch.empty(len(index), dtype=parameters.dtype, device=parameters.device)
