@@ -189,6 +189,14 @@ class Data:
         RuntimeError
             If a batch differs from what the first pass read.
         """
+        was_free = self.order_is_free
+        try:
+            yield from self._read(description)
+        except BaseException:
+            self.order_is_free = was_free  # what a pass that failed has seen says nothing
+            raise
+
+    def _read(self, description: str) -> Generator[Batch]:
         first_pass = self.num_data is None
         fingerprints: list[_Fingerprint] = [] if first_pass else self._fingerprints
         total = count = sum_of_places = 0

@@ -54,7 +54,9 @@ def as_damping(damping: Any, dtype: torch.dtype = torch.float64) -> float:
     """Return λ as a number that is finite in `dtype` and at least 0."""
     value = _arrays.scalar(damping)
     if value is None or isinstance(value, complex):
-        raise TypeError(f"`damping` must be a real number, got {damping!r}.")
+        raise TypeError(
+            f"`damping` must be a real number, got {damping if isinstance(damping, str) else type(damping).__name__}."
+        )
     if not 0 <= value <= torch.finfo(dtype).max:
         raise ValueError(
             f"`damping` must be at least 0 and finite in {str(dtype).removeprefix('torch.')}, got {value}. Pass a "
@@ -132,6 +134,8 @@ class TorchLinearOperator(LinearOperator):
 
     score_matrix: Any = None
     """G, if this operator is GᵀG + shift · I."""
+    widens = False
+    """Whether results have at least the operator's precision, as those of inverses."""
     shift: Any = 0.0
     """λ, if this operator is GᵀG + λI; a tensor (D,) if each parameter has its own."""
 
@@ -274,6 +278,8 @@ class TorchLinearOperator(LinearOperator):
                 "`x.toarray()`."
             )
         X, leave = _arrays.enter(x)
+        if self.widens:
+            leave = _arrays.no_narrower(x, X, leave, self.torch_dtype)
         are_columns = self._are_columns(X, name, vector, rows)
         if X.ndim > 2:  # vectors of all batches together
             V = (X.mT if are_columns else X).flatten(0, -2)
@@ -484,7 +490,8 @@ class TorchLinearOperator(LinearOperator):
         if d.shape != self.shape[:1]:
             raise ValueError(f"`damping` must be a real number or have shape {self.shape[:1]}, got {tuple(d.shape)}.")
         own = d.to(self.device, self.torch_dtype, copy=True)
-        wrong = ~(own.isfinite() & (own >= 0))
+        # A positive number must not become 0, which another matrix would have.
+        wrong = ~(own.isfinite() & (own >= 0) & ((own > 0) | (d.to(self.device) == 0)))
         if wrong.any():
             number = int(wrong.nonzero()[0])
             raise ValueError(

@@ -248,10 +248,10 @@ class FisherMCLinearOperator(ModelFisherOperator):
     progressbar : bool
         Whether each pass over the data shows a tqdm bar on stderr.
     check_deterministic : bool
-        Whether to check, now, that the model is deterministic; and, in every product, that no layer is random
-        (Dropout) or couples the data of a batch (BatchNorm in training mode), and that the data are the same as before
-        (arrays in mappings, tuples and lists are compared, the contents of other objects are not). With False, random
-        layers get the same random numbers in every evaluation.
+        Whether to check, now, that the model is deterministic; and, in every pass over the data, that no layer is
+        random (Dropout) or couples the data of a batch (BatchNorm in training mode), and that the data are the same as
+        before (arrays in mappings, tuples and lists are compared, the contents of other objects are not). Products from
+        the cache read no data. With False, random layers get the same random numbers in every evaluation.
     seed : int
         Seed of the draws; two operators with the same seed and data are the same matrix.
     mc_samples : int

@@ -418,11 +418,17 @@ class ScoreMatrix(Scores):
 
     @property
     def datum(self) -> np.ndarray[Any, Any]:
-        """The example that each row belongs to, (rows,) of int64: its index, or its position in a pass over the data.
+        """The index in the data set of the example that each row belongs to, (rows,) of int64.
 
-        The two are the same for data in a fixed order. For batches (X, y, index) it is the index.
+        Of a loader that samples the examples in an order of its own it is known only if batches are (X, y, index).
         """
         self.require_order()
+        data = self._reader.data
+        if not data.is_indexed and not data.has_known_order:
+            raise ValueError(
+                "the DataLoader samples the examples in an order of its own, so it is not known which row is whose. "
+                "Let it yield (X, y, index)."
+            )
         _ = self.shape
         index = [torch.empty(0, dtype=torch.int64)]
         for own, count in zip(self._index, self.counts or (), strict=True):

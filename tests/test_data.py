@@ -371,3 +371,21 @@ def test_the_progress_bar_is_on_stderr_and_silent_when_off(case, capfd):
     assert out == ""
     assert "FisherMCLinearOperator product" in err
     assert "batch" in err
+
+
+@pytest.mark.parametrize("kind", [fo.FisherLinearOperator, fo.EmpiricalFisherLinearOperator])
+def test_data_that_changed_and_were_put_back_have_their_order(kind):
+    """What a pass that failed has seen of the order says nothing about the data."""
+    torch.manual_seed(0)
+    X, y = torch.randn(7, 4), torch.randint(3, (7,))
+    own = X.clone()
+    op = kind(nn.Linear(4, 3), nn.CrossEntropyLoss(), data=(own, y), cache="none")
+    v = np.ones(15, np.float32)
+    before, rows = op @ v, op.scores.rows()
+    own += 1
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="`data` must be the same in every pass"):
+            op @ v
+    own.copy_(X)
+    np.testing.assert_array_equal(op @ v, before)
+    np.testing.assert_array_equal(op.scores.rows(), rows)

@@ -159,6 +159,9 @@ def test_data_with_indices_and_loaders():
     order = torch.randperm(12, generator=torch.Generator().manual_seed(0))
     Q = op.scores.on([(X[part], y[part], part) for part in order.split(5)])
     np.testing.assert_array_equal(Q.datum, order)
+    unknown = op.scores.on(DataLoader(TensorDataset(X, y), batch_size=5, shuffle=True))
+    with pytest.raises(ValueError, match=r"not known which row is whose. Let it yield \(X, y, index\)"):
+        _ = unknown.datum
     whole = op.scores.on((X, y)).todense()
     np.testing.assert_allclose(Q.todense(), whole[order], rtol=1e-12, atol=1e-15)
     loader = DataLoader(TensorDataset(X, y), batch_size=4)

@@ -9,6 +9,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
 import fisherops as fo
+from fisherops.likelihoods import DiagonalFactor, Likelihood, Terms
 
 W = torch.tensor([1.0, 2, 0, 3, 1, 1, 2], dtype=torch.float64)
 COPIES = torch.arange(7).repeat_interleave(W.long())
@@ -252,3 +253,26 @@ def test_all_weights_zero():
         pairs = fo.linalg.eigsh(op, 2, method=method)
         np.testing.assert_array_equal(pairs.eigenvalues, 0)
         np.testing.assert_allclose(pairs.eigenvectors.T @ pairs.eigenvectors, np.eye(2), atol=1e-12)
+
+
+@pytest.mark.parametrize("weights", [torch.arange(1.0, 4), torch.tensor(2.0), torch.ones(3, 2)])
+def test_weights_of_terms_in_a_wrong_shape(weights):
+    """(T,) times (T, 1) would broadcast to (T, T), which is a shape that is accepted if T = C."""
+
+    class Own(Likelihood):
+        def terms(self, output, y):
+            return Terms(weights, len(y), y)
+
+        def sample(self, f, samples, draws):
+            return f + draws.normal(f, samples)
+
+        def log_prob(self, f, y):
+            return -(f - y).square().sum(-1) / 2
+
+        def exact(self, f):
+            return DiagonalFactor(torch.ones_like(f))
+
+    data = inputs()[:3], inputs()[:3]
+    for options in ({}, {"sample_weight": np.ones(3)}):
+        with pytest.raises(ValueError, match=r"the weights of `terms` must have shape \(3, 1\) or \(3, 3\)"):
+            fo.FisherLinearOperator(model(), Own("sum"), data=data, **options).trace()

@@ -74,6 +74,7 @@ def test_a_solver_of_scipy():
         (lambda d: -d, ValueError, "at least 0 and finite in float32, got -0.1 for entry 0"),
         (lambda d: d * np.inf, ValueError, "at least 0 and finite in float32, got inf for entry 0"),
         (lambda d: d * 1e300, ValueError, "at least 0 and finite in float32, got 1e.299 for entry 0"),
+        (lambda d: d * 1e-50, ValueError, "at least 0 and finite in float32, got 1e-51 for entry 0"),
         (lambda d: d * 1j, TypeError, "real numbers, got torch.complex128"),
         (list, TypeError, "must be a real number"),
     ],

@@ -214,7 +214,9 @@ class Likelihood(ABC):
 
     def weighted(self, terms: Terms, output: Any, weights: Tensor) -> Terms:
         """Return terms whose observations have the weight of their example besides, (N,) in float64."""
-        T, N = len(self.flatten(output)), len(weights)
+        f, N = self.flatten(output), len(weights)
+        _check_weights(terms, f)
+        T = len(f)
         if T % N:
             raise ValueError(
                 f"`sample_weight` needs equally many loss terms for each example, got {T} terms for {N} "
@@ -242,12 +244,17 @@ class Likelihood(ABC):
         """Return √(w/c) in the dtype of f, broadcasting to it; c has one entry for each head."""
         if terms.weights is None:
             return (1 / c).sqrt().to(f).unsqueeze(1)
-        if terms.weights.shape not in ((len(f), 1), f.shape):
-            raise ValueError(
-                f"the weights of `terms` must have shape {(len(f), 1)} or {tuple(f.shape)}, one for each term or "
-                f"output, got {tuple(terms.weights.shape)}."
-            )
+        _check_weights(terms, f)
         return (terms.weights / c.to(terms.weights.device)).sqrt().to(f.dtype)
+
+
+def _check_weights(terms: Terms, f: Tensor) -> None:
+    """Raise ValueError unless weights are (T, 1) or (T, C), for f (T, C)."""
+    if terms.weights is not None and terms.weights.shape not in ((len(f), 1), f.shape):
+        raise ValueError(
+            f"the weights of `terms` must have shape {(len(f), 1)} or {tuple(f.shape)}, one for each term or output, "
+            f"got {tuple(terms.weights.shape)}."
+        )
 
 
 def as_rows(t: Tensor) -> Tensor:
