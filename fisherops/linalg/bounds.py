@@ -13,7 +13,7 @@ from fisherops import _arrays
 from fisherops._checks import warn
 from fisherops._linop import TorchLinearOperator
 from fisherops.linalg.dense import Dense
-from fisherops.linalg.method import choose_root, outside_of_autocast, summands
+from fisherops.linalg.methods import choose_root, outside_of_autocast, summands
 from fisherops.linalg.results import Bounds
 from fisherops.scores import MonteCarlo
 

@@ -9,7 +9,7 @@ import torch
 
 from fisherops import _arrays
 from fisherops.linalg.lanczos import Matrix
-from fisherops.linalg.method import EIGENVALUES, EXACT, Task, as_operator, choose, outside_of_autocast
+from fisherops.linalg.methods import EIGENVALUES, EXACT, Task, as_operator, choose, outside_of_autocast
 from fisherops.linalg.results import Density
 
 _BINS = 60

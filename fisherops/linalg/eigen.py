@@ -12,7 +12,7 @@ from fisherops import _arrays
 from fisherops._checks import integer
 from fisherops._linop import TorchLinearOperator, check_result
 from fisherops.linalg.iteration import Iteration
-from fisherops.linalg.method import (
+from fisherops.linalg.methods import (
     EIGEN,
     EIGENVALUES,
     SOME_EIGEN,

@@ -12,7 +12,7 @@ from torch import Tensor
 from fisherops._checks import integer
 from fisherops._linop import TorchLinearOperator, as_damping
 from fisherops.linalg.eigen import leave_for
-from fisherops.linalg.method import (
+from fisherops.linalg.methods import (
     CHOLESKY,
     EIGENVALUES,
     EXACT,
