@@ -407,3 +407,14 @@ def test_tiny_rows():
     np.testing.assert_allclose(
         op.scores.row_norms(), np.linalg.norm(op.scores.todense().astype(float), axis=1), rtol=1e-6
     )
+
+
+@pytest.mark.parametrize("cache", ["scores", "factors"])
+def test_gram_matrices_of_multiples_are_found_from_the_cached_rows(cache, monkeypatch):
+    op = make(cache)[0]
+    other = make(cache, seed=5)[0]
+    both = 2 * op + other
+    expected = {F: F.scores.todense() @ F.scores.todense().T for F in (2 * op, both, op.submatrix("2.weight"))}
+    monkeypatch.setattr(type(op.scores), "_mul", None)  # no products with rows in their place
+    for F, K in expected.items():
+        np.testing.assert_allclose(F.scores.gram(), K, rtol=1e-10, atol=1e-13)

@@ -249,7 +249,7 @@ class Scores(TorchLinearOperator):
         """
         with torch.no_grad():
             other = self if other is None else other
-            if len(self.parts) == len(other.parts) == 1:
+            if self.parts[0][1] is self and other.parts[0][1] is other:
                 return check_result(self.cross(other, scale))
             heights, widths = ([G.shape[0] for _, G in of.parts] for of in (self, other))
             result = torch.empty(sum(heights), sum(widths), dtype=self.torch_dtype, device=self.device)
