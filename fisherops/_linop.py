@@ -134,8 +134,6 @@ class TorchLinearOperator(LinearOperator):
 
     score_matrix: Any = None
     """G, if this operator is GᵀG + shift · I."""
-    widens = False
-    """Whether results have at least the operator's precision, as those of inverses."""
     shift: Any = 0.0
     """λ, if this operator is GᵀG + λI; a tensor (D,) if each parameter has its own."""
 
@@ -278,8 +276,6 @@ class TorchLinearOperator(LinearOperator):
                 "`x.toarray()`."
             )
         X, leave = _arrays.enter(x)
-        if self.widens:
-            leave = _arrays.no_narrower(x, X, leave, self.torch_dtype)
         are_columns = self._are_columns(X, name, vector, rows)
         if X.ndim > 2:  # vectors of all batches together
             V = (X.mT if are_columns else X).flatten(0, -2)

@@ -169,20 +169,3 @@ def test_arpack_runs_in_the_precision_of_the_operator(op):
 
     eigsh(Watch(), k=2)
     assert seen == {op.dtype}
-
-
-@pytest.mark.parametrize("method", ["dual", "dense", "primal"])
-def test_an_inverse_has_at_least_the_operators_precision(method):
-    """A solution in half precision would neither meet a tolerance nor be sure to be finite."""
-    torch.manual_seed(0)
-    data = torch.randn(9, 4, dtype=torch.float64), torch.randint(3, (9,))
-    op = fo.FisherLinearOperator(torch.nn.Linear(4, 3).double(), torch.nn.CrossEntropyLoss(), data=data)
-    inverse = fo.linalg.inv(op, 0.1, method=method)
-    b = np.ones(15)
-    expected = np.linalg.solve(op.todense() + 0.1 * np.eye(15), b)
-    for dtype in (np.float16, np.float32, np.float64, np.int64):
-        x = inverse @ b.astype(dtype)
-        assert x.dtype == np.float64
-        np.testing.assert_allclose(x, expected, rtol=1e-4)
-    assert (inverse @ torch.ones(15, dtype=torch.bfloat16)).dtype == torch.float64
-    assert inverse.matvec(b.astype(np.float16)).dtype == np.float64

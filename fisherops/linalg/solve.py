@@ -311,8 +311,6 @@ class Inverse(TorchLinearOperator):
         λ, with what the operator itself was damped by; (D,) if each parameter has its own.
     """
 
-    widens = True
-
     def __init__(self, method: Method, damping: Any, rtol: float) -> None:
         op = method.op
         super().__init__(op.shape, op.torch_dtype, op.device)
