@@ -290,6 +290,13 @@ def checked_targets(y: Any) -> Tensor:
     return y
 
 
+def checked_weights(name: str, weights: Tensor | None) -> Tensor | None:
+    """Return weights of a loss, which must be finite and not negative."""
+    if weights is not None and not ((weights >= 0) & weights.isfinite()).all():
+        raise ValueError(f"the `{name}` of the loss must be finite and at least 0, got {weights.tolist()}.")
+    return weights
+
+
 def require_targets(y: Any, reason: str) -> None:
     """Raise ValueError if there are no targets."""
     if y is None:

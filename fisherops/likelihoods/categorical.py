@@ -13,10 +13,10 @@ from fisherops.likelihoods.base import (
     Terms,
     checked_targets,
     checked_tensor,
+    checked_weights,
     refuse,
     require_targets,
 )
-from fisherops.likelihoods.elementwise import checked_weights
 from fisherops.likelihoods.factors import CategoricalFactor, CategoricalRoot, DenseFactor, OutputFactor
 
 

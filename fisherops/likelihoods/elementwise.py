@@ -16,6 +16,7 @@ from fisherops.likelihoods.base import (
     as_rows,
     checked_targets,
     checked_tensor,
+    checked_weights,
     refuse,
     require_targets,
 )
@@ -315,13 +316,6 @@ class Poisson(Likelihood):
 
     def exact(self, f: Tensor) -> OutputFactor:
         return DiagonalFactor((f / 2).exp())
-
-
-def checked_weights(name: str, weights: Tensor | None) -> Tensor | None:
-    """Return weights of a loss, which must be finite and not negative."""
-    if weights is not None and not ((weights >= 0) & weights.isfinite()).all():
-        raise ValueError(f"the `{name}` of the loss must be finite and at least 0, got {weights.tolist()}.")
-    return weights
 
 
 def _broadcast(name: str, weights: Tensor | None, ones: Tensor) -> Tensor:
