@@ -63,7 +63,7 @@ class FisherOperator(TorchLinearOperator):
     @opaque
     def diagonal(self) -> np.ndarray[Any, Any]:
         """Return the diagonal of F as a NumPy array of shape (D,), exactly: the squared norms of the columns of G."""
-        diagonal: Tensor = self.score_matrix.col_norms() + self.shift
+        diagonal: Tensor = self.score_matrix.col_squares() + self.shift
         return diagonal.cpu().numpy()
 
     @opaque
@@ -169,8 +169,7 @@ class FisherOperator(TorchLinearOperator):
     @property
     def num_rows(self) -> int:
         """Rows of the score matrix, of all ranks."""
-        rows: int = self.score_matrix.shape[0]
-        return rows
+        return self.score_matrix.num_rows
 
     @property
     def version(self) -> int:

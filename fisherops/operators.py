@@ -20,7 +20,7 @@ from fisherops.parallel.fsdp import ShardedScores, group_for, make_problem, scor
 from fisherops.parallel.scores import DistributedScores
 from fisherops.parallel.shard import Placement, with_indices
 from fisherops.score_matrix import ScoreMatrix
-from fisherops.scores import CACHES, Empirical, Exact, Kind, MonteCarlo, Plan
+from fisherops.scores import Empirical, Exact, Kind, MonteCarlo, Plan
 from fisherops.scores.kinds import as_seed
 from fisherops.scores.reader import Reader, as_weights, name_of_loss
 
@@ -42,7 +42,7 @@ class ShardableFisherOperator(FisherOperator):
     @opaque
     def diagonal(self) -> Any:  # noqa: D102 (that of the base class)
         G = self.score_matrix
-        return G.whole(G.col_norms() + self.shift) if isinstance(G, ShardedScores) else super().diagonal()
+        return G.whole(G.col_squares() + self.shift) if isinstance(G, ShardedScores) else super().diagonal()
 
     def _enter(self, x: Any, name: str) -> Vectors:
         G = self.score_matrix
@@ -120,16 +120,8 @@ class ModelFisherOperator(ShardableFisherOperator):
         sample_weight: Any = None,
         process_group: Any = None,
     ) -> None:
-        if cache not in CACHES:
-            raise ValueError(f"`cache` must be one of {', '.join(map(repr, CACHES))}, got {cache!r}.")
-        if rows not in ("term", "datum"):
-            raise ValueError(f"`rows` must be 'term' or 'datum', got {rows!r}.")
         problem = make_problem(model_func, loss_func, params, dtype=dtype, any_loss=self._kind.any_loss)
         group = group_for(problem, process_group)
-        if problem.is_divided and cache not in ("auto", "factors"):
-            raise NotImplementedError(
-                f"cache={cache!r} cannot be had where the parameters are sharded: use 'auto' or 'factors'."
-            )
         own = Data(
             data if group is None else with_indices(data, group),
             device=problem.device,

@@ -30,7 +30,7 @@ from fisherops.scores import (
     compute,
 )
 from fisherops.scores.kinds import kind_of
-from fisherops.scores.protocol import CacheSize, Scores, by_rows
+from fisherops.scores.protocol import CacheSize, Scores, by_rows, clipped
 from fisherops.scores.reader import Reader, as_weights
 
 # Columns of a product are taken together up to this size, but a few at least.
@@ -72,38 +72,34 @@ class ScoreMatrix(Scores):
     """
 
     def __init__(self, reader: Reader, *, cache: str, max_memory: int, spill: Any) -> None:
-        self._reader, self.problem = reader, reader.problem
+        if cache not in CACHES:
+            raise ValueError(f"`cache` must be one of {', '.join(map(repr, CACHES))}, got {cache!r}.")
+        if reader.problem.is_divided and cache not in ("auto", "factors"):
+            raise NotImplementedError(
+                f"cache={cache!r} cannot be had where the parameters are sharded: use 'auto' or 'factors'."
+            )
+        self.reader, self.problem = reader, reader.problem
         self._asked, self.max_memory, self._spill = cache, max_memory, spill
         self._cache: Cache | None = None
         self._version, self._refreshes = -1, 0
         self._index: list[Tensor] = []
         self.counts: list[int] | None = None
         """Rows of each batch, after the first pass that computes them; each such pass makes another list."""
-        D = self.parameters.numel
-        super().__init__((D, D), self.parameters.dtype, self.parameters.device)
+        super().__init__()
 
     def check(self) -> None:
         """Check that the model is deterministic and the data do not change, if that was asked for."""
-        if self._reader.checks:
-            self._reader.check()
+        if self.reader.checks:
+            self.reader.check()
 
     # ---- What it is ---------------------------------------------------------------------------
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """(rows, D); the rows are found by a pass over the data if there was none."""
+    def num_rows(self) -> int:
+        """Number of rows; found by a pass over the data if there was none."""
         if self.counts is None:
             _ = self.plan
-        return sum(self.counts or ()), self.parameters.numel
-
-    @shape.setter
-    def shape(self, _: Any) -> None:
-        """Do nothing: SciPy's constructor sets a shape."""
-
-    @property
-    def reader(self) -> Reader:
-        """The problem, its data and the kind of output factor."""
-        return self._reader
+        return sum(self.counts or ())
 
     @property
     def parameters(self) -> Parameters:
@@ -113,7 +109,7 @@ class ScoreMatrix(Scores):
     @property
     def kind(self) -> Kind:
         """Which vectors make the output factor."""
-        return self._reader.kind
+        return self.reader.kind
 
     @property
     def kinds(self) -> frozenset[Kind]:
@@ -123,12 +119,12 @@ class ScoreMatrix(Scores):
     @property
     def reductions(self) -> tuple[str, ...]:
         """The reduction, "mean" or "sum", of each head of the loss."""
-        return self._reader.reductions
+        return self.reader.reductions
 
     @property
     def num_data(self) -> int | None:
         """Number of data, if they were read."""
-        return self._reader.data.num_data
+        return self.reader.data.num_data
 
     @property
     def version(self) -> int:
@@ -150,7 +146,7 @@ class ScoreMatrix(Scores):
         """Whether every pass lists the rows in the same order, as products with G need it."""
         _ = self.plan
         assert self._cache is not None
-        return not self._reader.data.order_is_free or self._cache.is_complete
+        return not self.reader.data.order_is_free or self._cache.is_complete
 
     @property
     def cache_size(self) -> CacheSize:
@@ -180,11 +176,11 @@ class ScoreMatrix(Scores):
     def redrawn(self, kind: Kind) -> ScoreMatrix:
         """Return G of the same problem and data with other draws; what was learnt about these is shared."""
         other = copy.copy(self)
-        other._reader = self._reader.of_kind(kind)
+        other.reader = self.reader.of_kind(kind)
         other._cache, other.counts = None, None
         if self._cache is not None and self.is_current:
             with self.problem.isolated(), torch.no_grad():
-                other._cache = self._cache.redrawn(kind, kind.sampler(self._reader.stream, self.device))
+                other._cache = self._cache.redrawn(kind, kind.sampler(self.reader.stream, self.device))
         if other._cache is not None:
             other._version, other.counts = self._version, self.counts
         return other
@@ -255,18 +251,12 @@ class ScoreMatrix(Scores):
         >>> op.scores.on((X[40:], y[40:])).gram(op.scores).shape
         (10, 40)
         """
-        if cache not in CACHES:
-            raise ValueError(f"`cache` must be one of {', '.join(map(repr, CACHES))}, got {cache!r}.")
-        if rows not in ("term", "datum", None):
-            raise ValueError(f"`rows` must be 'term' or 'datum', got {rows!r}.")
         if reduction not in ("sum", "mean"):
             raise ValueError(f"`reduction` must be 'sum' or 'mean', got {reduction!r}.")
         chosen = kind_of(kind, self.kind, mc_samples, seed)
-        if rows == "datum" and not chosen.may_sum_terms:
-            raise ValueError(f"`rows` must be 'term' for kind={chosen.name!r}, got 'datum'. Leave it out.")
         if chosen.name == "outputs" and (reduction != "sum" or sample_weight is not None):
             raise ValueError("kind='outputs' has no weights and no mean: leave out `reduction` and `sample_weight`.")
-        own = self._reader.data.of(
+        own = self.reader.data.of(
             data,
             batch_size=batch_size,
             order=chosen.order if sample_weight is None else chosen.order_with_weights,
@@ -274,7 +264,7 @@ class ScoreMatrix(Scores):
             progressbar=progressbar,
         )
         weights = None if sample_weight is None else as_weights(sample_weight)
-        reader = self._reader.of_data(own, chosen, rows=rows, reduction=reduction, weights=weights)
+        reader = self.reader.of_data(own, chosen, rows=rows, reduction=reduction, weights=weights)
         memory = as_bytes(max_memory, self.device)
         return ScoreMatrix(reader, cache=cache, max_memory=memory, spill=as_folder(spill))
 
@@ -330,22 +320,17 @@ class ScoreMatrix(Scores):
 
         return self._over("dense", dense)
 
-    def col_norms(self) -> Tensor:
+    def col_squares(self) -> Tensor:
         """Return the squared norms of the columns, (D,): the diagonal of F."""
         return check_result(self.sum_of_diagonals())
 
     def sum_of_diagonals(self) -> Tensor:
-        """Return the squared norms of the columns as `col_norms` does, finite or not."""
+        """Return the squared norms of the columns as `col_squares` does, finite or not."""
         D = self.parameters.numel
         return self._over("diagonal", lambda batches: self._sum((batch.diagonal() for batch in batches), D))
 
-    def square_norm(self) -> float:
-        """Return the squared Frobenius norm, which is the trace of F."""
-        total = float(self.col_norms().sum(dtype=torch.float64))
-        return float(self.square_norm_of_rows()) if self._is_tiny(total) else total
-
     def square_norm_of_rows(self) -> Tensor:
-        """Sum the squares in float64, which are below the range of the compute precision."""
+        """Sum the squares in float64, in any order of the rows."""
 
         def norm(batches: Iterable[BatchScores]) -> Tensor:
             squares = (rows.double().square().sum() for batch in batches for rows in batch.rows())
@@ -392,7 +377,7 @@ class ScoreMatrix(Scores):
     def sum_of_gradients(self) -> Tensor:
         """Return the gradient as `gradient` does, finite or not."""
         D = self.parameters.numel
-        return self._over("gradient", lambda gradients: self._sum(gradients, D), read=self._reader.gradients)
+        return self._over("gradient", lambda gradients: self._sum(gradients, D), read=self.reader.gradients)
 
     def moments_of_forms(self, V: Tensor) -> Tensor:
         """Sum the variance and the second moment of vᵀFv over the M samples of each term, (2, K) in float64."""
@@ -408,7 +393,7 @@ class ScoreMatrix(Scores):
             return self._sum(sums, 2, len(V), dtype=torch.float64)
 
         def drawn(batches: Iterator[Any]) -> Iterator[BatchScores]:
-            for batch, evaluation, factor_of in self._reader.evaluations(batches):
+            for batch, evaluation, factor_of in self.reader.evaluations(batches):
                 with noting(f"batch {batch.number}"):
                     yield compute(evaluation, factor_of, compressed=False)
 
@@ -423,7 +408,7 @@ class ScoreMatrix(Scores):
         Of a loader that samples the examples in an order of its own it is known only if batches are (X, y, index).
         """
         self.require_order()
-        data = self._reader.data
+        data = self.reader.data
         if not data.is_indexed and not data.has_known_order:
             raise ValueError(
                 "the DataLoader samples the examples in an order of its own, so it is not known which row is whose. "
@@ -447,7 +432,7 @@ class ScoreMatrix(Scores):
             result = torch.empty(stop - start, self.parameters.numel, dtype=self.torch_dtype, device=self.device)
             first = 0
             for batch in batches:
-                low, high = max(start - first, 0), min(stop - first, batch.count)
+                low, high = clipped(start - first, stop - first, batch.count)
                 if low < high:
                     own = result[first + low - start : first + high - start]
                     deque(batch.rows(low, high, out=own), 0)
@@ -460,7 +445,7 @@ class ScoreMatrix(Scores):
         """Return the squared norms of the rows, (rows,) in float64."""
         empty = torch.empty(0, dtype=torch.float64, device=self.device)
         return self._over_in_order(
-            "norms of the rows", lambda batches: torch.cat([empty, *(batch.row_norms() for batch in batches)])
+            "norms of the rows", lambda batches: torch.cat([empty, *(batch.row_squares() for batch in batches)])
         )
 
     def cross(self, other: Scores, scale: Tensor | None = None) -> Tensor:
@@ -501,7 +486,7 @@ class ScoreMatrix(Scores):
             with _torch.own_precision(self.device):
                 return function(batches)
         with torch.no_grad():
-            reader = self._reader
+            reader = self.reader
             with reader.reading(description) as items:
                 if read is not None or cache is not None or self._spill is not None or self._asked == "none":
                     reader.divisor()
@@ -524,7 +509,7 @@ class ScoreMatrix(Scores):
 
     def _filled(self, batches: Iterator[Any], known: Cache | None, version: int) -> Iterator[BatchScores]:
         """Compute each batch that is not cached; if none is known yet, a new cache chooses the forms."""
-        reader, cache, late = self._reader, known, self._reader.finds_c_late
+        reader, cache, late = self.reader, known, self.reader.finds_c_late
         if cache is None:
             self._cache = None
             cache = Cache(self._asked, self.max_memory, self._spill, reader.data.num_batches)
@@ -569,7 +554,7 @@ def _gram_of_batches(
     heights, widths = ([batch.count for batch in of] for of in (mine, theirs))
     result = mine[0].empty(sum(heights), sum(widths))
     blocks = [rows.split(widths, 1) for rows in result.split(heights)]
-    is_symmetric = all(left is right for left, right in zip(mine, theirs, strict=False)) and len(mine) == len(theirs)
+    is_symmetric = mine is theirs
     for k, other in enumerate(theirs):
         for j, batch in enumerate(mine):
             if is_symmetric and j > k:

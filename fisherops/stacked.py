@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from math import sqrt
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +12,7 @@ from fisherops._processes import Processes
 from fisherops.problem import Parameters
 from fisherops.score_matrix import ScoreMatrix
 from fisherops.scores import Kind
-from fisherops.scores.protocol import CacheSize, Scores
+from fisherops.scores.protocol import CacheSize, Scores, clipped
 
 
 class StackedScores(Scores):
@@ -27,10 +26,8 @@ class StackedScores(Scores):
 
     def __init__(self, parts: Sequence[tuple[float, ScoreMatrix]]) -> None:
         self._stacked = tuple(parts)
-        first = self._stacked[0][1]
         self.max_memory = min(G.max_memory for _, G in self._stacked)
-        D = first.parameters.numel
-        super().__init__((D, D), first.torch_dtype, first.device)
+        super().__init__()
 
     @staticmethod
     def fits(G: ScoreMatrix | StackedScores, H: ScoreMatrix | StackedScores) -> bool:
@@ -42,13 +39,9 @@ class StackedScores(Scores):
         )
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """(rows, D), those of all parts."""
-        return sum(G.shape[0] for _, G in self._stacked), self.parameters.numel
-
-    @shape.setter
-    def shape(self, _: Any) -> None:
-        """Do nothing: SciPy's constructor sets a shape."""
+    def num_rows(self) -> int:
+        """Number of the rows of all parts."""
+        return sum(G.num_rows for _, G in self._stacked)
 
     @property
     def parts(self) -> tuple[tuple[float, Scores], ...]:
@@ -116,7 +109,7 @@ class StackedScores(Scores):
         return torch.cat([G._mul(V).mul_(sqrt(alpha)) for alpha, G in self._stacked], 1)
 
     def _mul_t(self, W: Tensor) -> Tensor:
-        pieces = W.split([G.shape[0] for _, G in self._stacked], 1)
+        pieces = W.split([G.num_rows for _, G in self._stacked], 1)
         own = zip(self._stacked, pieces, strict=True)
         return _total(G._mul_t(piece).mul_(sqrt(alpha)) for (alpha, G), piece in own)
 
@@ -124,9 +117,9 @@ class StackedScores(Scores):
         """Return GᵀG as a matrix (D, D)."""
         return _total(G.dense().mul_(alpha) for alpha, G in self._stacked)
 
-    def col_norms(self) -> Tensor:
+    def col_squares(self) -> Tensor:
         """Return the squared norms of the columns, (D,)."""
-        return _total(G.col_norms().mul_(alpha) for alpha, G in self._stacked)
+        return _total(G.col_squares().mul_(alpha) for alpha, G in self._stacked)
 
     def square_norm(self) -> float:
         """Return the squared Frobenius norm."""
@@ -148,10 +141,9 @@ class StackedScores(Scores):
         """Return some rows, (stop − start, D)."""
         found, first = [], 0
         for alpha, G in self._stacked:
-            rows = G.shape[0]
-            low, high = (min(max(end - first, 0), rows) for end in (start, stop))
-            found.append(G.block(low, high).mul_(sqrt(alpha)))
-            first += rows
+            rows = G.block(*clipped(start - first, stop - first, G.num_rows))
+            found.append(rows.mul_(sqrt(alpha)))
+            first += G.num_rows
         return torch.cat(found)
 
     def row_squares(self) -> Tensor:

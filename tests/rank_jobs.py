@@ -1,6 +1,7 @@
 """What the processes of the tests in test_distributed.py do, each with its part of the data."""
 
 import contextlib
+import io
 import os
 import pickle
 import signal
@@ -169,6 +170,21 @@ def other_data(group, cache, other_cache, split):
         part.damped(np.ones(len(INDEX))) @ np.ones(len(INDEX)) - op.todense()[np.ix_(INDEX, INDEX)].sum(1) - 1,
     ]
     return dense, Q.datum, differences
+
+
+def progress(group):
+    """Return what passes over the operator's data, and over other data, show."""
+    shown = []
+    for other in (False, True):
+        with contextlib.redirect_stderr(io.StringIO()) as stream:
+            op = operator(group, progressbar=True)
+            if other:
+                stream.truncate(0)
+                _ = op.scores.on(fo.distributed.shard(everything(), group, batch_size=2), progressbar=True).plan
+            else:
+                op @ np.ones(op.shape[0])
+        shown.append("batch" in stream.getvalue())
+    return shown
 
 
 # Of the parameters "2.bias" and "0.weight" in the flat vector.
@@ -541,6 +557,7 @@ def sharded_refusals(group):
         attempt(lambda: linalg.eigsh(op, 2)),
         attempt(lambda: linalg.crlb(fo.FisherLinearOperator(model, ce_sum, data=data, process_group=group))),
         attempt(lambda: make(model, ce, data=data, process_group=group, cache="scores")),
+        attempt(lambda: op.scores.on(data, cache="none")),
         attempt(lambda: make(model, ce, data=data, process_group=group, dtype="float32")),
         attempt(lambda: make(model, ce, data=data)),
         attempt(lambda: make(tensor_parallel, ce, data=data, process_group=group)),

@@ -10,7 +10,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from models import ARCHITECTURES, LOSSES, make_case
 from tolerances import assert_same
@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fisherops as fo
 from fisherops.scores.batch import MaterializedBatch
+from fisherops.scores.build import RowsBuilder
 
 CACHES = ("auto", "scores", "factors", "linearization", "none")
 
@@ -463,6 +464,49 @@ def test_rows_are_held_as_far_as_they_are_worth_their_memory(positions, width, i
     rows, factors = width * width, positions * 2 * width
     assert is_dense == (positions > 8 and rows <= max(1.5, positions / 16) * factors)
     assert op.plan.nbytes == 3 * 4 * (rows if is_dense else factors)
+
+
+class Groups(nn.Module):
+    """One dense layer for each of the groups of the inputs (N, T, g, i)."""
+
+    def __init__(self, g, o, i):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(g, o, i))
+
+    def forward(self, X):
+        return torch.einsum("ntgi,goi->ntgo", X, self.weight)
+
+
+@given(
+    st.integers(1, 4),
+    st.sampled_from([1, 2, 7, 12, 24, 64]),
+    st.integers(1, 3),
+    st.sampled_from([1, 5, 24, 64, 160]),
+    st.sampled_from([1, 5, 24, 64, 160]),
+    st.integers(1, 3),
+    st.booleans(),
+    st.sampled_from(CACHES[:3]),
+)
+@example(2, 12, 1, 64, 64, 1, False, "auto")
+@example(2, 24, 1, 160, 5, 1, False, "auto")
+def test_the_memory_of_dense_layers_is_predicted(N, T, g, o, i, samples, has_bias, cache):
+    """To the byte, so that no form is left out that fits, and none is built in vain."""
+    model = nn.Linear(i, o, bias=has_bias) if g == 1 else Groups(g, o, i)
+    X = torch.randn(N, T, i) if g == 1 else torch.randn(N, T, g, i)
+    pairs = []
+
+    def noted(builder, form, patient=False):
+        result = build(builder, form, patient)
+        pairs.append((builder.nbytes(form), result[0].nbytes))
+        return result
+
+    build = RowsBuilder.build
+    with mock.patch.object(RowsBuilder, "build", noted):
+        op = fo.FisherMCLinearOperator(
+            model, nn.MSELoss(), data=(X, torch.zeros_like(model(X))), rows="datum", mc_samples=samples, cache=cache
+        )
+        assert op.plan.nbytes == pairs[-1][1]
+    assert all(predicted == taken for predicted, taken in pairs)
 
 
 @pytest.mark.parametrize("cache", ["scores", "factors", "auto"])

@@ -391,6 +391,10 @@ def test_other_data_of_sharded_parameters(two, kind):
         np.testing.assert_allclose(product, (Q.rows()[datum].T @ w)[places], rtol=1e-9, atol=1e-12)
 
 
+def test_one_rank_shows_progress(two):
+    assert two.results("progress") == [[True, True], [False, False]]
+
+
 def test_a_natural_gradient_of_sharded_parameters(two):
     model, _, data = sharded_case("dense")
     op = fo.FisherMCLinearOperator(model, torch.nn.CrossEntropyLoss(), data=data)
@@ -424,7 +428,8 @@ def test_what_sharded_parameters_do_not_allow(two):
         "the standard error of products with sharded parameters is not supported",
         "eigenvalues alone are supported",
         "`op` must have whole parameters, got sharded ones",
-        "use 'auto' or 'factors'",
+        "cache='scores' cannot be had where the parameters are sharded: use 'auto' or 'factors'",
+        "cache='none' cannot be had where the parameters are sharded: use 'auto' or 'factors'",
         "leave out `dtype`",
         r"sharded over 2 processes: pass process_group=",
         "are DTensors that `fully_shard` did not make",

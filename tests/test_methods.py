@@ -9,7 +9,7 @@ import fisherops as fo
 from fisherops import linalg
 from fisherops.score_matrix import ScoreMatrix
 
-READS = ("gram_tensor", "_mul", "_mul_t", "product", "col_norms", "dense", "square_root", "square_norm")
+READS = ("gram_tensor", "_mul", "_mul_t", "product", "col_squares", "dense", "square_root", "square_norm")
 
 
 class Counted(list):

@@ -1,5 +1,7 @@
 """Score matrices of other data for the same problem, Gram matrices of two, norms and blocks of rows."""
 
+from unittest import mock
+
 import numpy as np
 import pytest
 import torch
@@ -304,6 +306,9 @@ def test_a_submatrix(which, cache):
         np.testing.assert_allclose(again, F[1:3, 1:3], rtol=1e-10, atol=1e-13)
         if part.shift is op.shift:
             assert len(fo.linalg.eigsh(part, 2).eigenvalues) == 2
+    with mock.patch("fisherops.scores.selected.by_rows", None):  # of equal columns, by those of the whole matrices
+        Q = op.submatrix(which).scores.gram((3 * op).submatrix(which).scores)
+    np.testing.assert_allclose(Q, np.sqrt(3) * op.submatrix(which).scores.gram(), rtol=1e-10, atol=1e-13)
     part, F = op.submatrix(which), op.todense()[np.ix_(index, index)]
     b = np.ones(len(index))
     for method in ("auto", "dual", "dense", "primal"):

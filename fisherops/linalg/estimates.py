@@ -177,7 +177,7 @@ def diagonal(op: Any, *, like: Any = None, probes: int = PROBES, seed: int = _SE
         raise NotImplementedError("`op` must have whole parameters, got sharded ones. Use `op.diagonal()`.")
     start = torch.zeros(D, dtype=torch.float64, device=A.device)
     exact, method, rest = _exactly(
-        A, lambda G: G.col_norms(), lambda inverse: inverse.diagonal(), lambda _, factor: start + factor
+        A, lambda G: G.col_squares(), lambda inverse: inverse.diagonal(), lambda _, factor: start + factor
     )
     exact, error = start + exact, start
     if rest is not None and D <= _SMALL:

@@ -206,7 +206,7 @@ def jacobi(op: TorchLinearOperator, total: Any) -> Callable[[Tensor], Tensor]:
     G = op.score_matrix
     if G is None:
         return _unchanged
-    diagonal = G.col_norms() + op.shift + total
+    diagonal = G.col_squares() + op.shift + total
     # Of parameters that have no effect; without damping their entries of b cannot be met anyway.
     inverse = torch.where(diagonal > 0, 1 / diagonal, torch.ones_like(diagonal))
     return lambda R: inverse.to(R.dtype) * R

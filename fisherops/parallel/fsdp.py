@@ -292,16 +292,18 @@ class ShardedScores(DistributedScores):
         """The processes, each with its pieces of vectors."""
         return self._divided
 
-    def _read_once(self, is_checked: bool) -> None:  # noqa: ARG002
+    def _prepare(self, checks: bool) -> None:
         counts = self.group.share(self.local.reader.count())
         if len(set(counts)) > 1:
             raise ValueError(
                 f"a sharded model is evaluated by all ranks together, and they have {', '.join(map(str, counts))} "
                 "batches: give them equally many."
             )
+        if checks:
+            self.local.check()
 
     def sharded(self, local: Tensor) -> Any:
-        """Return a vector (D,) or (D, K) from each rank's own part of it; see `ModelFisherOperator.sharded`."""
+        """Return a vector (D,) or (D, K) from each rank's own part of it; see `ShardableFisherOperator.sharded`."""
         numel = self._sharding.numel
         if local.ndim not in (1, 2) or len(local) != numel:
             raise ValueError(f"got shape {tuple(local.shape)}, and this rank has {numel} numbers.")
@@ -399,7 +401,7 @@ class ShardedScores(DistributedScores):
     def dense(self) -> Tensor:
         raise NotImplementedError("the parameters are sharded, and F as a dense matrix would be on every rank.")
 
-    def col_norms(self) -> Tensor:
+    def col_squares(self) -> Tensor:
         """Return the squared norms of the columns, this rank's pieces of them (d,)."""
         with torch.no_grad(), self._pass("diagonal"):
             batches = self._batches()
@@ -407,13 +409,13 @@ class ShardedScores(DistributedScores):
             for name, shape in self.parameters.shapes.items():
                 total = local.new_zeros(1, shape.numel())
                 for batch in batches:
-                    total += batch.col_norms_of(name)
+                    total += batch.col_squares_of(name)
                 self._sharding.scattered(name, total, local)
         return check_result(local[:, 0])
 
     def square_norm(self) -> float:
         """Return the squared Frobenius norm, which is the trace of F."""
-        own = self.col_norms().sum(dtype=torch.float64)
+        own = self.col_squares().sum(dtype=torch.float64)
         with self._step("trace"):
             return float(self.group.sum(own))
 

@@ -19,7 +19,7 @@ from fisherops.parallel.shard import with_indices
 from fisherops.problem import Parameters
 from fisherops.score_matrix import NO_ORDER, ScoreMatrix, column_step
 from fisherops.scores import Kind, Plan
-from fisherops.scores.protocol import CacheSize, Scores, by_rows
+from fisherops.scores.protocol import CacheSize, Scores, by_rows, clipped
 
 # Rows of the Gram matrix that are summed over the ranks at a time.
 _FEW_ROWS = 128
@@ -47,15 +47,15 @@ class DistributedScores(Scores):
         self._number = group.number()
         self._counts: list[int] | None = None
         self._by_rank: list[int] = []
-        super().__init__((local.parameters.numel,) * 2, local.torch_dtype, local.device)
+        super().__init__()
         with self._step("construction", **self._identity()):
-            self._read_once(checks and local.reader.checks)
-            if checks:
-                local.check()
+            self._prepare(checks and local.reader.checks)
 
-    def _read_once(self, is_checked: bool) -> None:
-        """Read the data if no check does: which data are whose must be known before the first draw."""
-        if not is_checked:
+    def _prepare(self, checks: bool) -> None:
+        """Read the data, with or without checks: which data are whose must be known before the first draw."""
+        if checks:
+            self.local.check()
+        else:
             self.local.reader.count()
 
     # ---- Steps --------------------------------------------------------------------------------
@@ -99,18 +99,14 @@ class DistributedScores(Scores):
     # ---- What it is ---------------------------------------------------------------------------
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """(rows, D), the rows of all ranks; found by a pass over the data if there was none."""
+    def num_rows(self) -> int:
+        """Number of the rows of all ranks; found by a pass over the data if there was none."""
         if self._counts is None or self._counts is not self.local.counts:
             with self._pass("rows"):
                 _ = self.local.plan
-                self._by_rank = self.group.share(self.local.shape[0])
+                self._by_rank = self.group.share(self.local.num_rows)
             self._counts = self.local.counts
-        return sum(self._by_rank), self.parameters.numel
-
-    @shape.setter
-    def shape(self, _: Any) -> None:
-        """Do nothing: SciPy's constructor sets a shape."""
+        return sum(self._by_rank)
 
     @property
     def processes(self) -> Processes:
@@ -195,6 +191,7 @@ class DistributedScores(Scores):
 
     def on(self, data: Any, kind: str | None = None, **options: Any) -> DistributedScores:
         """Return the score matrix of other data, of which each rank passes its own part; see `ScoreMatrix.on`."""
+        options["progressbar"] = options.get("progressbar", False) and self.group.leads
         local = self.local.on(with_indices(data, self.group), kind, **options)
         return type(self)(local, self.group, checks=False)
 
@@ -228,9 +225,13 @@ class DistributedScores(Scores):
 
     def _own(self, W: Tensor) -> Tensor:
         """Return the pieces (K, rows) of vectors that belong to this rank's rows."""
-        _ = self.shape
-        start = sum(self._by_rank[: self.group.rank])
-        return W[:, start : start + self._by_rank[self.group.rank]]
+        first, rows = self._own_rows()
+        return W[:, first : first + rows]
+
+    def _own_rows(self) -> tuple[int, int]:
+        """Return the number of the first of this rank's rows, and how many it has."""
+        _ = self.num_rows
+        return sum(self._by_rank[: self.group.rank]), self._by_rank[self.group.rank]
 
     # ---- What F = GᵀG asks --------------------------------------------------------------------
 
@@ -244,14 +245,13 @@ class DistributedScores(Scores):
         """Return GᵀG as a matrix (D, D), from the rows."""
         return self._sum("dense", self.local.sum_of_squares)
 
-    def col_norms(self) -> Tensor:
+    def col_squares(self) -> Tensor:
         """Return the squared norms of the columns, (D,): the diagonal of F."""
         return self._sum("diagonal", self.local.sum_of_diagonals)
 
-    def square_norm(self) -> float:
-        """Return the squared Frobenius norm, which is the trace of F."""
-        total = float(self.col_norms().sum(dtype=torch.float64))
-        return float(self._sum("trace", self.local.square_norm_of_rows)) if self._is_tiny(total) else total
+    def square_norm_of_rows(self) -> Tensor:
+        """Sum the squares in float64, in any order of the rows."""
+        return self._sum("trace", self.local.square_norm_of_rows)
 
     def square_root(self, triangular: bool) -> Tensor:
         """Return B in float64 with BᵀB = F; see `ScoreMatrix.square_root`."""
@@ -283,12 +283,10 @@ class DistributedScores(Scores):
 
     def block(self, start: int, stop: int) -> Tensor:
         """Return some rows, (stop − start, D)."""
-        rows = self.shape[0]
-        first = sum(self._by_rank[: self.group.rank])
-        low, high = (min(max(end - first, 0), self._by_rank[self.group.rank]) for end in (start, stop))
-        assert stop <= rows
+        first, rows = self._own_rows()
         with self._pass("rows"):
-            return torch.cat(self.group.gather(self.local.block(low, high)))
+            own = self.local.block(*clipped(start - first, stop - first, rows))
+            return torch.cat(self.group.gather(own))
 
     def row_squares(self) -> Tensor:
         """Return the squared norms of the rows, (rows,) in float64."""
@@ -298,7 +296,7 @@ class DistributedScores(Scores):
 
     def cross(self, other: Scores, scale: Tensor | None = None) -> Tensor:
         """Multiply G diag(scale) Hᵀ: (rows, rows of H), from the rows of both if all ranks have cached them."""
-        _ = self.shape, other.shape
+        _ = self.num_rows, other.num_rows
         result = None
         if isinstance(other, DistributedScores) and other.group is self.group:
             with self._pass("Gram matrix"), other._pass("Gram matrix"):

@@ -265,7 +265,7 @@ class MaterializedBatch:
                 found.setdefault(name, []).append(block)
         return found
 
-    def row_norms(self) -> Tensor:
+    def row_squares(self) -> Tensor:
         """Return the squared norms of the rows, (rows,) in float64."""
         by_name = self._by_name()
         alone = [span for name, span in self._parameters.items() if span in self._own_spans and name not in by_name]
@@ -277,7 +277,7 @@ class MaterializedBatch:
             derived, columns = blocks[0]
             mixed = self._parameters[name] in self._own_spans or len(blocks) > 1
             if not mixed and isinstance(derived, Strided) and derived.is_injective:
-                total += columns.row_norms().flatten()
+                total += columns.row_squares().flatten()
                 continue
             # What is held for a parameter is summed before it is squared.
             start, stop = self._parameters[name]
@@ -316,17 +316,17 @@ class MaterializedBatch:
             squares.add(rows.square().sum(0))
         self._scatter(squares.value()[None], total)
         for name in self._by_name():
-            total[0, slice(*self._parameters[name])] = self.col_norms_of(name)
+            total[0, slice(*self._parameters[name])] = self.col_squares_of(name)
         return total[0]
 
-    def col_norms_of(self, name: str) -> Tensor:
+    def col_squares_of(self, name: str) -> Tensor:
         """Return the squared norms of the columns for a parameter some of whose uses are held as blocks, (n,)."""
         start, stop = self._parameters[name]
         blocks = self._by_name().get(name, [])
         if len(blocks) == 1 and (start, stop) not in self._own_spans:
             derived, columns = blocks[0]
             if isinstance(derived, Strided) and derived.is_injective:
-                return derived.pull(columns.col_norms()[None])[name][0]
+                return derived.pull(columns.col_squares()[None])[name][0]
         # What is held for a parameter is summed before it is squared.
         step = max(1, min(_ROWS_PER_SUM, _BLOCK_BYTES // ((stop - start) * self._dense.itemsize)) // self._q)
         total = CompensatedSum(self._dense.new_empty(stop - start))

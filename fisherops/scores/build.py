@@ -22,17 +22,9 @@ from fisherops.problem.calls import Use, tensors_in, unchanged
 from fisherops.problem.evaluation import Evaluation
 from fisherops.problem.separation import keeps_examples_apart
 from fisherops.scores.backward import Backward, Reverse, edge_of
-from fisherops.scores.batch import MaterializedBatch, Span
-from fisherops.scores.columns import (
-    Columns,
-    Factors,
-    Rows,
-    Table,
-    rows_are_cheaper,
-    rows_are_smaller,
-    rows_of_contraction,
-)
-from fisherops.scores.convolutions import Convolution, rows_are_better
+from fisherops.scores.batch import MaterializedBatch
+from fisherops.scores.columns import Columns, Factors, Rows, Table, rows_are_better, rows_of_contraction
+from fisherops.scores.convolutions import Convolution
 from fisherops.scores.derived import Composed, Derived, Strided, UnknownUseError, UsedValue
 from fisherops.scores.positions import Arrangement
 from fisherops.scores.rows import rows_by_datum, rows_one_by_one
@@ -70,8 +62,8 @@ class _Pair:
 
     def is_better_dense(self, form: str) -> bool:
         """Whether its rows should be held instead, to be small ("factors") or fast ("auto")."""
-        (_, T, _, i), (q, _, o) = self.A.shape, self.B.shape[2:]
-        return rows_are_smaller(T, q, o, i) or (form == "auto" and rows_are_cheaper(T, q, q * o * i, T * (i + q * o)))
+        (N, T, g, i), (q, _, o) = self.A.shape, self.B.shape[2:]
+        return rows_are_better(form, N * q * g * o * i, self.A.numel() + self.B.numel(), T, q)
 
     def joined(self, other: _Pair) -> _Pair:
         """Return the sum of two uses of the same parameters: the positions of one after those of the other."""
@@ -166,9 +158,8 @@ class RowsBuilder:
             return None
         g, o, i, positions = axes
         T = max(1, positions // self._N)
-        if rows_are_smaller(T, self._q, o, i) or (form == "auto" and rows_are_cheaper(T, self._q, o, i)):
-            return None
-        return self._N * T * g * (i + self._q * o)
+        rows, factors = self._N * self._q * g * o * i, self._N * T * g * (i + self._q * o)
+        return None if rows_are_better(form, rows, factors, T, self._q) else factors
 
     def _elements_of_convolution(self, use: Use, form: str) -> int | None:
         """Predict the elements of input and gradients, or None if dense rows are held."""
@@ -413,8 +404,8 @@ class RowsBuilder:
         parameters = self._evaluation.problem.parameters
 
         def is_dense(x: _Found) -> bool:
-            if merge and (form == "scores" or isinstance(x.columns, Rows)):
-                return True
+            if form == "scores" or isinstance(x.columns, Rows):
+                return merge
             return merge and isinstance(x.columns, _Pair | Convolution) and x.columns.is_better_dense(form)
 
         as_rows: list[_Found] = []
@@ -701,4 +692,4 @@ def _joined(found: Sequence[_Found]) -> list[_Found]:
     return result
 
 
-__all__ = ["CannotHoldError", "KnownRows", "PlanWarning", "RowsBuilder", "Span"]
+__all__ = ["CannotHoldError", "KnownRows", "PlanWarning", "RowsBuilder"]

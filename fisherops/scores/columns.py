@@ -74,12 +74,12 @@ class Columns(ABC):
         """Temporary elements of a product for each vector."""
         return 0
 
-    def col_norms(self) -> Tensor:
+    def col_squares(self) -> Tensor:
         """Return the squared norms of the columns, (g, o, i)."""
         step = min(_TERMS, max(1, _FILLING // math.prod(self.shape)))
         return summed(self.rows(n, n + step).square().sum((0, 1)) for n in range(0, self.count, step))
 
-    def row_norms(self) -> Tensor:
+    def row_squares(self) -> Tensor:
         """Return the squared norms of the rows, (N, q) in float64."""
         step = max(1, _FILLING // math.prod(self.shape))
         norms = [
@@ -91,20 +91,23 @@ class Columns(ABC):
         return torch.cat(norms)
 
 
-def rows_are_smaller(T: int, q: int, o: int, i: int) -> bool:
-    """Whether q dense rows of o × i for each datum are no more elements than the factors of T positions."""
-    return q * o * i <= T * (i + q * o)
-
-
-def rows_are_cheaper(T: int, q: int, rows: int, factors: int) -> bool:
-    """Whether so many elements of q dense rows for each datum are worth their memory beside those of factors.
+def rows_are_better(form: str, rows: int, factors: int, T: int, q: int) -> bool:
+    """Whether to hold dense rows of a use instead of factors, to be small ("factors") or fast ("auto").
 
     A matrix product does several multiplications in the time that one element takes from memory, so products with
-    factors of T positions may take longer. Rows may take up to 1.5 times the memory of the factors, or half as many
-    times as they are faster.
+    factors may take longer. In "auto" rows may take up to 1.5 times the memory of the factors, or half as many times
+    as they are faster.
+
+    Parameters
+    ----------
+    form : {"auto", "factors"}
+    rows, factors : int
+        Elements of the rows, and of the factors.
+    T, q : int
+        Positions and vectors of a datum.
     """
     faster = T / (8 * q)
-    return faster > 1 and rows <= max(1.5, faster / 2) * factors
+    return rows <= factors or (form == "auto" and faster > 1 and rows <= max(1.5, faster / 2) * factors)
 
 
 class Rows(Columns):
@@ -229,9 +232,9 @@ class Factors(Columns):
             total += of_group(g)
         return _times_power(total, a + b + c + e)
 
-    def col_norms(self) -> Tensor:
+    def col_squares(self) -> Tensor:
         if self._T > 1:
-            return super().col_norms()
+            return super().col_squares()
         (A, a), (B, b) = _in_range(self._A), _in_range(self._B)
         squares = B.square().sum(0).view(*self.shape[:2], -1)
         if self.shape[0] == 1:
@@ -240,12 +243,12 @@ class Factors(Columns):
             norms = torch.matmul(squares, A.square())
         return _times_power(norms, 2 * (a + b))
 
-    def row_norms(self) -> Tensor:
+    def row_squares(self) -> Tensor:
         _, o, i = self.shape
         if self._T > 1 and self._T * (i + self._q * o) > self._q * o * i:
-            return super().row_norms()
+            return super().row_squares()
         A, B = self._by_datum()
-        norms = [_norms_of_pairs(torch.einsum("ntgi,nsgi->ntgs", a, a), b) for a, b in _by_pairs(A, B)]
+        norms = [_squares_of_pairs(torch.einsum("ntgi,nsgi->ntgs", a, a), b) for a, b in _by_pairs(A, B)]
         return torch.cat(norms)
 
     def scale(self, factor: float) -> None:
@@ -321,10 +324,10 @@ class Table(Columns):
 
         return _gram(inputs, self._B.transpose(1, 2), other._B.transpose(1, 2))
 
-    def row_norms(self) -> Tensor:
+    def row_squares(self) -> Tensor:
         B = self._B.transpose(1, 2).unsqueeze(3)
         norms = [
-            _norms_of_pairs((index.unsqueeze(2) == index.unsqueeze(1)).unsqueeze(2), b)
+            _squares_of_pairs((index.unsqueeze(2) == index.unsqueeze(1)).unsqueeze(2), b)
             for index, b in _by_pairs(self._index, B)
         ]
         return torch.cat(norms)
@@ -371,7 +374,7 @@ def _by_pairs(A: Tensor, B: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         yield a.double() if a.is_floating_point() else a, b.double()
 
 
-def _norms_of_pairs(inputs: Tensor, B: Tensor) -> Tensor:
+def _squares_of_pairs(inputs: Tensor, B: Tensor) -> Tensor:
     """Return Σ_{t,s} ⟨a_t, a_s⟩ ⟨b_t, b_s⟩, (n, q), for products of inputs (n, t, g, s) and B (n, t, q, g, o)."""
     outputs = torch.einsum("ntqgo,nsqgo->ntqgs", B, B)
     return (inputs.unsqueeze(2) * outputs).sum((1, 3, 4)).clamp_min_(0)

@@ -11,7 +11,7 @@ from torch.nn.functional import pad
 
 from fisherops._matmul import precision_is_full, times_transposed
 from fisherops.problem.calls import Window
-from fisherops.scores.columns import Columns, Factors, owned, rows_are_cheaper, summed
+from fisherops.scores.columns import Columns, Factors, owned, rows_are_better, summed
 
 # Elements of the outputs of a convolution, and of unfolded inputs, that are there at once.
 _OUTPUTS, _UNFOLDED = 2**21, 2**23
@@ -24,11 +24,6 @@ _PIECE = 2**14
 
 # The kernel for the gradient by a weight takes twice as long as a product of matrices if the last axis is this short.
 _SHORT = 4
-
-
-def rows_are_better(form: str, rows: int, factors: int, T: int, q: int) -> bool:
-    """Whether rows are fewer elements than inputs and outputs at T positions, or in "auto" multiplied faster."""
-    return rows <= factors or (form == "auto" and rows_are_cheaper(T, q, rows, factors))
 
 
 class Convolution(Columns):

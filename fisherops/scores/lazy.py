@@ -111,6 +111,6 @@ class LazyBatch:
             if first >= stop:
                 return
 
-    def row_norms(self) -> Tensor:
+    def row_squares(self) -> Tensor:
         """Return the squared norms of the rows, (rows,) in float64."""
         return torch.cat([torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).square() for rows in self.rows()])

@@ -30,8 +30,13 @@ class CacheSize(NamedTuple):
 class Scores(TorchLinearOperator):
     """A score matrix G, (rows, D): the building block of F, sums, and linear algebra.
 
-    A subclass says what its rows are: `block`, `row_squares` and `cross`.
+    A subclass says what it is a matrix of, multiplies by it, and gives its rows: all that raises NotImplementedError
+    here. Its parameters must be known when this constructor is called.
     """
+
+    def __init__(self) -> None:
+        parameters = self.parameters
+        super().__init__((parameters.numel,) * 2, parameters.dtype, parameters.device)
 
     is_divided = False
     """Whether vectors (D,) are divided among processes."""
@@ -41,6 +46,11 @@ class Scores(TorchLinearOperator):
     @property
     def parameters(self) -> Parameters:
         """The parameters, which the columns belong to."""
+        raise NotImplementedError
+
+    @property
+    def num_rows(self) -> int:
+        """Number of rows; found by a pass over the data if there was none."""
         raise NotImplementedError
 
     @property
@@ -97,12 +107,8 @@ class Scores(TorchLinearOperator):
         """Return GᵀG as a matrix (D, D)."""
         raise NotImplementedError
 
-    def col_norms(self) -> Tensor:
+    def col_squares(self) -> Tensor:
         """Return the squared norms of the columns, (D,): the diagonal of F."""
-        raise NotImplementedError
-
-    def square_norm(self) -> float:
-        """Return the squared Frobenius norm, which is the trace of F."""
         raise NotImplementedError
 
     def square_root(self, triangular: bool) -> Tensor:
@@ -121,16 +127,31 @@ class Scores(TorchLinearOperator):
         """Multiply G diag(scale) Hᵀ, for another score matrix that is not a stack: (rows, rows of H)."""
         return by_rows(self, other, scale)
 
-    def _is_tiny(self, square: float) -> bool:
-        """Whether a sum of squares is so small that some of them may be below the range of the precision."""
-        limits = torch.finfo(self.torch_dtype)
-        return square <= limits.tiny / limits.eps
-
     def has_columns_of(self, other: Scores) -> bool:
         """Whether the columns belong to parameters of the same names and shapes."""
         return self.parameters.shapes == other.parameters.shapes and type(other).has_columns_of is Scores.has_columns_of
 
     # ---- What is made of these ----------------------------------------------------------------
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(rows, D); the rows are found by a pass over the data if there was none."""
+        return self.num_rows, self.parameters.numel
+
+    @shape.setter
+    def shape(self, _: Any) -> None:
+        """Do nothing: SciPy's constructor sets a shape."""
+
+    def square_norm(self) -> float:
+        """Return the squared Frobenius norm, which is the trace of F."""
+        total = float(self.col_squares().sum(dtype=torch.float64))
+        limits = torch.finfo(self.torch_dtype)
+        # Of so small a sum some squares may be below the range of the precision.
+        return float(self.square_norm_of_rows()) if total <= limits.tiny / limits.eps else total
+
+    def square_norm_of_rows(self) -> Tensor:
+        """Sum the squares in float64."""
+        return self.row_squares().sum()
 
     def _transpose(self) -> Transposed:
         return Transposed(self)
@@ -138,7 +159,7 @@ class Scores(TorchLinearOperator):
     @opaque
     def todense(self) -> np.ndarray[Any, Any]:
         """Return G as a NumPy array of shape (rows, D), from the rows."""
-        return check_result(self.block(0, self.shape[0])).cpu().numpy()
+        return check_result(self.block(0, self.num_rows)).cpu().numpy()
 
     @opaque
     def rows(self, start: int = 0, stop: int | None = None, *, by_parameter: bool = False, like: Any = None) -> Any:
@@ -177,7 +198,7 @@ class Scores(TorchLinearOperator):
         >>> gradients["weight"].shape
         (10, 3, 4)
         """
-        R = self.shape[0]
+        R = self.num_rows
         start, stop = operator.index(start), R if stop is None else operator.index(stop)
         if not 0 <= start <= stop <= R:
             raise ValueError(f"rows {start} to {stop} must be among the {R} rows of the score matrix.")
@@ -251,7 +272,7 @@ class Scores(TorchLinearOperator):
             other = self if other is None else other
             if self.parts[0][1] is self and other.parts[0][1] is other:
                 return check_result(self.cross(other, scale))
-            heights, widths = ([G.shape[0] for _, G in of.parts] for of in (self, other))
+            heights, widths = ([G.num_rows for _, G in of.parts] for of in (self, other))
             result = torch.empty(sum(heights), sum(widths), dtype=self.torch_dtype, device=self.device)
             blocks = [rows.split(widths, 1) for rows in result.split(heights)]
             for j, (alpha, G) in enumerate(self.parts):
@@ -263,11 +284,16 @@ class Scores(TorchLinearOperator):
             return check_result(result)
 
 
+def clipped(start: int, stop: int, rows: int) -> tuple[int, int]:
+    """Return the part of an interval that lies between 0 and a number of rows, (0, 0) or (rows, rows) if none does."""
+    return min(max(start, 0), rows), min(max(stop, 0), rows)
+
+
 def by_rows(G: Scores, H: Scores, scale: Tensor | None = None) -> Tensor:
     """Return G diag(scale) Hᵀ by products with blocks of the rows of G, none of which may be cached."""
     R, D = G.shape
     step = max(1, _BLOCK_BYTES // max(1, D * torch.finfo(G.torch_dtype).bits // 8))
-    blocks = [torch.empty(0, H.shape[0], dtype=G.torch_dtype, device=G.device)]
+    blocks = [torch.empty(0, H.num_rows, dtype=G.torch_dtype, device=G.device)]
     for start in range(0, R, step):
         rows = G.block(start, min(start + step, R))
         blocks.append(H._mul(rows if scale is None else rows * scale))

@@ -69,6 +69,10 @@ class Reader:
         total: Callable[[Tensor], Tensor] = itself,
         reduction: str | None = None,
     ) -> None:
+        if rows not in ("term", "datum"):
+            raise ValueError(f"`rows` must be 'term' or 'datum', got {rows!r}.")
+        if rows == "datum" and not kind.may_sum_terms:
+            raise ValueError(f"`rows` must be 'term' for kind={kind.name!r}, got 'datum'. Leave it out.")
         self.problem, self.data, self.kind, self.name = problem, data, kind, name
         self.sums, self.checks, self.weights = rows == "datum", checks, weights
         self.stream, self._total, self._reduction = stream, total, reduction
@@ -105,13 +109,14 @@ class Reader:
 
     def of_data(self, data: Data, kind: Kind, *, rows: str | None, reduction: str, weights: Tensor | None) -> Reader:
         """Return a reader of other data for the same problem; `rows` are as here if they are None."""
-        sums = self.sums and kind.may_sum_terms if rows is None else rows == "datum"
+        if rows is None:
+            rows = "datum" if self.sums and kind.may_sum_terms else "term"
         return Reader(
             self.problem,
             data,
             kind,
             name=f"kind={kind.name!r}",
-            rows="datum" if sums else "term",
+            rows=rows,
             checks=self.checks,
             weights=weights,
             stream=self.stream,

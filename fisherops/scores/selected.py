@@ -33,7 +33,7 @@ class SelectedScores(Scores):
     factors : torch.Tensor, optional
         s, (d,). Default: ones.
     parameters : Parameters, optional
-        The parameters that the columns belong to. Default: those of G.
+        The d parameters that the columns belong to. Default: those of G.
     """
 
     def __init__(
@@ -45,20 +45,14 @@ class SelectedScores(Scores):
     ) -> None:
         self._G, self._columns, self._factors = scores, index, factors
         self._parameters = scores.parameters if parameters is None else parameters
-        self._numel = scores.parameters.numel if index is None else len(index)
         self.max_memory = scores.max_memory
-        super().__init__((self._numel, self._numel), scores.torch_dtype, scores.device)
+        super().__init__()
 
     # ---- What it is ---------------------------------------------------------------------------
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """(rows, d)."""
-        return self._G.shape[0], self._numel
-
-    @shape.setter
-    def shape(self, _: Any) -> None:
-        """Do nothing: SciPy's constructor sets a shape."""
+    def num_rows(self) -> int:
+        return self._G.num_rows
 
     @property
     def parameters(self) -> Parameters:
@@ -126,22 +120,18 @@ class SelectedScores(Scores):
         return V if self._factors is None else V * self._factors.to(V.dtype)
 
     def dense(self) -> Tensor:
+        d = self.parameters.numel
         if not self.is_cached:
-            products = [self.product(rows) for rows in identity(self._numel, self.torch_dtype, self.device)]
-            return torch.cat(products)
-        total = CompensatedSum(torch.empty(self._numel, self._numel, dtype=self.torch_dtype, device=self.device))
+            return torch.cat([self.product(rows) for rows in identity(d, self.torch_dtype, self.device)])
+        total = CompensatedSum(torch.empty(d, d, dtype=self.torch_dtype, device=self.device))
         for rows in self._blocks():
             total.add(rows.T @ rows)
         return total.value()
 
-    def col_norms(self) -> Tensor:
-        norms = self._G.col_norms()
-        norms = norms if self._columns is None else norms[self._columns]
-        return norms if self._factors is None else norms * self._factors.square()
-
-    def square_norm(self) -> float:
-        total = float(self.col_norms().sum(dtype=torch.float64))
-        return float(self.row_squares().sum()) if self._is_tiny(total) else total
+    def col_squares(self) -> Tensor:
+        squares = self._G.col_squares()
+        squares = squares if self._columns is None else squares[self._columns]
+        return squares if self._factors is None else squares * self._factors.square()
 
     def has_columns_of(self, other: Scores) -> bool:
         if not isinstance(other, SelectedScores) or not self._G.has_columns_of(other._G):
@@ -151,7 +141,7 @@ class SelectedScores(Scores):
 
     def square_root(self, triangular: bool) -> Tensor:
         B = self._cut(self._G.square_root(triangular))
-        return torch.linalg.qr(B, mode="r")[1] if triangular and len(B) > self._numel else B
+        return torch.linalg.qr(B, mode="r")[1] if triangular and len(B) > B.shape[1] else B
 
     # ---- Its rows -----------------------------------------------------------------------------
 
@@ -161,8 +151,8 @@ class SelectedScores(Scores):
     def _blocks(self) -> Iterator[Tensor]:
         """List the rows in blocks (r, d)."""
         step = max(1, _BLOCK_BYTES // (self._G.parameters.numel * self.dtype.itemsize))
-        for start in range(0, self.shape[0], step):
-            yield self.block(start, min(start + step, self.shape[0]))
+        for start in range(0, self.num_rows, step):
+            yield self.block(start, min(start + step, self.num_rows))
 
     def row_squares(self) -> Tensor:
         empty = torch.empty(0, dtype=torch.float64, device=self.device)
@@ -170,16 +160,16 @@ class SelectedScores(Scores):
         return torch.cat([empty, *norms])
 
     def cross(self, other: Scores, scale: Tensor | None = None) -> Tensor:
-        """Multiply G diag(scale) Hᵀ; of itself by the rows of G, in which the other columns count nothing."""
-        if other is not self:
+        """Multiply G diag(scale) Hᵀ; of equal columns by all of them, in which the others count nothing."""
+        if not isinstance(other, SelectedScores) or not self.has_columns_of(other):
             return by_rows(self, other, scale)
-        ones = torch.ones(self._numel, dtype=self.torch_dtype, device=self.device)
+        ones = torch.ones(self.parameters.numel, dtype=self.torch_dtype, device=self.device)
         weights = ones if scale is None else scale
         if self._factors is not None:
             weights = weights * self._factors.square()
         if self._columns is not None:
             weights = ones.new_zeros(self._G.parameters.numel).index_add_(0, self._columns, weights)
-        return self._G.gram_tensor(scale=weights)
+        return self._G.gram_tensor(other._G, scale=weights)
 
 
 def selected(parameters: Parameters, which: Any) -> tuple[Tensor, Parameters]:
