@@ -186,8 +186,8 @@ def _key_of_call(key: tuple[int, int], call: int) -> tuple[int, int]:
     """
     if call == 0:
         return key
-    ones = torch.tensor(_philox.MASK, device="cpu")
-    high, low, *_ = (int(word) for word in _philox.words((ones.new_tensor(call), ones, ones, ones), key))
+    ones = torch.tensor([_philox.MASK], device="cpu")
+    high, low, *_ = (int(word) for word in _philox.words((ones.new_tensor([call]), ones, ones, ones), key))
     return high, low
 
 

@@ -8,6 +8,11 @@ doi:10.1145/2063384.2063405.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
 from torch import Tensor
 
 MASK = 0xFFFFFFFF
@@ -17,6 +22,7 @@ _ROUNDS = 10
 
 
 Words = tuple[Tensor, Tensor, Tensor, Tensor]
+Integers = TypeVar("Integers", Tensor, np.ndarray[Any, Any])
 
 
 def words(counter: Words, key: tuple[int, int]) -> Words:
@@ -25,7 +31,7 @@ def words(counter: Words, key: tuple[int, int]) -> Words:
     Parameters
     ----------
     counter : tuple of four torch.Tensor
-        The 32-bit words of the counters, int64 tensors that broadcast to each other.
+        The 32-bit words of the counters, int64 tensors with at least one axis that broadcast to each other.
     key : tuple of two int
         The 32-bit words of the key.
 
@@ -34,6 +40,15 @@ def words(counter: Words, key: tuple[int, int]) -> Words:
     tuple of four torch.Tensor
         int64 tensors with values in [0, 2³²).
     """
+    if counter[0].device.type == "cpu":  # calls of NumPy cost a fifth of those of PyTorch
+        w0, w1, w2, w3 = map(torch.from_numpy, _rounds([word.numpy() for word in counter], key))
+    else:
+        w0, w1, w2, w3 = _rounds(counter, key)
+    return w0, w1, w2, w3
+
+
+def _rounds(counter: Sequence[Integers], key: tuple[int, int]) -> Sequence[Integers]:
+    """Return the words for arrays of either library."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(_ROUNDS):
@@ -58,7 +73,7 @@ def _open_unit(high: Tensor, low: Tensor) -> Tensor:
     return (k.double() + 0.5) * 2.0**-52
 
 
-def _multiply(x: Tensor, m: int) -> tuple[Tensor, Tensor]:
+def _multiply(x: Integers, m: int) -> tuple[Integers, Integers]:
     """Return the high and the low word of x · m, whose 64 bits int64 holds, if with another sign."""
     product = x * m
     return (product >> 32) & MASK, product & MASK

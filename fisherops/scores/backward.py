@@ -49,6 +49,8 @@ class Backward:
         """Return the vectors of all data as cotangents of the outputs, (q, T, C)."""
         own = self.factor.blocks // self.N
         U = vectors.view(self.N, own, self.factor.rank, -1)
+        if own == 1:
+            return U[:, 0].transpose(0, 1).reshape(self.q, *self.f.shape)
         U = torch.einsum("norp,ox->ornxp", U, torch.eye(own, dtype=U.dtype, device=U.device))
         return U.reshape(self.q, *self.f.shape)
 
