@@ -29,6 +29,7 @@ class CompensatedSum:
         self._like = like
         self._sum: Tensor | None = None
         self._error: Tensor | None = None
+        self._next: Tensor | None = None
 
     def add(self, term: Tensor) -> None:
         """Add a tensor, which becomes property of the sum."""
@@ -38,9 +39,9 @@ class CompensatedSum:
         if self._error is None:
             self._error = torch.zeros_like(self._sum)
         corrected = term.sub_(self._error)
-        total = self._sum + corrected
-        torch.sub(total, self._sum, out=self._error).sub_(corrected)
-        self._sum.copy_(total)
+        self._next = torch.add(self._sum, corrected, out=self._next)
+        torch.sub(self._next, self._sum, out=self._error).sub_(corrected)
+        self._sum, self._next = self._next, self._sum
 
     def value(self) -> Tensor:
         """Return the sum; that of no terms is zero."""

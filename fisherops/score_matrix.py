@@ -37,6 +37,9 @@ from fisherops.scores.reader import Reader, as_weights
 _CHUNK_BYTES = 2**24
 _FEW_COLUMNS = 8
 
+# Entries of each vector that are copied at once into another order of memory.
+_PIECE = 2**12
+
 # Rows that are summed in the compute precision without compensation.
 _ROWS_PER_SUM = 4096
 
@@ -292,13 +295,13 @@ class ScoreMatrix(Scores):
         return self._over_in_order("scores", product)
 
     def _mul_t(self, W: Tensor) -> Tensor:
-        _ = self.shape
-        assert self.counts is not None
-        pieces = W.split(self.counts, 1)
         total = CompensatedSum(W.new_empty(len(W), self.parameters.numel))
 
         def product(batches: Iterable[BatchScores]) -> Tensor:
-            for batch, own in zip(batches, pieces, strict=True):
+            first = 0
+            for batch in batches:
+                own = W[:, first : first + batch.count]
+                first += batch.count
                 parts = [batch.apply_t(part.contiguous()) for part in own.split(batch.columns)]
                 total.add(torch.cat(parts) if len(parts) > 1 else parts[0])
             return total.value()
@@ -508,12 +511,15 @@ class ScoreMatrix(Scores):
             raise ValueError(NO_ORDER)
 
     def _filled(self, batches: Iterator[Any], known: Cache | None, version: int) -> Iterator[BatchScores]:
-        """Compute each batch that is not cached; if none is known yet, a new cache chooses the forms."""
+        """Compute each batch that is not cached; if none is known yet, a new cache chooses the forms.
+
+        The first batches that are cached are given when it is known whether all are, so that they can be merged.
+        """
         reader, cache, late = self.reader, known, self.reader.finds_c_late
         if cache is None:
             self._cache = None
             cache = Cache(self._asked, self.max_memory, self._spill, reader.data.num_batches)
-        counts, index = [], []
+        counts, index, given = [], [], known is not None
         records = self._asked != "linearization"
         for batch, evaluation, factor_of in reader.evaluations(batches, () if known is None else known, records):
             with noting(f"batch {batch.number}"):
@@ -523,6 +529,11 @@ class ScoreMatrix(Scores):
                     scores = cache.add(evaluation, factor_of) if known is None else compute(evaluation, factor_of)
             counts.append(scores.count)
             index.append(batch.places.cpu())
+            if not given and batch.number in cache:
+                continue
+            if not given:
+                yield from map(cache.batch, range(batch.number))
+                given = True
             yield scores
         is_stream = self.kind.order == "fixed"
         if not cache.is_complete and (reader.data.order_is_free or is_stream):
@@ -532,7 +543,10 @@ class ScoreMatrix(Scores):
             return
         if late:
             cache.divide(reader.divisor())
+        cache.merge()
         self._cache, self._version, self.counts, self._index = cache, version, counts, index
+        if not given:
+            yield from cache.in_order() or ()
 
     def _sum(self, terms: Iterable[Tensor], *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         """Sum over batches."""
@@ -590,22 +604,33 @@ def _rows_or_columns(batch: BatchScores, D: int, dtype: torch.dtype, device: tor
 def _sum_of_products(V: Tensor, batches: Iterable[BatchScores]) -> Tensor:
     """Sum GᵀG V over batches; in blocks of V if it is large, but data are read once for all blocks."""
     step = column_step(V)
-    if len(V) <= step:
+    if len(V) <= step and V.is_contiguous():
         total = CompensatedSum(V)
         for batch in batches:
-            total.add(_product(batch, V.contiguous()))
+            total.add(_product(batch, V))
         return total.value()
-    result = torch.empty_like(V, memory_format=torch.contiguous_format)
+    result = torch.empty_like(V)
+    scratch = torch.empty_like(V[:step], memory_format=torch.contiguous_format)
     blocks = list(zip(V.split(step), result.split(step), strict=True))
     in_memory = type(batches) is list  # and not read from files
     for group in [[block] for block in blocks] if in_memory else [blocks]:
-        totals = [CompensatedSum(own) for own, _ in group]
+        totals = [CompensatedSum(out) for _, out in group]
+        own = _copied(group[0][0], scratch)
         for batch in batches:
-            for total, (own, _) in zip(totals, group, strict=True):
-                total.add(_product(batch, own.contiguous()))
+            for total, (block, _) in zip(totals, group, strict=True):
+                total.add(_product(batch, own if in_memory else _copied(block, scratch)))
         for total, (_, out) in zip(totals, group, strict=True):
-            out.copy_(total.value())
+            _copied(total.value(), out)
     return result
+
+
+def _copied(source: Tensor, out: Tensor) -> Tensor:
+    """Copy vectors (K, D) into another order of memory, in pieces that stay in the processor's cache."""
+    out = out[: len(source)]
+    step = source.shape[1] if source.device.type != "cpu" or source.stride() == out.stride() else _PIECE
+    for piece, own in zip(source.split(step, 1), out.split(step, 1), strict=True):
+        own.copy_(piece)
+    return out
 
 
 def _product(batch: BatchScores, V: Tensor) -> Tensor:

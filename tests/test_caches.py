@@ -1,5 +1,6 @@
 """What is kept between products: always the same matrix, whatever the form, within its memory, and never stale."""
 
+import contextlib
 import copy
 import functools
 import gc
@@ -298,6 +299,90 @@ def test_a_pass_that_was_left_early_keeps_nothing(cache):
         op @ v
     assert_same(op @ v, expected, case.dtype)
     assert op.plan.nbytes > 0
+
+
+# ---- Many small batches -----------------------------------------------------------------------------------
+
+
+@given(
+    st.builds(
+        make_case,
+        architecture=st.sampled_from(ARCHITECTURES),
+        loss=st.sampled_from(sorted(LOSSES)),
+        sizes=st.lists(st.integers(1, 3), min_size=2, max_size=6),
+        seed=st.integers(0, 10**6),
+    ),
+    st.sampled_from(sorted(KINDS)),
+    st.sampled_from(["auto", "scores", "factors"]),
+)
+def test_small_batches_are_merged(case, kind, cache):
+    """G of merged batches is G by batches, row by row."""
+
+    def of(batches):
+        op = KINDS[kind](case.model, case.loss, data=case.data, cache=cache)
+        with batches:
+            first = op @ np.ones(case.D)
+        np.testing.assert_array_equal(op @ np.ones(case.D), first)
+        return op, op.scores
+
+    by_batch = mock.patch("fisherops.scores.cache.Cache.merge", return_value=None)
+    (op, G), (expected, H) = of(contextlib.nullcontext()), of(by_batch)
+    if all(isinstance(batch, MaterializedBatch) for batch in H._cache.in_order() or ()):
+        assert len(G.materialized()) == 1
+        assert [len(batch) for batch in (H.materialized(), op.plan.entries)] == [len(case.data)] * 2
+        assert G.materialized()[0].nbytes <= sum(batch.nbytes for batch in H.materialized())
+    V, W = (np.random.default_rng(0).standard_normal((n, 3)) for n in (case.D, G.shape[0]))
+    assert_same(op @ V, expected @ V, case.dtype)
+    assert_same(G @ V, H @ V, case.dtype)
+    assert_same(G.T @ W, H.T @ W, case.dtype)
+    assert_same(G.rows(), H.rows(), case.dtype)
+    assert_same(G.gram(), H.gram(), case.dtype)
+    assert_same(G.row_norms(), H.row_norms(), case.dtype)
+    assert_same(op.diagonal(), expected.diagonal(), case.dtype)
+    np.testing.assert_array_equal(G.datum, H.datum)
+
+
+def test_batches_that_differ_are_not_merged():
+    """Sequences of other lengths, and what is computed from parameters by a graph of its batch."""
+    model = Lambda(lambda self, X: self.parts[0](X).tanh().sum(1), nn.Linear(3, 2))
+    X = [torch.randn(2, length, 3, generator=torch.Generator().manual_seed(length)) for length in (4, 4, 5, 5, 4)]
+    data = [(x, torch.zeros(2, dtype=torch.int64)) for x in X]
+    op = fo.FisherMCLinearOperator(model, nn.CrossEntropyLoss(), data=data, cache="factors")
+    assert [batch.count for batch in op.scores.materialized()] in ([4, 4, 2], [10])
+    normed = nn.utils.parametrizations.weight_norm(nn.Linear(3, 2))
+    data = [(x[:, 0], y) for x, y in data]
+    op = fo.FisherMCLinearOperator(normed, nn.CrossEntropyLoss(), data=data, cache="factors")
+    plain = fo.FisherMCLinearOperator(normed, nn.CrossEntropyLoss(), data=data, cache="none")
+    assert len(op.scores.materialized()) == 5
+    assert_same(op.todense(), plain.todense(), torch.float32)
+
+
+def test_merged_batches_share_inputs_as_batches_do():
+    """Two convolutions of one input hold it once."""
+    layers = nn.Conv2d(2, 3, 3, padding=1), nn.Conv2d(2, 3, 1)
+    call = Lambda(lambda self, X: (self.parts[0](X).tanh() + self.parts[1](X)).mean((2, 3)), *layers)
+    X = torch.randn(6, 2, 8, 8, generator=torch.Generator().manual_seed(0))
+    y = torch.arange(6) % 3
+    data = [(X[n : n + 2], y[n : n + 2]) for n in (0, 2, 4)]
+    op = fo.FisherMCLinearOperator(call, nn.CrossEntropyLoss(), data=data, cache="factors")
+    whole = fo.FisherMCLinearOperator(call, nn.CrossEntropyLoss(), data=[(X, y)], cache="factors")
+    (merged,), (one,) = op.scores.materialized(), whole.scores.materialized()
+    assert merged.nbytes == one.nbytes
+    assert_same(op.todense(), whole.todense(), torch.float32)
+
+
+@pytest.mark.parametrize("part", [0.4, 0.7, 1])
+def test_batches_are_merged_only_if_all_are_cached(part):
+    """Data that come in another order from some batch on replace single batches."""
+    case = make_case("dense", "ce", sizes=(2,) * 6)
+    free = fo.FisherMCLinearOperator(case.model, case.loss, data=case.data)
+    memory = int(part * free.plan.nbytes)
+    op = fo.FisherMCLinearOperator(case.model, case.loss, data=case.data, max_memory=memory)
+    v = np.ones(case.D)
+    first = op @ v
+    np.testing.assert_array_equal(op @ v, first)
+    assert_same(first, free @ v, case.dtype)
+    assert (len({*map(id, op.scores._cache._batches)}) == 1) == (part == 1)
 
 
 # ---- Within memory ----------------------------------------------------------------------------------------

@@ -110,7 +110,9 @@ def test_another_split_of_the_data_changes_the_draws_but_not_the_scale(loss):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_two_thousand_batches_keep_the_digits_of_one(dtype):
+def test_two_thousand_batches_keep_the_digits_of_one(monkeypatch, dtype):
+    """Batches that are not merged, because they do not fit or differ, are added with compensation."""
+    monkeypatch.setattr("fisherops.scores.cache._MERGED_BYTES", 0)
     model = torch.nn.Linear(3, 1, bias=False, dtype=dtype)
     X = torch.rand(2_000, 3, dtype=dtype)  # numbers of one sign, whose plain sum loses digits
     data = [(X[i : i + 1], X[i : i + 1, :1]) for i in range(len(X))]
@@ -126,3 +128,20 @@ def test_two_thousand_batches_keep_the_digits_of_one(dtype):
     assert np.abs(op @ v - expected).max() <= bound
     plain = np.cumsum(G * (G @ v)[:, None], 0, dtype=v.dtype)[-1]
     assert np.abs(plain - expected).max() > bound
+
+
+def test_merged_batches_have_the_digits_of_one_batch():
+    model = torch.nn.Linear(3, 1, bias=False)
+    X = torch.rand(2_000, 3)
+    small = [(X[i : i + 4], X[i : i + 4, :1]) for i in range(0, len(X), 4)]
+    v = torch.rand(3).numpy()
+    exact = fo.FisherMCLinearOperator(model.double(), torch.nn.MSELoss(), data=[(X.double(), X[:, :1].double())])
+    expected = exact @ v.astype("f8")
+    model.float()
+    op, one = (
+        fo.FisherMCLinearOperator(model, torch.nn.MSELoss(), data=data, check_deterministic=False)
+        for data in (small, [(X, X[:, :1])])
+    )
+    error, own = (np.abs(F @ v - expected).max() for F in (op, one))
+    assert len(op.scores.materialized()) == 1
+    assert error <= 2 * own + 4 * np.finfo("f4").eps * np.abs(expected).max()

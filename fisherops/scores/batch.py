@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,11 +13,10 @@ from fisherops._sums import CompensatedSum
 from fisherops.scores.columns import Columns, Factors
 from fisherops.scores.derived import Composed, Derived, Strided
 
-# Rows are multiplied by G and then by Gᵀ while they are in the processor's cache, some bytes of them; oneDNN needs many
-# rows at once, and where there are few long ones the kernels for vectors are the fastest.
-_CACHED_BYTES = 5 * 2**19
-_MANY_ROWS, _FEW_ROWS = 128, 64
-_LONG = 2**17
+# Rows are multiplied by G and then by Gᵀ while they are in the processor's cache, some bytes of them, or some rows: the
+# result is read and written for each block. oneDNN needs many rows at once.
+_CACHED_BYTES = 2**22
+_MANY_ROWS, _FEW_ROWS = 128, 8
 
 # Rows that are summed at once in the compute precision: more of them would lose digits.
 _ROWS_PER_SUM = 2**12
@@ -130,23 +130,22 @@ class MaterializedBatch:
     def _dense_product(self, V: Tensor, W: Tensor) -> Tensor:
         """Add the dense rows' product with V to W, and multiply their transpose with it."""
         count, length = self._dense.shape
-        total = torch.zeros_like(V)
-        if len(V) == 1 and count < _FEW_ROWS and length > _LONG and V.device.type == "cpu":
-            w, own = W[0], total[0]
-            for n, row in enumerate(self._dense):
-                w[n] += times_transposed(row[None], V)[0, 0]
-                own.addcmul_(row, w[n])
-            return total
-        cached, least = (8 * _CACHED_BYTES, _MANY_ROWS) if takes_onednn(V) else (_CACHED_BYTES, 2)
+        is_onednn = takes_onednn(V)
+        cached, least = (8 * _CACHED_BYTES, _MANY_ROWS) if is_onednn else (_CACHED_BYTES, _FEW_ROWS)
+        # Kernels for vectors add the rows to the result one after the other.
+        adds_in_place = len(V) == 1 and count <= _ROWS_PER_SUM and not is_onednn
         if V.device.type != "cpu":
             cached = _BLOCK_BYTES
         step = min(max(least, cached // (length * self._dense.itemsize)), _ROWS_PER_SUM)
+        total = V.new_zeros(0) if step >= count else torch.zeros_like(V)
         for rows, w in zip(self._dense.split(step), W.split(step, 1), strict=True):
             w += times_transposed(V, rows)
-            w = w.contiguous()
             if step >= count:
-                return times_transposed(w, rows.T)
-            total += times_transposed(w, rows.T)
+                return times_transposed(w.contiguous(), rows.T)
+            if adds_in_place:
+                total[0].addmv_(rows.T, w[0])
+            else:
+                total += times_transposed(w.contiguous(), rows.T)
         return total
 
     def apply(self, V: Tensor) -> Tensor:
@@ -360,6 +359,32 @@ class MaterializedBatch:
             yield part
 
     # ---- For files, other processes, and sharded parameters -----------------------------------
+
+    @property
+    def key(self) -> Any:
+        """Equal for batches that can be merged, None if this one cannot: a graph belongs to one batch."""
+        if not all(isinstance(derived, Strided) for derived, _ in self._blocks):
+            return None
+        blocks = tuple((derived.key, columns.key) for derived, columns in self._blocks if isinstance(derived, Strided))
+        return blocks, tuple(self._own_spans), self._q, tuple(self._layers.items())
+
+    def merged(self, others: Sequence[MaterializedBatch]) -> MaterializedBatch:
+        """Return G of the data of this batch and of others with the same key."""
+        batches, known = [self, *others], dict[Any, Tensor]()
+
+        def cat(tensors: Sequence[Tensor]) -> Tensor:
+            # What is held for several uses, such as the input of two convolutions, is held for them together.
+            places = tuple((t.data_ptr(), t.shape, t.stride()) for t in tensors)
+            if places not in known:
+                known[places] = torch.cat(list(tensors))
+            return known[places]
+
+        blocks = [
+            (uses[0][0], uses[0][1].merged([columns for _, columns in uses], cat))
+            for uses in zip(*(batch._blocks for batch in batches), strict=True)
+        ]
+        dense, size = cat([batch._dense for batch in batches]), sum(batch._N for batch in batches)
+        return MaterializedBatch(dense, self._own_spans, blocks, size, self._parameters, self._layers)
 
     def without_graphs(self) -> MaterializedBatch:
         """Return the same with dense rows for what is computed from parameters by a graph, which cannot leave."""

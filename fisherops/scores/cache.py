@@ -24,6 +24,9 @@ CACHES = ("auto", "scores", "factors", "linearization", "none")
 _MANY_VECTORS = 16
 _FEW_VECTORS = 2
 
+# Bytes of batches that are merged: a product takes far longer for them than the calls that it makes.
+_MERGED_BYTES = 2**26
+
 # Memory of rows that are used once, in units of what the graph has saved.
 _WORTH = 4
 
@@ -129,6 +132,24 @@ class Cache:
             elif isinstance(batch, MaterializedBatch):
                 batch.scale(float(c) ** -0.5)
 
+    def merge(self) -> None:
+        """Merge successive small batches that are cached alike if all are cached, so that products take few steps."""
+        if len(self._batches) < 2 or not self.is_complete:
+            return
+        waiting, self._batches = self._batches[::-1], []
+        while waiting:
+            first = waiting.pop()
+            if isinstance(first, MaterializedBatch) and (key := first.key) is not None:
+                others, nbytes = [], first.nbytes
+                while waiting and isinstance(other := waiting[-1], MaterializedBatch):
+                    nbytes += other.nbytes
+                    if nbytes > _MERGED_BYTES or other.key != key:
+                        break
+                    others.append(other)
+                    waiting.pop()
+                first = first.merged(others) if others else first
+            self._batches.append(first)
+
     def forget(self, reason: str) -> None:
         """Keep nothing."""
         self.plan.entries = [Entry(entry.size, "none", 0, reason) for entry in self.plan.entries]
@@ -150,8 +171,9 @@ class Cache:
                 nbytes = builder.nbytes(form)
                 if form == "auto" and self._spill is None:
                     # A fast batch must not take the memory of later ones: without a cache, they are slowest.
-                    later = (self._num_batches or 1) - len(self._batches) - 1
-                    fast, limit = nbytes, left - (later * builder.nbytes("factors") if later > 0 else 0)
+                    later = max(0, (self._num_batches or 1) - len(self._batches) - 1)
+                    fits = nbytes * (1 + later) <= left
+                    fast, limit = nbytes, left if fits else left - later * builder.nbytes("factors")
                 else:  # what goes to a file must be in memory while it is built
                     limit = left if self._spill is None else self.plan.max_memory
                 if nbytes <= limit:

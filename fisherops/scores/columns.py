@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -24,6 +25,10 @@ _TERMS = 2**12
 
 # Sizes up to 2 to this power, and down to its reciprocal, may be squared and summed in float32.
 _SAFE = 24
+
+
+Concatenate = Callable[[Sequence[Tensor]], Tensor]
+"""Joins tensors along their first axis; the same ones again give the same result."""
 
 
 class Columns(ABC):
@@ -58,6 +63,15 @@ class Columns(ABC):
     @abstractmethod
     def tensors(self) -> tuple[Tensor, ...]:
         """What is held."""
+
+    @property
+    @abstractmethod
+    def key(self) -> Any:
+        """Equal for columns of the same elements that can be merged."""
+
+    @abstractmethod
+    def merged(self, parts: Sequence[Self], cat: Concatenate) -> Self:
+        """Return columns of the data of all parts, one after the other; this one is the first of them."""
 
     @property
     def nbytes(self) -> int:
@@ -142,6 +156,13 @@ class Rows(Columns):
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         return (self._rows,)
+
+    @property
+    def key(self) -> Any:
+        return Rows, self._rows.shape[1:]
+
+    def merged(self, parts: Sequence[Rows], cat: Concatenate) -> Rows:
+        return Rows(cat([part._rows for part in parts]))
 
 
 class Factors(Columns):
@@ -258,6 +279,14 @@ class Factors(Columns):
     def tensors(self) -> tuple[Tensor, ...]:
         return self._A, self._B
 
+    @property
+    def key(self) -> Any:
+        return Factors, self.shape, self._T, self._q
+
+    def merged(self, parts: Sequence[Factors], cat: Concatenate) -> Factors:
+        A, B = zip(*(part._by_datum() for part in parts), strict=True)
+        return Factors(cat(A), cat(B))
+
 
 def rows_of_contraction(A: Tensor, B: Tensor) -> Tensor:
     """Return Σ_t b aᵀ of A (N, T, g, i) and B (N, T, q, g, o), (N, q, g, o, i)."""
@@ -352,6 +381,14 @@ class Table(Columns):
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         return self._index, self._B
+
+    @property
+    def key(self) -> Any:
+        return Table, self.shape, self._B.shape[1:]
+
+    def merged(self, parts: Sequence[Table], cat: Concatenate) -> Table:
+        index, B = (cat(own) for own in zip(*(part.tensors for part in parts), strict=True))
+        return Table(index, B.transpose(1, 2), self.shape[1])
 
     @property
     def nbytes(self) -> int:

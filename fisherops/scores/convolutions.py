@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from torch.nn.functional import pad
 
 from fisherops._matmul import precision_is_full, times_transposed
 from fisherops.problem.calls import Window
-from fisherops.scores.columns import Columns, Factors, owned, rows_are_better, summed
+from fisherops.scores.columns import Columns, Concatenate, Factors, owned, rows_are_better, summed
 
 # Elements of the outputs of a convolution, and of unfolded inputs, that are there at once.
 _OUTPUTS, _UNFOLDED = 2**21, 2**23
@@ -253,6 +254,16 @@ class Convolution(Columns):
     @property
     def shared(self) -> tuple[Tensor, ...]:
         return self.tensors
+
+    @property
+    def key(self) -> Any:
+        return Convolution, self._window, self._weight, self._scale, self._x.shape[1:], self._b.shape[1:], self._calls
+
+    def merged(self, parts: Sequence[Convolution], cat: Concatenate) -> Convolution:
+        x, b = (cat(own) for own in zip(*(part.tensors for part in parts), strict=True))
+        merged = Convolution(x.unflatten(0, (-1, self._calls)), b.unflatten(0, (-1, self._calls)), *self.key[1:3])
+        merged._scale = self._scale
+        return merged
 
 
 def _has_kernels(x: Tensor) -> bool:
