@@ -332,14 +332,14 @@ class ScoreMatrix(Scores):
         D = self.parameters.numel
         return self._over("diagonal", lambda batches: self._sum((batch.diagonal() for batch in batches), D))
 
-    def square_norm_of_rows(self) -> Tensor:
-        """Sum the squares in float64, in any order of the rows."""
+    def square_norm(self) -> float:
+        """Return the squared Frobenius norm, which is the trace of F, by the rows or columns, whichever is cheaper."""
+        return float(check_result(self.sum_of_squared_norms()))
 
-        def norm(batches: Iterable[BatchScores]) -> Tensor:
-            squares = (rows.double().square().sum() for batch in batches for rows in batch.rows())
-            return self._sum(squares, dtype=torch.float64)
-
-        return self._over("trace", norm)
+    def sum_of_squared_norms(self) -> Tensor:
+        """Return the squared Frobenius norm in float64, finite or not."""
+        squares = partial(self._sum, dtype=torch.float64)
+        return self._over("trace", lambda batches: squares(batch.square_norm() for batch in batches))
 
     def square_root(self, triangular: bool) -> Tensor:
         """Return B in float64 with BᵀB = F: the rows of G that are not zero, or the triangle R of G = QR.

@@ -123,7 +123,7 @@ def test_what_several_processes_share_has_all_that_a_score_matrix_offers():
     # What a wrapper asks of the score matrix of one rank, and not what others ask of a score matrix.
     of_one_rank = {
         "reader", "problem", "counts", "check", "is_current", "is_cached", "materialized",
-        "sum_of_squares", "sum_of_diagonals", "sum_of_gradients", "sum_of_moments", "square_norm_of_rows",
+        "sum_of_squares", "sum_of_diagonals", "sum_of_gradients", "sum_of_moments", "sum_of_squared_norms",
     }  # fmt: skip
     offered = {name for name in vars(ScoreMatrix) if not name.startswith("_")} - of_one_rank
     assert offered <= set(vars(DistributedScores))

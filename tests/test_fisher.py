@@ -4,6 +4,8 @@ import copy
 import functools
 import gc
 import pickle
+import subprocess
+import sys
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 
@@ -834,3 +836,15 @@ def test_products_do_not_keep_memory(case):
         op @ np.ones(case.D)
     gc.collect()
     assert sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects()) <= count
+
+
+def test_the_first_use_imports_nothing_for_sharded_models():
+    """FSDP takes half a second to import."""
+    code = (
+        "import sys, torch, fisherops as fo\n"
+        "data = torch.randn(8, 1), torch.randn(8, 1)\n"
+        "fo.FisherMCLinearOperator(torch.nn.Linear(1, 1), torch.nn.MSELoss(), data=data) @ torch.ones(2)\n"
+        "print('torch.distributed.fsdp' in sys.modules)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "False"

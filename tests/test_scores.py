@@ -1,6 +1,7 @@
 """G for one batch: which mode of differentiation is chosen, and that every way gives the same rows."""
 
 import copy
+from unittest import mock
 
 import numpy as np
 import oracle
@@ -14,8 +15,11 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 import fisherops as fo
+from fisherops.problem.calls import Window
 from fisherops.scores import rows as rows_module
 from fisherops.scores.batch import MaterializedBatch
+from fisherops.scores.columns import Factors, Rows, Table
+from fisherops.scores.convolutions import Convolution
 
 
 def operator(model, data, loss=None, **options):
@@ -413,3 +417,54 @@ def test_products_with_dense_rows_by_every_kernel(monkeypatch, dtype, count, len
         for factor in reversed(factors[:-1]):
             expected, bound = factor @ expected, factor.abs() @ bound
         assert ((result - expected).abs() <= 4 * torch.finfo(dtype).eps * max(count, length) ** 0.5 * bound).all()
+
+
+# ---- Squared norms of rows and columns --------------------------------------------------------------------
+
+
+@given(
+    st.sampled_from(["factors", "table", "convolution", "rows"]),
+    st.integers(1, 4),
+    st.integers(1, 5),
+    st.integers(1, 3),
+    st.integers(1, 3),
+    st.integers(0, 10**6),
+)
+def test_squares_of_columns(form, N, T, q, g, seed):
+    """They are those of the rows, whether these are listed or not."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(shape, dtype=torch.float64, generator=generator)
+
+    if form == "factors":
+        columns = Factors(normal(N, T, g, 3), normal(N, T, q, g, 2))
+    elif form == "table":
+        index = torch.randint(4, (N, T), generator=generator)
+        columns = Table(index, normal(N, T, q, 2), 6)
+    elif form == "convolution":
+        window = Window((1,), (1,), (1,), False, (0,), g)
+        columns = Convolution(normal(N, T, 2 * g, 5), normal(N, T, q, g, 5), window, (g, 2, 3))
+    else:
+        columns = Rows(normal(N, q, g, 2, 3))
+    rows = columns.rows(0, N)
+    assert_same(columns.col_squares(), rows.square().sum((0, 1)), torch.float64)
+    assert_same(columns.row_squares(), rows.square().sum((2, 3, 4)), torch.float64)
+
+
+def test_the_diagonal_of_a_table_lists_no_dense_rows():
+    """Each row of this table's gradient would take 100 MB."""
+    Q = Table(torch.randint(10**5, (64, 8)), torch.randn(64, 8, 1, 250), 10**5)
+    with mock.patch.object(Table, "rows", side_effect=AssertionError):
+        total, squares = Q.row_squares().sum(), Q.col_squares()
+    assert_same(float(squares.sum(dtype=torch.float64)), float(total), torch.float32)
+
+
+@pytest.mark.parametrize("cache", ["auto", "factors"])
+def test_the_trace_of_dense_layers_takes_no_matrix_product(cache):
+    model = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3))
+    data = torch.randn(9, 5), torch.arange(9) % 3
+    op = fo.FisherMCLinearOperator(model, nn.CrossEntropyLoss(), data=data, cache=cache)
+    expected = np.trace(op.todense())
+    with mock.patch.object(Factors, "rows", side_effect=AssertionError):
+        assert op.trace() == pytest.approx(expected, rel=1e-5)

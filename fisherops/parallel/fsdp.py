@@ -7,6 +7,7 @@ through the parameters one after the other, so that no rank has a whole vector a
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from itertools import accumulate
@@ -39,13 +40,11 @@ def is_sharded(x: Any) -> bool:
 
 def reshard(model: Any) -> None:
     """Let a model that `fully_shard` divided give up what it gathered: its outermost part keeps that otherwise."""
-    if not isinstance(model, nn.Module) or not dist.is_available():
-        return
-    from torch.distributed.fsdp import FSDPModule
-
-    for part in model.modules():
-        if isinstance(part, FSDPModule):
-            part.reshard()
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # a model that was not divided is no reason for its long import
+    if isinstance(model, nn.Module) and fsdp is not None:
+        for part in model.modules():
+            if isinstance(part, fsdp.FSDPModule):
+                part.reshard()
 
 
 def make_problem(model_func: Any, loss_func: Any, params: Any, **options: Any) -> Problem:

@@ -249,9 +249,9 @@ class DistributedScores(Scores):
         """Return the squared norms of the columns, (D,): the diagonal of F."""
         return self._sum("diagonal", self.local.sum_of_diagonals)
 
-    def square_norm_of_rows(self) -> Tensor:
-        """Sum the squares in float64, in any order of the rows."""
-        return self._sum("trace", self.local.square_norm_of_rows)
+    def square_norm(self) -> float:
+        """Return the squared Frobenius norm, which is the trace of F."""
+        return float(self._sum("trace", self.local.sum_of_squared_norms))
 
     def square_root(self, triangular: bool) -> Tensor:
         """Return B in float64 with BᵀB = F; see `ScoreMatrix.square_root`."""

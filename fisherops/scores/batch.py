@@ -287,6 +287,10 @@ class MaterializedBatch:
                 total[n * self._q : last * self._q] += norms
         return total
 
+    def square_norm(self) -> Tensor:
+        """Return the squared Frobenius norm in float64."""
+        return self.row_squares().sum()
+
     def _dense_at(self, spans: Sequence[Span], scale: Tensor | None = None) -> Tensor:
         """Return the dense columns of some parameters, each multiplied by its entry of `scale` (D,)."""
         starts: dict[Span, int] = {}

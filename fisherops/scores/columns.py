@@ -266,6 +266,9 @@ class Factors(Columns):
 
     def row_squares(self) -> Tensor:
         _, o, i = self.shape
+        if self._T == 1:
+            a, b = (torch.linalg.vector_norm(x[:, 0], dim=-1, dtype=torch.float64) for x in self._by_datum())
+            return torch.einsum("ng,nqg->nq", a.square(), b.square())
         if self._T > 1 and self._T * (i + self._q * o) > self._q * o * i:
             return super().row_squares()
         A, B = self._by_datum()
@@ -352,6 +355,17 @@ class Table(Columns):
             return same.to(self._B.dtype)
 
         return _gram(inputs, self._B.transpose(1, 2), other._B.transpose(1, 2))
+
+    def col_squares(self) -> Tensor:
+        # The look-ups of one row of the table by one datum are summed before they are squared.
+        (N, q, _, d), length = self._B.shape, self.shape[1]
+        own = self._index + length * torch.arange(N, device=self._index.device)[:, None]
+        used, place = own.unique(return_inverse=True)
+        rows = self._B.new_empty(q, len(used), d)
+        SegmentSum(place.flatten(), len(used))(self._B.transpose(0, 1).reshape(q, -1, d), rows)
+        squares = self._B.new_empty(1, length, d)
+        SegmentSum(used % length, length)(rows.square().sum(0, keepdim=True), squares)
+        return squares
 
     def row_squares(self) -> Tensor:
         B = self._B.transpose(1, 2).unsqueeze(3)

@@ -114,3 +114,9 @@ class LazyBatch:
     def row_squares(self) -> Tensor:
         """Return the squared norms of the rows, (rows,) in float64."""
         return torch.cat([torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).square() for rows in self.rows()])
+
+    def square_norm(self) -> Tensor:
+        """Return the squared Frobenius norm in float64."""
+        total, limits = self.diagonal().sum(dtype=torch.float64), torch.finfo(self._evaluation.outputs.dtype)
+        # Of so small a sum some squares may be below the range of the precision.
+        return self.row_squares().sum() if total <= limits.tiny / limits.eps else total

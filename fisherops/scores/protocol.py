@@ -147,11 +147,7 @@ class Scores(TorchLinearOperator):
         total = float(self.col_squares().sum(dtype=torch.float64))
         limits = torch.finfo(self.torch_dtype)
         # Of so small a sum some squares may be below the range of the precision.
-        return float(self.square_norm_of_rows()) if total <= limits.tiny / limits.eps else total
-
-    def square_norm_of_rows(self) -> Tensor:
-        """Sum the squares in float64."""
-        return self.row_squares().sum()
+        return float(self.row_squares().sum()) if total <= limits.tiny / limits.eps else total
 
     def _transpose(self) -> Transposed:
         return Transposed(self)
