@@ -272,8 +272,8 @@ def test_a_damaged_checkpoint_is_refused_on_all_ranks(two, tmp_path):
         ("permuted columns", "the checksum of the vectors .*v0 or rng"),
         ("columns", "the number of columns is 3 on rank 0, 2 on rank 1"),
         ("operators", r"product of operator \d+ on rank 0, product of operator \d+ on rank 1"),
-        ("calls", r"product of operator (\d+) on rank 0, diagonal of operator \1 on rank 1"),
-        ("changed parameters", "parameters on rank 1|diagonal of operator"),
+        ("calls", r"product of operator (\d+) on rank 0, trace of operator \1 on rank 1"),
+        ("changed parameters", "parameters on rank 1|trace of operator"),
     ],
 )
 def test_ranks_that_disagree_are_told_how(two, what, text):

@@ -321,6 +321,9 @@ ESCAPES_OF_NAN = {
 def test_nan_and_infinity_do_not_leave_operators(fault):
     for cache in ("auto", "linearization", "none"):
         for call in (GUARDED | ESCAPES | ESCAPES_OF_NAN if fault == "derivative" else GUARDED).values():
+            if fault == "overflow" and call is GUARDED["trace"]:  # a sum in float64
+                assert call(faulty(fault, cache)).value == pytest.approx(12e60)
+                continue
             with pytest.raises(FloatingPointError, match=NOT_FINITE):
                 call(faulty(fault, cache))
 

@@ -118,5 +118,6 @@ class LazyBatch:
     def square_norm(self) -> Tensor:
         """Return the squared Frobenius norm in float64."""
         total, limits = self.diagonal().sum(dtype=torch.float64), torch.finfo(self._evaluation.outputs.dtype)
-        # Of so small a sum some squares may be below the range of the precision.
-        return self.row_squares().sum() if total <= limits.tiny / limits.eps else total
+        # Some squares may be outside of the range of the precision.
+        is_in_range = limits.tiny / limits.eps < total < limits.max
+        return total if is_in_range else self.row_squares().sum()
