@@ -4,7 +4,7 @@ import time
 
 _begun = time.perf_counter()
 
-from fisherops import distributed, linalg
+from fisherops import distributed, linalg, optim
 from fisherops.operators import EmpiricalFisherLinearOperator, FisherLinearOperator, FisherMCLinearOperator
 from fisherops.scores import PlanWarning
 
@@ -21,4 +21,5 @@ __all__ = [
     "__version__",
     "distributed",
     "linalg",
+    "optim",
 ]

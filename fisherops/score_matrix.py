@@ -14,11 +14,12 @@ from torch import Tensor
 
 from fisherops import _torch
 from fisherops._checks import noting
+from fisherops._data import Batch
 from fisherops._fingerprint import checksum_of
 from fisherops._linop import check_result, identity, opaque
 from fisherops._memory import as_bytes, as_folder, is_memory_error
 from fisherops._sums import CompensatedSum
-from fisherops.problem import Parameters
+from fisherops.problem import Evaluation, Parameters
 from fisherops.scores import (
     CACHES,
     BatchScores,
@@ -29,7 +30,7 @@ from fisherops.scores import (
     Plan,
     compute,
 )
-from fisherops.scores.kinds import kind_of
+from fisherops.scores.kinds import FactorOf, kind_of
 from fisherops.scores.protocol import CacheSize, Scores, by_rows, clipped
 from fisherops.scores.reader import Reader, as_weights
 
@@ -510,7 +511,21 @@ class ScoreMatrix(Scores):
         if not self.rows_have_order:
             raise ValueError(NO_ORDER)
 
-    def _filled(self, batches: Iterator[Any], known: Cache | None, version: int) -> Iterator[BatchScores]:
+    def find(self, see: Callable[[Batch, Evaluation, FactorOf], object]) -> None:
+        """Find G of all batches in one pass, and show `see` each batch, its evaluation, and what makes S."""
+        version = self.problem.look()
+        with torch.no_grad(), self.reader.reading("rows") as items:
+            if not self.reader.finds_c_late:
+                self.reader.divisor()
+            deque(self._filled(items, None, version, see), 0)
+
+    def _filled(
+        self,
+        batches: Iterator[Any],
+        known: Cache | None,
+        version: int,
+        see: Callable[[Batch, Evaluation, FactorOf], object] | None = None,
+    ) -> Iterator[BatchScores]:
         """Compute each batch that is not cached; if none is known yet, a new cache chooses the forms.
 
         The first batches that are cached are given when it is known whether all are, so that they can be merged.
@@ -523,6 +538,8 @@ class ScoreMatrix(Scores):
         records = self._asked != "linearization"
         for batch, evaluation, factor_of in reader.evaluations(batches, () if known is None else known, records):
             with noting(f"batch {batch.number}"):
+                if see is not None:
+                    see(batch, evaluation, factor_of)
                 if evaluation is None:
                     scores = cache.batch(batch.number)
                 else:

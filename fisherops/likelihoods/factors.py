@@ -32,6 +32,10 @@ class OutputFactor(ABC):
     def adjoint(self, U: Tensor) -> Tensor:
         """Multiply Sᵀ: (K, B, P) → (K, B, R)."""
 
+    def coordinates(self, U: Tensor) -> Tensor | None:
+        """Return W (B, R) with S W = U (B, P) for U in the range of S, None if that is not in closed form."""
+        return None
+
     @abstractmethod
     def columns(self) -> Tensor:
         """List the vectors themselves, (B, R, P)."""
@@ -95,6 +99,9 @@ class DiagonalFactor(OutputFactor):
 
     def adjoint(self, U: Tensor) -> Tensor:
         return self._diagonal * U
+
+    def coordinates(self, U: Tensor) -> Tensor | None:
+        return _quotient(U, self._diagonal)
 
     def columns(self) -> Tensor:
         return torch.diag_embed(self._diagonal)
@@ -180,6 +187,9 @@ class CategoricalRoot(OutputFactor):
     def adjoint(self, U: Tensor) -> Tensor:
         inner = torch.einsum("tc,ktc->kt", self._p, U).unsqueeze(-1)
         return (self._root * (U - inner)).mul_(self._scale)
+
+    def coordinates(self, U: Tensor) -> Tensor | None:
+        return _quotient(U, self._root * self._scale)  # the entries of gradients of the loss sum to zero
 
     def columns(self) -> Tensor:
         columns = torch.diag_embed(self._root) - self._root.unsqueeze(2) * self._p.unsqueeze(1)
@@ -312,6 +322,12 @@ class Combined(OutputFactor):
 
     def summed(self, group: int) -> Combined:
         return Combined(self._parts, self.blocks // group, shared=True)
+
+
+def _quotient(U: Tensor, divisor: Tensor) -> Tensor | None:
+    """Return U / divisor with 0 / 0 = 0, None if that is not finite."""
+    W = torch.where(U == 0, 0, U / divisor)
+    return W if W.isfinite().all() else None
 
 
 def _cut(scale: Tensor, blocks: slice) -> Tensor:

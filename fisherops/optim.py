@@ -1,0 +1,377 @@
+"""Natural-gradient descent: a step on a fresh batch by the Fisher matrix of that batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from math import inf, isfinite
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fisherops import _arrays, linalg
+from fisherops._checks import integer
+from fisherops._data import Batch
+from fisherops.fisher import FisherOperator
+from fisherops.operators import EmpiricalFisherLinearOperator, FisherLinearOperator, FisherMCLinearOperator
+from fisherops.problem import Evaluation
+from fisherops.score_matrix import ScoreMatrix
+from fisherops.scores.kinds import FactorOf
+
+_KINDS: dict[str, Any] = {
+    "exact": FisherLinearOperator,
+    "mc": FisherMCLinearOperator,
+    "empirical": EmpiricalFisherLinearOperator,
+}
+
+# Levenberg-Marquardt: the damping is doubled or halved if the loss fell by less or more than these parts of what F
+# predicts, and quadrupled if it did not fall.
+_POOR, _GOOD, _FACTOR = 0.25, 0.75, 2.0
+_START = 1e-2
+
+# Rows whose Gram matrix is always cheaper than conjugate gradients, and the relative error of steps by rounding beyond
+# which it is factorized in float64.
+_MOST_ROWS = 4096
+_ROUNDING = 1e-3
+
+
+class NaturalGradient(torch.optim.Optimizer):
+    r"""Natural-gradient descent, θ ← θ − s with s = η (F + λI)⁻¹ g.
+
+    g is the gradient of the loss of a batch and F its Fisher matrix. One forward pass gives the loss, g and the score
+    matrix G, F = GᵀG. What is learned about the model on the first batch is used for all others; batches may have other
+    sizes. The system is solved as in `linalg.solve`: by the Gram matrix of the rows of G, by F itself, or by conjugate
+    gradients, whichever is the cheapest.
+
+    For least squares with ``kind="exact"`` this is the Gauss-Newton method, and that of Levenberg and Marquardt with
+    ``damping="auto"``.
+
+    Parameters
+    ----------
+    params_or_model : nn.Module or iterable
+        The model, whose parameters that require gradients are optimized; or parameters or groups of them as for any
+        optimizer of PyTorch, with `model_func`.
+    loss_func : nn.Module, Likelihood, mapping, tuple or None
+        The loss, as for `FisherMCLinearOperator`.
+    model_func : callable, optional
+        ``model_func(X)`` returns the outputs. Default: the model.
+    lr : float
+        η > 0. Groups may have their own.
+    damping : float, callable or "auto"
+        λ > 0, in the units of F's eigenvalues; or ``damping(k)`` of the number k of steps done, from 0. "auto" adapts λ
+        by the ratio of the actual to the predicted reduction of the batch's loss, for one more forward pass, and takes
+        back a step that increases the loss. Default: "auto".
+    kind : {"exact", "mc", "empirical"}
+        Which Fisher matrix. With "mc" and few draws the gradient leaves the range of F, where it is multiplied by 1/λ:
+        take a larger damping, or `trust`. Default: "exact".
+    momentum : float
+        μ in [0, 1): s = η (F + λI)⁻¹ g + μ λ (F + λI)⁻¹ s', with the previous step s', which is so kept outside of the
+        range of the new rows [1]_. Default: 0.
+    mc_samples, seed : int
+        As for `FisherMCLinearOperator`, for kind "mc"; each step has draws of its own.
+    rows : {"term", "datum"}
+        As for `FisherMCLinearOperator`, for the kinds "mc" and "empirical". Default: "term".
+    trust : float, optional
+        Largest length √(sᵀ F s) of a step. Longer ones are shortened. Default: no bound.
+    dtype : dtype, optional
+        Compute precision. Default: that of the parameters.
+    max_memory : int or str, optional
+        Memory for the rows of a batch, as for `FisherMCLinearOperator`.
+    method : {"auto", "dual", "dense", "primal"}
+        How the system is solved, see `linalg.solve`. Default: "auto".
+
+    Raises
+    ------
+    ValueError, TypeError
+        If an option does not fit.
+
+    Notes
+    -----
+    The damping, the previous step and the number of steps are part of the `state_dict`. ``p.grad`` is neither read nor
+    written. The model must be deterministic: layers such as Dropout and BatchNorm in training mode are refused.
+
+    References
+    ----------
+    .. [1] G. Goldshlager, N. Abrahamsen, L. Lin, A Kaczmarz-inspired approach to accelerate the optimization of neural
+       network wavefunctions, J. Comput. Phys. 516 (2024) 113351, doi:10.1016/j.jcp.2024.113351.
+
+    Examples
+    --------
+    >>> import torch, fisherops as fo
+    >>> _ = torch.manual_seed(0)
+    >>> X = torch.linspace(-1, 1, 50)[:, None]
+    >>> y = torch.sin(3 * X)
+    >>> model = torch.nn.Sequential(torch.nn.Linear(1, 16), torch.nn.Tanh(), torch.nn.Linear(16, 1))
+    >>> optimizer = fo.optim.NaturalGradient(model, torch.nn.MSELoss(), lr=1.0)
+    >>> losses = [float(optimizer.step((X, y))) for _ in range(30)]
+    >>> losses[-1] < 1e-3 * losses[0]
+    True
+    """
+
+    def __init__(
+        self,
+        params_or_model: nn.Module | Iterable[Any],
+        loss_func: Any,
+        *,
+        model_func: Callable[[Any], Any] | None = None,
+        lr: float = 1.0,
+        damping: float | Callable[[int], float] | str = "auto",
+        kind: str = "exact",
+        momentum: float = 0.0,
+        mc_samples: int = 1,
+        seed: int = 0,
+        rows: str = "term",
+        trust: float | None = None,
+        dtype: Any = None,
+        max_memory: int | str | None = None,
+        method: str = "auto",
+    ) -> None:
+        if isinstance(params_or_model, nn.Module):
+            model_func = params_or_model if model_func is None else model_func
+            params_or_model = [p for p in params_or_model.parameters() if p.requires_grad]
+        if model_func is None:
+            raise TypeError(
+                "`params_or_model` must be an nn.Module, or parameters with a `model_func`, got parameters alone. Pass "
+                "model_func=model."
+            )
+        if kind not in _KINDS:
+            raise ValueError(f"`kind` must be one of {', '.join(map(repr, _KINDS))}, got {kind!r}.")
+        if isinstance(damping, str) and damping != "auto":
+            raise ValueError(f"`damping` must be a positive number, a function of the step or 'auto', got {damping!r}.")
+        self._schedule, self._is_adaptive = damping if callable(damping) else None, damping == "auto"
+        first = _START if self._is_adaptive or callable(damping) else _positive("damping", damping)
+        if not 0 <= _number("momentum", momentum) < 1:
+            raise ValueError(f"`momentum` must be at least 0 and below 1, got {momentum!r}.")
+        if method not in ("auto", "dual", "dense", "primal"):
+            raise ValueError(f"`method` must be 'auto', 'dual', 'dense' or 'primal', got {method!r}.")
+        self._trust = inf if trust is None else _positive("trust", trust)
+        self._loss_func, self._model_func, self._method = loss_func, model_func, method
+        self._by_coordinates = kind == "exact" and method in ("auto", "dual")
+        self._kind, self._seed, self._max_memory = kind, integer("seed", seed, -(2**63), 2**63), max_memory
+        self._options: dict[str, Any] = {"dtype": dtype, "max_memory": max_memory}
+        if kind == "mc":
+            self._options["mc_samples"] = mc_samples
+        if kind != "exact":
+            self._options["rows"] = rows
+        self._scores: Any = None
+        super().__init__(params_or_model, {"lr": _positive("lr", lr)})
+        self.param_groups[0].update(damping=first, momentum=float(momentum), steps=0)
+
+    # ---- A step -----------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Any) -> Tensor:  # type: ignore[override]
+        """Make a step, and return the loss before it.
+
+        Parameters
+        ----------
+        closure : (X, y) or callable
+            The batch, or a function that returns it.
+
+        Returns
+        -------
+        torch.Tensor
+            The loss of the batch at the parameters before the step, a scalar.
+
+        Raises
+        ------
+        FloatingPointError
+            If the loss, its gradient or the step is NaN or infinite. The parameters are those before the step.
+        """
+        batch = closure() if callable(closure) else closure
+        if not isinstance(batch, tuple | list) or len(batch) != 2:
+            raise TypeError(
+                f"`closure` must be a batch (X, y) or a function that returns one, got {type(batch).__name__}. Pass "
+                "optimizer.step((X, y))."
+            )
+        state = self.param_groups[0]
+        if self._schedule is not None:
+            state["damping"] = _positive("damping(k)", self._schedule(state["steps"]))
+        loss, U, G = self._evaluated(batch)
+        s, predicted = self._step_of(G, U)
+        if not s.isfinite().all():
+            raise FloatingPointError(
+                "the step contains NaN or infinity. The parameters are those before it: take a larger `damping`."
+            )
+        self._apply(G, s, loss, predicted)
+        state["steps"] += 1
+        if G is self._scores:
+            G.refresh()  # the first batch is kept as an example of the data, without its rows
+        return loss
+
+    def _evaluated(self, batch: Any) -> tuple[Tensor, _Gradient, ScoreMatrix]:
+        """Return the loss of a batch, its gradient, and G, by one forward pass."""
+        G, found = self._scores_of(batch), []
+        is_late = G.reader.finds_c_late
+
+        def see(batch: Batch, evaluation: Evaluation, factor_of: FactorOf) -> None:
+            with torch.enable_grad():
+                value = _value(self._loss_func, evaluation.output, batch.y)
+                if not isinstance(value, Tensor) or value.ndim:
+                    raise ValueError("`loss_func` must return a scalar. Use reduction='mean' or 'sum'.")
+                W = _coordinates(evaluation, factor_of) if self._by_coordinates else None
+                g = _flat_gradient(value, list(evaluation.graph[1].values())) if W is None else W
+            loss = value.detach()
+            if not (loss.isfinite() and g.isfinite().all()):
+                raise FloatingPointError(
+                    f"the loss and its gradient must be finite, and the loss of the batch is {float(loss)}. The "
+                    "parameters are those before the step: check the data, or take a smaller `lr` or a larger "
+                    "`damping`."
+                )
+            found.append((loss, g, W))
+
+        G.find(see)
+        ((loss, g, W),) = found
+        if W is None:
+            return loss, _Gradient(g, None), G
+        if is_late:  # G and W were found for c = 1, and G was divided by √c afterwards
+            W = W / float(G.reader.divisor()) ** 0.5
+        return loss, _Gradient(None, W.reshape(1, -1)), G
+
+    def _scores_of(self, batch: Any) -> Any:
+        """Return G of a batch; nothing of the model is learned twice."""
+        steps = self.param_groups[0]["steps"]
+        seed = {"seed": self._seed + steps} if self._kind == "mc" else {}
+        if self._scores is None:
+            params = [p for group in self.param_groups for p in group["params"]]
+            op = _KINDS[self._kind](self._model_func, self._loss_func, params, [batch], **self._options, **seed)
+            if len(set(op.reductions)) > 1:
+                raise ValueError(
+                    f"`loss_func` must have one reduction, got {op.reductions}. Use 'mean' or 'sum' for all its parts."
+                )
+            self._scores = op.score_matrix
+            self._structure = self._scores.problem.version.structure
+            return self._scores
+        problem = self._scores.problem
+        G = self._scores.on([batch], reduction=self._scores.reductions[0], **seed, max_memory=self._max_memory)
+        problem.look()
+        if problem.version.structure != self._structure:
+            G.check()
+            self._structure = problem.version.structure
+        return G
+
+    def _step_of(self, G: ScoreMatrix, gradient: _Gradient) -> tuple[Tensor, float]:
+        """Return s = η (F + λI)⁻¹ g + μ λ (F + λI)⁻¹ s', (D,), and the reduction of the loss that F predicts."""
+        state, tensors = self.param_groups[0], list(G.parameters.tensors.values())
+        damping, momentum = state["damping"], state["momentum"]
+        before = [self.state[p]["step"].reshape(-1) for p in tensors if momentum and self.state[p]]
+        previous = torch.cat(before).to(G.torch_dtype) if before else None
+        F = FisherOperator(G)
+        g, W = gradient
+        if W is not None and G.num_rows <= _MOST_ROWS:
+            direction, kept = _by_rows(G, W, previous, damping)
+        else:
+            g = G._mul_t(W)[0] if W is not None else g
+            b = g[:, None] if previous is None else torch.stack([g, previous], 1)
+            x = linalg.solve(F, b, damping, method=self._method).x
+            direction, kept = x[:, 0], None if previous is None else damping * x[:, 1]
+        rates = {id(p): float(group["lr"]) for group in self.param_groups for p in group["params"]}
+        pieces = zip(direction.split([p.numel() for p in tensors]), tensors, strict=True)
+        s = torch.cat([rates[id(p)] * piece for piece, p in pieces])
+        s = s if kept is None else s + momentum * kept
+        if not self._is_adaptive and self._trust == inf:
+            return s, 0.0
+        Gs = G._mul(s[None])
+        length = float(torch.linalg.vector_norm(Gs, dtype=torch.float64))
+        scale = min(1.0, self._trust / length) if length else 1.0
+        slope = float((Gs * W).sum(dtype=torch.float64)) if W is not None else float(s @ g)
+        return s * scale, scale * slope - (scale * length) ** 2 / 2
+
+    def _apply(self, G: ScoreMatrix, s: Tensor, loss: Tensor, predicted: float) -> None:
+        """Subtract s from the parameters, all at once; adapt the damping if that is asked for."""
+        tensors = list(G.parameters.tensors.values())
+        pieces = s.split([p.numel() for p in tensors])
+        steps = [piece.view(p.shape).to(p) for piece, p in zip(pieces, tensors, strict=True)]
+        copies = [p.clone() for p in tensors] if self._is_adaptive else []
+        # One call, which a KeyboardInterrupt does not divide.
+        torch._foreach_sub_(tensors, steps)
+        state = self.param_groups[0]
+        if self._is_adaptive:
+            actual = float(loss) - self._loss_at(G)
+            if not actual >= 0:
+                torch._foreach_copy_(tensors, copies)
+                state["damping"] *= _FACTOR**2
+                return
+            ratio = actual / max(predicted, 1e-300)
+            state["damping"] *= _FACTOR if ratio < _POOR else 1 / _FACTOR if ratio > _GOOD else 1.0
+        if state["momentum"]:
+            for p, step in zip(tensors, steps, strict=True):
+                self.state[p]["step"] = step
+
+    def _loss_at(self, G: ScoreMatrix) -> float:
+        """Return the loss at the present parameters."""
+        problem, losses = G.problem, []
+        with G.reader.reading("loss") as batches:
+            for own in batches:
+                output = problem.call(problem.parameters.point(), own.X)
+                losses.append(float(_value(self._loss_func, output, own.y)))
+        return losses[0]
+
+
+class _Gradient(NamedTuple):
+    """The gradient g of the loss, by itself or as g = Gᵀw."""
+
+    flat: Any
+    """g, (D,), or None."""
+    coordinates: Tensor | None
+    """w, (1, rows)."""
+
+
+def _coordinates(evaluation: Evaluation, factor_of: FactorOf) -> Tensor | None:
+    """Return W (B, R) with g = Gᵀw for the gradient of the loss, None if there is no closed form."""
+    q, f, terms = factor_of.likelihood.bind(evaluation.output), evaluation.outputs, factor_of.terms
+    root = q.scale(f, terms, factor_of.c)
+    observed = q.scores(f, q.observed(terms)).scaled(root).scaled(root)
+    U = observed.apply(f.new_ones(1, observed.blocks, observed.rank))[0]
+    return factor_of(evaluation).coordinates(U)
+
+
+def _by_rows(G: ScoreMatrix, w: Tensor, previous: Tensor | None, damping: float) -> tuple[Tensor, Tensor | None]:
+    """Return (F + λI)⁻¹ Gᵀw = Gᵀ (K + λI)⁻¹ w with K = G Gᵀ, and λ (F + λI)⁻¹ s' = s' − Gᵀ (K + λI)⁻¹ G s'."""
+    K = G.gram_tensor()
+    # Rounding of K is relative to its largest eigenvalue, and what is solved for to λ.
+    wide = torch.float64 if float(K.trace()) * torch.finfo(K.dtype).eps > _ROUNDING * damping else K.dtype
+    K = K.to(wide)
+    K.diagonal().add_(damping)
+    b = w if previous is None else torch.cat([w, G._mul(previous[None])])
+    factor, failed = torch.linalg.cholesky_ex(K)
+    if failed:
+        raise FloatingPointError(
+            "the Gram matrix of the rows with the damping is not positive definite in the compute precision. The "
+            "parameters are those before the step: take a larger `damping`, or dtype='float64'."
+        )
+    x = torch.cholesky_solve(b.T.to(wide), factor).T.to(w.dtype)
+    images = G._mul_t(x)
+    return images[0], None if previous is None else previous - images[1]
+
+
+def _flat_gradient(value: Tensor, leaves: list[Tensor]) -> Tensor:
+    """Return the gradient by all parameters, (D,); zero for those that are not used."""
+    found = torch.autograd.grad(value, leaves, retain_graph=True, allow_unused=True)
+    pieces = [torch.zeros_like(leaf) if g is None else g for leaf, g in zip(leaves, found, strict=True)]
+    return torch.cat([piece.reshape(-1) for piece in pieces])
+
+
+def _value(loss_func: Any, output: Any, y: Any) -> Any:
+    """Return the loss; of several heads the sum, and of distributions the negative log-density."""
+    if loss_func is None:
+        return -output.log_prob(y).sum()
+    if isinstance(loss_func, Mapping):
+        return sum(_value(loss, output[key], y[key]) for key, loss in loss_func.items())
+    if isinstance(loss_func, tuple | list):
+        return sum(_value(loss, f, own) for loss, f, own in zip(loss_func, output, y, strict=True))
+    return loss_func(output, y)
+
+
+def _number(name: str, value: Any) -> float:
+    number = _arrays.scalar(value)
+    if number is None or isinstance(number, complex):
+        raise TypeError(f"`{name}` must be a number, got {type(value).__name__}.")
+    return float(number)
+
+
+def _positive(name: str, value: Any) -> float:
+    number = _number(name, value)
+    if not (number > 0 and isfinite(number)):
+        raise ValueError(f"`{name}` must be positive and finite, got {value!r}.")
+    return number
