@@ -375,3 +375,6 @@ def _positive(name: str, value: Any) -> float:
     if not (number > 0 and isfinite(number)):
         raise ValueError(f"`{name}` must be positive and finite, got {value!r}.")
     return number
+
+
+__all__ = ["NaturalGradient"]

@@ -31,6 +31,7 @@ DOCTESTED = [
     "fisherops.linalg.estimates",
     "fisherops.linalg.solve",
     "fisherops.operators",
+    "fisherops.optim",
     "fisherops.score_matrix",
     "fisherops.scores.protocol",
 ]
