@@ -15,6 +15,9 @@ _LARGE = 128**3
 _PIECE_OF_VECTORS, _PIECE_OF_MATRICES = 2**14, 2**18
 _FEW_ROWS = 8
 
+# Rows and columns of a tile that is transposed in the processor's cache.
+_TILE = 256
+
 
 def times_transposed(X: Tensor, W: Tensor) -> Tensor:
     """Multiply X Wᵀ, (m, k) and (n, k) → (m, n), fastest where X is contiguous, and W is or its transpose.
@@ -36,6 +39,20 @@ def times_transposed(X: Tensor, W: Tensor) -> Tensor:
         product: Tensor = torch.ops.mkldnn._linear_pointwise(X, W, None, "none", [], "")
         return product
     return X @ W.T
+
+
+def symmetrized(A: Tensor) -> Tensor:
+    """Return (A + Aᵀ) / 2 of a matrix in its own memory; of large ones a tile and its mirror image at a time."""
+    n = len(A)
+    step = _TILE if A.device.type == "cpu" else max(1, n)
+    for row in range(0, n, step):
+        for column in range(row, n, step):
+            i, j = slice(row, row + step), slice(column, column + step)
+            mean = (A[i, j] + A[j, i].T).div_(2)
+            A[i, j] = mean
+            if row < column:
+                A[j, i] = mean.T
+    return A
 
 
 def _in_pieces(X: Tensor, W: Tensor, longest: int) -> Tensor:

@@ -17,6 +17,7 @@ from fisherops._checks import noting
 from fisherops._data import Batch
 from fisherops._fingerprint import checksum_of
 from fisherops._linop import check_result, identity, opaque
+from fisherops._matmul import symmetrized
 from fisherops._memory import as_bytes, as_folder, is_memory_error
 from fisherops._sums import CompensatedSum
 from fisherops.problem import Evaluation, Parameters
@@ -582,17 +583,20 @@ def _gram_of_batches(
     mine: Sequence[MaterializedBatch], theirs: Sequence[MaterializedBatch], scale: Tensor | None
 ) -> Tensor:
     """Return G diag(scale) Hᵀ from the rows of all batches; the same batches make a symmetric matrix."""
+    is_symmetric = mine is theirs
+    if len(mine) == len(theirs) == 1:
+        whole = mine[0].gram(theirs[0], scale)
+        return symmetrized(whole) if is_symmetric else whole
     heights, widths = ([batch.count for batch in of] for of in (mine, theirs))
     result = mine[0].empty(sum(heights), sum(widths))
     blocks = [rows.split(widths, 1) for rows in result.split(heights)]
-    is_symmetric = mine is theirs
     for k, other in enumerate(theirs):
         for j, batch in enumerate(mine):
             if is_symmetric and j > k:
                 break
             block = batch.gram(other, scale)
             if is_symmetric and j == k:
-                block = (block + block.T).div_(2)
+                block = symmetrized(block)
             blocks[j][k].copy_(block)
             if is_symmetric and j < k:
                 blocks[k][j].copy_(block.T)

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fisherops import _matmul
-from fisherops._matmul import times_transposed
+from fisherops._matmul import symmetrized, times_transposed
 
 sizes = st.integers(1, 300)
 
@@ -57,3 +57,13 @@ def test_a_kernel_that_is_missing_or_wrong_is_not_taken(monkeypatch):
     for other in (Missing(), Wrong()):
         monkeypatch.setattr(torch.ops, "mkldnn", other)
         assert not _matmul._onednn_is_fast.__wrapped__()
+
+
+@pytest.mark.parametrize("n", [0, 1, 255, 256, 257, 700])
+def test_matrices_become_symmetric_in_their_own_memory(n):
+    """By tiles, with the bits of the plain mean."""
+    A = torch.randn(n, n, generator=torch.Generator().manual_seed(n))
+    expected = (A + A.T) / 2
+    found = symmetrized(A)
+    assert found.data_ptr() == A.data_ptr()
+    assert torch.equal(found, expected)

@@ -75,6 +75,52 @@ def test_the_peak_of_a_process(cache, size, K):
     assert peak <= max_memory + 3 * result + slack * MIB
 
 
+# Writing "5" makes the present size of the process its peak.
+PEAK_OF_A_TRACE = """
+import gc, re
+from pathlib import Path
+import torch
+from torch import nn
+import fisherops as fo
+
+def memory(entry):
+    return int(re.search(entry + r":\\s*(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+
+def peak(function):
+    gc.collect()
+    before = memory("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")
+    result = function()
+    return memory("VmHWM") - before
+
+def build(size, model):
+    data = torch.randn(size, 300), torch.randint(10, (size,))
+    return fo.FisherMCLinearOperator(model, nn.CrossEntropyLoss(), data=data, cache="{cache}")
+
+torch.manual_seed(0)
+model = nn.Linear(300, 10)
+build(64, model).trace()  # what torch needs for itself
+op = build({size}, model)
+print(op.plan.nbytes, peak(op.trace))
+"""
+
+
+@needs_proc
+@pytest.mark.parametrize(("cache", "size"), [("scores", 8_000), ("factors", 80_000)])
+def test_a_trace_needs_no_copy_of_what_is_cached(cache, size):
+    """Norms in float64 of all rows at once would need twice their memory."""
+    run = subprocess.run(
+        [sys.executable, "-c", PEAK_OF_A_TRACE.format(cache=cache, size=size)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    cached, peak = map(int, run.stdout.split())
+    assert cached > 90 * MIB
+    assert peak < 50 * MIB
+
+
 @needs_proc
 @pytest.mark.parametrize("cache", ["auto", "linearization", "none"])
 def test_a_thousand_products_leave_nothing_behind(cache):

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fisherops._fingerprint import checksum_of, fingerprint
 from fisherops._linop import check_result, opaque
+from fisherops._matmul import symmetrized
 from fisherops._processes import Processes
 from fisherops.parallel.group import Group, checksum
 from fisherops.parallel.shard import with_indices
@@ -327,8 +328,7 @@ class DistributedScores(Scores):
                     if not is_symmetric:
                         result[mine, theirs] = batch.gram(batch_of_other, scale)
                     elif source == group.rank and j == k:
-                        block = batch.gram(batch, scale)
-                        result[mine, mine] = (block + block.T).div_(2)
+                        result[mine, mine] = symmetrized(batch.gram(batch, scale))
                     elif j < k if source == group.rank else _falls_to(group.rank, source, group.size):
                         block = batch.gram(batch_of_other, scale)
                         result[mine, theirs] = block

@@ -270,8 +270,12 @@ class MaterializedBatch:
         alone = [span for name, span in self._parameters.items() if span in self._own_spans and name not in by_name]
         total = self._dense.new_zeros(self.count, dtype=torch.float64)
         if alone:
-            dense = self._dense if alone == self._own_spans else self._dense_at(alone)
-            total += torch.linalg.vector_norm(dense, dim=1, dtype=torch.float64).square()
+            # torch casts what it is given before it adds.
+            step = max(1, _CACHED_BYTES // (self._dense.shape[1] * self._dense.itemsize))
+            for n in range(0, self.count, step):
+                own = slice(n, n + step)
+                dense = self._dense[own] if alone == self._own_spans else self._dense_at(alone, rows=own)
+                total[own] = torch.linalg.vector_norm(dense, dim=1, dtype=torch.float64).square()
         for name, blocks in by_name.items():
             derived, columns = blocks[0]
             mixed = self._parameters[name] in self._own_spans or len(blocks) > 1
@@ -291,14 +295,14 @@ class MaterializedBatch:
         """Return the squared Frobenius norm in float64."""
         return self.row_squares().sum()
 
-    def _dense_at(self, spans: Sequence[Span], scale: Tensor | None = None) -> Tensor:
-        """Return the dense columns of some parameters, each multiplied by its entry of `scale` (D,)."""
+    def _dense_at(self, spans: Sequence[Span], scale: Tensor | None = None, rows: slice = slice(None)) -> Tensor:
+        """Return the dense columns of some parameters, each multiplied by its entry of `scale` (D,), for some rows."""
         starts: dict[Span, int] = {}
         offset = 0
         for span in self._own_spans:
             starts[span] = offset
             offset += span[1] - span[0]
-        dense = torch.cat([self._dense[:, starts[s] : starts[s] + s[1] - s[0]] for s in spans], 1)
+        dense = torch.cat([self._dense[rows, starts[s] : starts[s] + s[1] - s[0]] for s in spans], 1)
         return dense if scale is None else dense.mul_(torch.cat([scale[slice(*span)] for span in spans]))
 
     def _rows_of(self, name: str, first: int, last: int) -> Tensor:
@@ -306,7 +310,7 @@ class MaterializedBatch:
         span, q = self._parameters[name], self._q
         rows = self._dense.new_zeros((last - first) * q, span[1] - span[0])
         if span in self._own_spans:
-            rows += self._dense_at([span])[first * q : last * q]
+            rows += self._dense_at([span], rows=slice(first * q, last * q))
         for derived, columns in self._by_name().get(name, []):
             rows += derived.pull(columns.rows(first, last).flatten(0, 1))[name]
         return rows

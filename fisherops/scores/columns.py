@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, Self
 
 import torch
@@ -267,8 +268,10 @@ class Factors(Columns):
     def row_squares(self) -> Tensor:
         _, o, i = self.shape
         if self._T == 1:
-            a, b = (torch.linalg.vector_norm(x[:, 0], dim=-1, dtype=torch.float64) for x in self._by_datum())
-            return torch.einsum("ng,nqg->nq", a.square(), b.square())
+            norm = partial(torch.linalg.vector_norm, dim=-1, dtype=torch.float64)  # which casts all that it is given
+            step = max(1, _FILLING // (self.shape[0] * (i + self._q * o)))
+            pieces = zip(*(x[:, 0].split(step) for x in self._by_datum()), strict=True)
+            return torch.cat([torch.einsum("ng,nqg->nq", norm(a).square(), norm(b).square()) for a, b in pieces])
         if self._T > 1 and self._T * (i + self._q * o) > self._q * o * i:
             return super().row_squares()
         A, B = self._by_datum()

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fisherops import _arrays
 from fisherops._linop import TorchLinearOperator, Transposed, check_result, opaque
+from fisherops._matmul import symmetrized
 from fisherops.problem import Parameters
 from fisherops.scores.kinds import Kind
 
@@ -294,4 +295,4 @@ def by_rows(G: Scores, H: Scores, scale: Tensor | None = None) -> Tensor:
         rows = G.block(start, min(start + step, R))
         blocks.append(H._mul(rows if scale is None else rows * scale))
     result = torch.cat(blocks)
-    return (result + result.T).div_(2) if G is H else result
+    return symmetrized(result) if G is H else result
