@@ -32,7 +32,7 @@ class Model(nn.Module):
 
     def __init__(self, family, inputs=2, seed=0):
         super().__init__()
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.linear = nn.Linear(inputs, family.size).double()
         self.make = family.make
@@ -155,7 +155,7 @@ def make_problem(name, N=6, seed=0):
     model = Model(family, seed=seed)
     g = torch.Generator().manual_seed(seed + 1)
     X = torch.randn(N, 2, generator=g, dtype=torch.float64)
-    with torch.no_grad(), torch.random.fork_rng():
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         output = model(X)
         y = output.sample() if family.loss is None else family.targets(output, g)

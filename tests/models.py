@@ -101,7 +101,7 @@ class Case:
 
 def make_case(architecture="dense", loss="ce", reduction="mean", sizes=(4, 3), dtype=torch.float64, C=3, seed=0):
     """Build a model, a loss and batches of the given sizes that fit each other."""
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         make, draw, positions = _ARCHITECTURES[architecture]
         model = make(C)

@@ -234,7 +234,7 @@ def test_without_an_exact_fisher_both_samplers_agree(name, sampler):
     v = np.random.default_rng(0).standard_normal(sum(p.numel() for p in model.parameters()))
     op = fo.FisherMCLinearOperator(model, loss, data=(X, y), mc_samples=4000, sampler=sampler)
     params = list(model.parameters())
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
         drawn = model(X).sample((4000,))
     slopes = []
