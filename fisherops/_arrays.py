@@ -7,6 +7,7 @@ contiguous, writable and owned by the caller. :func:`narrowed` checks every conv
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from numbers import Number
 from typing import Any
@@ -16,6 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
+
+from fisherops import _torch
 
 Leave = Callable[[Tensor], Any]
 
@@ -87,12 +90,25 @@ def leave_like(x: Any) -> Leave:
     if type(x) in DIVIDED:
         return lambda y: y
     if isinstance(x, Tensor):
-        return lambda y: y.to(x.device).contiguous()
+        return lambda y: _moved(y, x.device).contiguous()
     if isinstance(x, np.ndarray | np.generic | list | tuple):
-        return lambda y: y.cpu().contiguous().numpy()
+        return to_numpy
     xp = array_api_compat.array_namespace(x)
     # The library's integers, which every result may replace by its own dtype.
     return enter(xp.zeros(1, dtype=xp.int32, device=array_api_compat.device(x)))[1]
+
+
+def to_numpy(y: Tensor) -> np.ndarray[Any, Any]:
+    """Return a result as a NumPy array, after the checks that are pending on its device."""
+    return _moved(y, torch.device("cpu")).contiguous().numpy()
+
+
+def _moved(y: Tensor, device: torch.device) -> Tensor:
+    """Move a result, and judge what is pending if it leaves an accelerator for the host, which then waits anyway."""
+    result = y.to(device)
+    if device.type == "cpu" != y.device.type:
+        _torch.settle()
+    return result
 
 
 def no_narrower(x: Any, entered: Tensor, leave: Leave, dtype: torch.dtype) -> Leave:
@@ -159,19 +175,24 @@ def narrowed(x: Tensor, dtype: torch.dtype, cure: str) -> Tensor:
     known, range_ = torch.finfo(x.dtype), torch.finfo(dtype)
     if (known.max <= range_.max and known.tiny >= range_.tiny) or x.numel() == 0:
         return y
-    largest = x.abs().amax(0)
     name = str(dtype).removeprefix("torch.")
-    # Finite values above the largest of the dtype may round to it, hence the look at what they became.
-    if bool((largest > range_.max).any()) and not bool((y.isfinite() | ~x.isfinite()).all()):
-        raise FloatingPointError(
-            f"vectors must be within the range of {name}, got an entry of size {float(largest.max()):.3g}. {cure}"
-        )
-    if bool(((largest > 0) & (largest < range_.tiny)).any()):
-        smallest = float(largest[largest > 0].min() if largest.ndim else largest)
-        raise FloatingPointError(
-            f"vectors must be within the range of {name}, whose smallest normal number is {range_.tiny:.3g}, got a "
-            f"vector whose largest entry has size {smallest:.3g}. {cure}"
-        )
+    # Sizes above the largest of the dtype round to it up to half of the distance to what would be the next one.
+    limit = range_.max + math.ldexp(range_.eps / 2, math.frexp(range_.max)[1] - 1)
+
+    def refuse(largest: Tensor) -> None:
+        wrong = largest[(largest >= limit) & largest.isfinite()]
+        if len(wrong):
+            raise FloatingPointError(
+                f"vectors must be within the range of {name}, got an entry of size {float(wrong.max()):.3g}. {cure}"
+            )
+        wrong = largest[(largest > 0) & (largest < range_.tiny)]
+        if len(wrong):
+            raise FloatingPointError(
+                f"vectors must be within the range of {name}, whose smallest normal number is {range_.tiny:.3g}, got a "
+                f"vector whose largest entry has size {float(wrong.min()):.3g}. {cure}"
+            )
+
+    _torch.judge(x.abs().amax(0, keepdim=x.ndim == 1), refuse)
     return y
 
 
@@ -220,7 +241,7 @@ def _enter_torch(x: Tensor) -> tuple[Tensor, Leave]:
     device = x.device
 
     def leave(y: Tensor) -> Tensor:
-        return _to_dtype_of(x.dtype, y).to(device=device).contiguous()
+        return _moved(_to_dtype_of(x.dtype, y), device).contiguous()
 
     return x, leave
 
@@ -274,7 +295,8 @@ def _enter_numpy(x: Any) -> tuple[Tensor, Leave]:
     def leave(y: Tensor) -> Any:
         if dtype.kind in "fc" and dtype.itemsize < y.itemsize:
             y = _to_dtype_of(entered.dtype, y)  # NumPy's own conversion would turn large values into infinity
-        out = y.resolve_conj().resolve_neg().cpu().contiguous().numpy()
+        y = y.resolve_conj().resolve_neg()
+        out = y.contiguous().numpy() if y.device.type == "cpu" else to_numpy(y)
         if dtype.kind in "fc":
             native = dtype.newbyteorder("=")
             promotes = out.dtype.kind == "c" and dtype.kind == "f"

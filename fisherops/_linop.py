@@ -20,7 +20,7 @@ from scipy.sparse import issparse
 from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
-from fisherops import _arrays
+from fisherops import _arrays, _torch
 from fisherops._processes import ONE, Processes
 
 # Shapes that products take: with one vector, with a matrix, with either.
@@ -75,19 +75,40 @@ def add_shift(result: Tensor, V: Tensor, shift: float | Tensor) -> Tensor:
 
 def check_result(result: Tensor, *inputs: Tensor) -> Tensor:
     """Return a result that leaves if it is finite, or an input is not."""
+    check_later(result, *inputs)
+    if result.device.type != "cpu":
+        _torch.settle()
+    return result
+
+
+def check_later(result: Tensor, *inputs: Tensor) -> Tensor:
+    """Return a result as `check_result` does; of an accelerator it is judged later, because the host does not wait."""
     own = _arrays.part_of(result) if type(result) is not Tensor else result
+    if own.device.type != "cpu":
+        if own.numel():
+            # Largest sizes, which are NaN if an entry is: one reading each, without the memory of a comparison.
+            inexact = (x for x in (own, *map(_arrays.part_of, inputs)) if x.is_floating_point() or x.is_complex())
+            _torch.judge(torch.stack([torch.linalg.vector_norm(x, torch.inf) for x in inexact]), _refuse_infinite)
     # The sum is finite if all entries are, unless it overflows, which the second test settles.
-    if (
+    elif (
         not own.sum().isfinite()
         and not own.isfinite().all()
         and all(_arrays.part_of(x).isfinite().all() for x in inputs)
     ):
-        raise FloatingPointError(
-            "the result must be finite, got NaN or infinity, although the inputs and the model's outputs are finite: a "
-            "derivative of the model is not finite, or values exceed the precision. Check the model's operations, or "
-            "pass dtype='float64'."
-        )
+        raise FloatingPointError(_NOT_FINITE.format("the result"))
     return result
+
+
+def _refuse_infinite(sizes: Tensor) -> None:
+    """Raise FloatingPointError for the largest sizes of a result and its inputs."""
+    if not sizes[0].isfinite() and bool(sizes[1:].isfinite().all()):
+        raise FloatingPointError(_NOT_FINITE.format("the result, of this product or an earlier one on its device,"))
+
+
+_NOT_FINITE = (
+    "{} must be finite, got NaN or infinity, although the inputs and the model's outputs are finite: a derivative of "
+    "the model is not finite, or values exceed the precision. Check the model's operations, or pass dtype='float64'."
+)
 
 
 def identity(n: int, dtype: torch.dtype, device: torch.device, step: int = _BLOCK) -> Iterator[Tensor]:
@@ -351,7 +372,7 @@ class TorchLinearOperator(LinearOperator):
         FloatingPointError
             If the result is not finite although `V` is, or the operator's dtype cannot represent `V`.
         """
-        return check_result(self._times(V), V)
+        return check_later(self._times(V), V)
 
     def _times(self, V: Tensor) -> Tensor:
         """Multiply with vectors (K, N) of any dtype, as a part of another operator."""
@@ -374,9 +395,9 @@ class TorchLinearOperator(LinearOperator):
     def todense(self) -> np.ndarray[Any, Any]:
         """Return the matrix as a NumPy array of shape (M, N); costs N products."""
         M, N = self.shape
-        blocks = [torch.zeros(0, M, dtype=self.torch_dtype)]
-        blocks += [self.multiply(rows).cpu() for rows in identity(N, self.torch_dtype, self.device)]
-        return torch.cat(blocks).T.contiguous().numpy()
+        blocks = [np.zeros((0, M), dtype=self.dtype)]
+        blocks += [_arrays.to_numpy(self.multiply(rows)) for rows in identity(N, self.torch_dtype, self.device)]
+        return np.ascontiguousarray(np.concatenate(blocks).T)
 
     def toarray(self) -> np.ndarray[Any, Any]:
         """Return the matrix as a NumPy array of shape (M, N), as `todense` does; the name is that of sparse arrays."""

@@ -10,6 +10,7 @@ import random
 import sys
 import threading
 import types
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from typing import Any
@@ -75,27 +76,80 @@ def norms(tensors: Sequence[Tensor]) -> list[Tensor]:
         return [t.norm() for t in tensors]
 
 
-def deferred(flag: Tensor) -> Callable[[], bool]:
-    """Return a function that reads a boolean tensor later, when an accelerator has computed it by itself."""
-    if flag.device.type != "cuda":
-        return lambda: bool(flag)
-    arrived = torch.cuda.Event()
-    on_host = torch.empty((), dtype=torch.bool, pin_memory=True).copy_(flag, non_blocking=True)
-    arrived.record(torch.cuda.current_stream(flag.device))
-
-    def read() -> bool:
-        arrived.synchronize()
-        return bool(on_host)
-
-    return read
-
-
 def on_optimizer_step(note: Callable[[Any], None]) -> None:
     """Call `note` with every optimizer of torch after each of its steps: fused steps change no version counter."""
     with suppress(ImportError):
         from torch.optim.optimizer import register_optimizer_step_post_hook
 
         register_optimizer_step_post_hook(lambda optimizer, *_: note(optimizer))
+
+
+# ---- Numbers of an accelerator ----------------------------------------------------------------
+
+
+class Arrival:
+    """A few numbers on their way from a device to the host."""
+
+    def __init__(self, values: Tensor) -> None:
+        device = values.device
+        module: Any = None if device.type == "cpu" else torch.get_device_module(device)
+        self._values, self._event = values, None
+        if hasattr(module, "Event") and hasattr(module, "current_stream"):
+            # Only pinned memory is written by the device itself.
+            on_host = torch.empty(values.shape, dtype=values.dtype, device="cpu", pin_memory=device.type == "cuda")
+            self._values = on_host.copy_(values, non_blocking=True)
+            self._event = module.Event()
+            self._event.record(module.current_stream(device))
+
+    @property
+    def is_here(self) -> bool:
+        """Whether the numbers can be read without waiting."""
+        return self._event is None or bool(self._event.query())
+
+    def read(self) -> Tensor:
+        """Return the numbers; waits for the device if they are not here."""
+        if self._event is not None and not self._event.query():
+            self._event.synchronize()
+        return self._values.cpu()
+
+
+_pending: deque[tuple[Arrival, Callable[[Tensor], None]]] = deque()
+
+
+def judge(values: Tensor, refuse: Callable[[Tensor], None]) -> None:
+    """Call ``refuse(values)`` on the host: at once on the CPU, else when an accelerator has computed them.
+
+    Numbers are looked at when a later product finds that they have arrived, or when a result goes to the host, which
+    waits for the device anyway: see `settle`. A graph of CUDA kernels repeats products without this code, so
+    nothing is judged while one is captured.
+    """
+    if values.device.type == "cpu":
+        refuse(values)
+        return
+    if is_capturing(values.device):
+        return
+    while _pending and _pending[0][0].is_here:
+        _judge_first()
+    _pending.append((Arrival(values), refuse))
+
+
+def settle() -> None:
+    """Judge everything that is pending; the host waits for the device."""
+    while _pending:
+        _judge_first()
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Whether the operations on a device are recorded for a graph of CUDA kernels, which must not be waited for."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _judge_first() -> None:
+    try:
+        arrival, refuse = _pending.popleft()
+    except IndexError:  # another thread has judged it
+        return
+    refuse(arrival.read())
 
 
 # ---- The process ------------------------------------------------------------------------------
@@ -106,8 +160,8 @@ def fixed_randomness(device: torch.device, seed: int) -> Iterator[list[torch.Gen
     """Fix global random numbers inside, and leave their state untouched outside; yields torch's generators."""
     # Only the generators used here: torch.manual_seed would also seed those of other devices, and not restore them.
     generators = [torch.default_generator]
-    if device.type == "cuda":
-        generators.append(torch.cuda.default_generators[device.index])
+    if device.type != "cpu":
+        generators += [own[device.index]] if (own := _default_generators(device)) else []
     states = [generator.get_state() for generator in generators]
     others = random.getstate(), np.random.get_state()  # noqa: NPY002 (the global state is meant)
     try:
@@ -121,6 +175,11 @@ def fixed_randomness(device: torch.device, seed: int) -> Iterator[list[torch.Gen
         np.random.set_state(others[1])  # noqa: NPY002
         for generator, state in zip(generators, states, strict=True):
             generator.set_state(state)
+
+
+def _default_generators(device: torch.device) -> Sequence[torch.Generator]:
+    """Return the generators of an accelerator's cards; none if its module in torch does not name them."""
+    return getattr(torch.get_device_module(device), "default_generators", ())
 
 
 @contextmanager

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fisherops import _arrays
 from fisherops._linop import TorchLinearOperator, add_shift, opaque
 from fisherops._processes import Processes
 from fisherops.scores import Kind
@@ -58,13 +59,13 @@ class FisherOperator(TorchLinearOperator):
         """Return F as a NumPy array of shape (D, D), from the rows of G."""
         F = self.score_matrix.dense()
         F.diagonal().add_(self.shift)
-        return F.cpu().numpy()
+        return _arrays.to_numpy(F)
 
     @opaque
     def diagonal(self) -> np.ndarray[Any, Any]:
         """Return the diagonal of F as a NumPy array of shape (D,), exactly: the squared norms of the columns of G."""
         diagonal: Tensor = self.score_matrix.col_squares() + self.shift
-        return diagonal.cpu().numpy()
+        return _arrays.to_numpy(diagonal)
 
     @opaque
     def trace(self) -> float:

@@ -192,7 +192,7 @@ class ModelFisherOperator(ShardableFisherOperator):
         >>> op.gradient().round(3)
         array([2., 2.], dtype=float32)
         """
-        return self.score_matrix.gradient().cpu().numpy()
+        return _arrays.to_numpy(self.score_matrix.gradient())
 
 
 class FisherMCLinearOperator(ModelFisherOperator):

@@ -5,6 +5,7 @@ from contextlib import ExitStack
 from dataclasses import asdict
 
 import pytest
+import simulated
 import torch
 from hypothesis import HealthCheck, settings
 
@@ -15,6 +16,7 @@ settings.register_profile("thorough", max_examples=1000, **common)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "dev"))
 
 torch.set_num_threads(1)
+simulated.register()  # before the first backward pass, which starts one thread for each device that is known
 
 
 @pytest.fixture(autouse=True)

@@ -80,26 +80,28 @@ class ConjugateGradients:
         X, R, P, rho, done, restarts = state
         if done >= self.maxiter:
             return None
-        if self._is_solved(R):
+        # Both at once, because an accelerator must be waited for.
+        is_solved, has_direction = torch.stack([self._is_solved(R), (rho > 0).any()]).tolist()
+        if is_solved:
             R = self.true_residual(state)
-            if restarts == _RESTARTS or self._is_solved(R):
+            if restarts == _RESTARTS or bool(self._is_solved(R)):
                 return None
             P = self.precondition(R)
             rho, restarts = self.processes.inner(R, P), restarts + 1
+        elif not has_direction:
+            return None
         product = self.multiply(P)
         curvature = self.processes.inner(P, product)
         active = curvature > 0  # rows that are solved exactly have no direction left
-        if not bool(active.any()):
-            return None
         alpha = torch.where(active, rho / curvature, torch.zeros_like(rho))[:, None]
         X, R = X + alpha * P, R - alpha * product
         Z = self.precondition(R)
-        following = self.processes.inner(R, Z)
+        following = torch.where(active, self.processes.inner(R, Z), torch.zeros_like(rho))
         beta = torch.where(rho > 0, following / rho, torch.zeros_like(rho))[:, None]
         return Iterate(X, R, Z + beta * P, following, done + 1, restarts)
 
-    def _is_solved(self, R: Tensor) -> bool:
-        return bool((self.processes.norms(R) <= self.targets).all())
+    def _is_solved(self, R: Tensor) -> Tensor:
+        return (self.processes.norms(R) <= self.targets).all()
 
     def report(self, state: Iterate) -> Report:
         """Return iterations and residual norms."""

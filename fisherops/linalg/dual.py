@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fisherops._linop import TorchLinearOperator, check_result, identity
+from fisherops._linop import TorchLinearOperator, check_later, identity
 from fisherops.linalg.dense import Dense, top_of_matrix
 from fisherops.linalg.results import Mean, Pairs, Solved
 from fisherops.scores.selected import SelectedScores
@@ -27,10 +27,10 @@ class Dual(Dense):
     _power_of_pseudoinverse = -2.0
 
     def _lowered(self, V: Tensor) -> Tensor:
-        return check_result(self._G._mul(V), V)
+        return check_later(self._G._mul(V), V)
 
     def _raised(self, W: Tensor) -> Tensor:
-        return check_result(self._G._mul_t(W), W)
+        return check_later(self._G._mul_t(W), W)
 
     def _direct(self, V: Tensor) -> Tensor:
         """Multiply rows (K, D) by (F + λI)⁻¹ = (I − Gᵀ (K + λI)⁻¹ G) / λ, Woodbury's identity."""

@@ -94,6 +94,8 @@ class Iteration(NamedTuple):
                 while (following := algorithm.step(state)) is not None:
                     bar.update(following.done - state.done)
                     state = following
+                    if bar.disable and file is None and self.callback is None:
+                        continue  # nobody reads a report, whose numbers an accelerator would be waited for
                     report = algorithm.report(state)
                     if report is None:
                         continue

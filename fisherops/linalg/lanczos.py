@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from fisherops import _arrays
 from fisherops.linalg.iteration import Report
 
 Multiply = Callable[[Tensor], Tensor]
@@ -58,18 +59,21 @@ class Krylov(NamedTuple):
             more = V @ w
             w = w - more @ V
             h += more
-        norm = coupling = _norm(w)
+        left = _norm(w)
+        basis[j + 1] = w / left[0]
+        # All numbers at once, because an accelerator must be waited for.
+        *entries, size, norm = _arrays.to_numpy(torch.cat([h.double(), before, left])).tolist()
+        coupling = norm
         eps = float(torch.finfo(w.dtype).eps)
-        if not norm > 10 * eps * before:  # what is left is rounding
+        if not norm > 10 * eps * size:  # what is left is rounding
             coupling = 0.0
             w = random(done)
             for _ in range(2):
                 w = w - (V @ w) @ V
-            norm = _norm(w)
+            norm = float(_norm(w))
+            basis[j + 1] = w / norm if norm > 0 else 0
         # These entries are beyond the present size, and take effect with the new one.
-        projected[: j + 1, j] = projected[j, : j + 1] = h.double().cpu().numpy()
-        if norm > 0:
-            basis[j + 1] = w / norm
+        projected[: j + 1, j] = projected[j, : j + 1] = entries
         return Krylov(basis, projected, j + 1, coupling, done + 1)
 
     def ritz(self) -> tuple[Matrix, Matrix]:
@@ -93,9 +97,10 @@ class Krylov(NamedTuple):
         return Krylov(basis, projected, p, self.coupling, self.done)
 
 
-def _norm(v: Tensor) -> float:
-    """Return ‖v‖, also if its square is out of the range of the precision."""
-    return float(v.norm(dtype=torch.float64))
+def _norm(v: Tensor) -> Tensor:
+    """Return ‖v‖, (1,), also if its square is out of the range of the precision."""
+    norm: Tensor = v.norm(dtype=torch.float64)
+    return norm.view(1)
 
 
 class RitzPairs(NamedTuple):

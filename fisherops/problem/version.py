@@ -159,7 +159,7 @@ class _Watch:
                 views.setdefault((view.dtype, view.device), []).append(view)
         self._views = list(views.values())
         self._contents = [torch.cat(group) for group in self._views]
-        self._answers: list[Callable[[], bool]] = []
+        self._answers: list[_torch.Arrival] = []
         self.structure = tuple(map(id, structure))
         """Identities of modules, their modes, parts and hooks; what it names is referred to by the snapshot."""
 
@@ -190,17 +190,15 @@ class _Watch:
             return [*map(_torch.version_of, tensors), *map(_torch.address_of, tensors)]
 
     def _contents_differ(self) -> bool:
+        # On an accelerator the answer would be waited for: those of earlier looks are read when they have arrived.
         differ = False
-        # On an accelerator the answer would be waited for: that of the last look is read, which has arrived since.
-        for answer in self._answers:
-            differ = answer() or differ
-        self._answers = []
+        while self._answers and self._answers[0].is_here:
+            differ = bool(self._answers.pop(0).read()) or differ
         for group, known in zip(self._views, self._contents, strict=True):
-            present = torch.cat(group)
             if known.device.type == "cpu":
-                differ = differ or not torch.equal(present, known)
-            else:
-                self._answers.append(_torch.deferred((present != known).any()))
+                differ = differ or not torch.equal(torch.cat(group), known)
+            elif not _torch.is_capturing(known.device):
+                self._answers.append(_torch.Arrival((torch.cat(group) != known).any()))
         return differ
 
     def __getstate__(self) -> dict[str, Any]:

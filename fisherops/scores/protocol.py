@@ -156,7 +156,7 @@ class Scores(TorchLinearOperator):
     @opaque
     def todense(self) -> np.ndarray[Any, Any]:
         """Return G as a NumPy array of shape (rows, D), from the rows."""
-        return check_result(self.block(0, self.num_rows)).cpu().numpy()
+        return _arrays.to_numpy(check_result(self.block(0, self.num_rows)))
 
     @opaque
     def rows(self, start: int = 0, stop: int | None = None, *, by_parameter: bool = False, like: Any = None) -> Any:
@@ -199,7 +199,7 @@ class Scores(TorchLinearOperator):
         start, stop = operator.index(start), R if stop is None else operator.index(stop)
         if not 0 <= start <= stop <= R:
             raise ValueError(f"rows {start} to {stop} must be among the {R} rows of the score matrix.")
-        leave = _arrays.leave_like(like) if like is not None else lambda t: t.cpu().numpy()
+        leave = _arrays.leave_like(like) if like is not None else _arrays.to_numpy
         rows = check_result(self.block(start, stop))
         if by_parameter:
             return {name: leave(part.contiguous()) for name, part in self.parameters.split(rows).items()}
@@ -211,7 +211,7 @@ class Scores(TorchLinearOperator):
 
         From factors, without listing the rows, where that is cheaper.
         """
-        return check_result(self.row_squares().sqrt().to(self.torch_dtype)).cpu().numpy()
+        return _arrays.to_numpy(check_result(self.row_squares().sqrt().to(self.torch_dtype)))
 
     @opaque
     def gram(self, other: Any = None) -> np.ndarray[Any, Any]:
@@ -237,7 +237,7 @@ class Scores(TorchLinearOperator):
             if not isinstance(other, Scores):
                 raise TypeError(f"`other` must be a score matrix, got {type(other).__name__}. Pass `op.scores`.")
             self._check_same_parameters(other)
-        return self.gram_tensor(other).cpu().numpy()
+        return _arrays.to_numpy(self.gram_tensor(other))
 
     def _check_same_parameters(self, other: Scores) -> None:
         if not self.has_columns_of(other):
