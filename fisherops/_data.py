@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import operator
 import types
 import weakref
@@ -140,6 +141,12 @@ class Data:
         self.order_is_free = False
         """Whether the examples were read in another order, or batches with indices were not compared."""
         self._source = _as_source(source, batch_size)
+
+    def to(self, device: torch.device) -> Data:
+        """Return the same data for a model on another device."""
+        other = copy.copy(self)
+        other._device = device
+        return other
 
     def of(self, source: Any, *, batch_size: int | None, order: str, **options: Any) -> Data:
         """Return another data set, which may be empty, that is read for the same model."""

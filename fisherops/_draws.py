@@ -150,11 +150,12 @@ class CounterDraws:
         high, low, *_ = _philox.words((self._index, zero, zero + self._head, zero + 0xFFFFFFFF), key)
         seeds = ((high << 31) ^ low).tolist()
         drawn = []
-        with fixed_randomness(f.device, 0) as generators:
-            for part, seed in zip(f.chunk(len(seeds)), seeds, strict=True):
+        # On the host, because the generators of other devices draw other numbers.
+        with fixed_randomness(torch.device("cpu"), 0) as generators:
+            for part, seed in zip(f.cpu().chunk(len(seeds)), seeds, strict=True):
                 generators[-1].manual_seed(seed)
                 drawn.append(sample(part))
-        return torch.cat(drawn, 1)
+        return torch.cat(drawn, 1).to(f.device)
 
     def head(self, number: int) -> CounterDraws:
         """Return draws for another head of the model."""

@@ -29,6 +29,11 @@ _depth = 0  # of `isolated`, by the thread that has the lock
 # ---- Tensors ----------------------------------------------------------------------------------
 
 
+def as_device(device: Any) -> torch.device:
+    """Return a device with its index: of "cuda" that of the present card."""
+    return torch.empty(0, device=device).device
+
+
 def version_of(t: Tensor) -> int | None:
     """Return the number of in-place changes of a tensor that torch counted, or None if it does not count them."""
     try:
@@ -208,6 +213,35 @@ def own_precision(device: torch.device) -> Iterator[None]:
     """Compute inside without the caller's inference mode and autocasting."""
     with torch.inference_mode(False), torch.autocast(device.type, enabled=False):
         yield
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Multiply float32 matrices inside without TF32, which a user may allow for the kernels of CUDA elsewhere.
+
+    Squares of small numbers beside large ones, as in Gram matrices, need all digits.
+    """
+    flags: Any = torch.backends.cuda.matmul
+    if flags.fp32_precision != "tf32":
+        yield
+        return
+    with _LOCK:
+        flags.fp32_precision = "ieee"
+        try:
+            yield
+        finally:
+            flags.fp32_precision = "tf32"
+
+
+@functools.cache
+def block_bytes(device: torch.device) -> int:
+    """Return the bytes of a block that is read twice: half of an accelerator's second cache, or 64 MiB if unknown.
+
+    The other half is for what the two readings multiply it with, and for their results.
+    """
+    properties = getattr(torch.get_device_module(device), "get_device_properties", None)
+    cache = 0 if properties is None else getattr(properties(device), "L2_cache_size", 0)
+    return cache // 2 or 2**26
 
 
 def needs_own_precision(device: torch.device) -> bool:

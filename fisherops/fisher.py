@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -119,6 +120,44 @@ class FisherOperator(TorchLinearOperator):
         index = index.to(self.device)
         shift = self.shift[index] if isinstance(self.shift, Tensor) else self.shift
         return FisherOperator(SelectedScores(self.score_matrix, index, parameters=parameters), shift)
+
+    @opaque
+    def to(self, device: Any) -> FisherOperator:
+        """Return the same matrix, to rounding, as an operator on another device.
+
+        The model is used as it is if it was moved there (``model.to(device)``); otherwise it is copied, with the loss,
+        and later changes of the original are not followed. Draws are the same; what is cached is computed anew.
+
+        Parameters
+        ----------
+        device : torch.device or str
+
+        Returns
+        -------
+        FisherOperator
+            Of the same class, with the same damping.
+
+        Raises
+        ------
+        ValueError
+            If the draws are those of ``sampler="stream"``, or the model is a callable ``X -> f``.
+        NotImplementedError
+            If several processes share the data.
+
+        Examples
+        --------
+        >>> import torch, fisherops as fo
+        >>> X, y = torch.ones(10, 4), torch.zeros(10, dtype=torch.int64)
+        >>> op = fo.FisherLinearOperator(torch.nn.Linear(4, 3), torch.nn.CrossEntropyLoss(), data=(X, y))
+        >>> op.to("cpu").device
+        device(type='cpu')
+        """
+        other = copy.copy(self)
+        other.score_matrix = self.score_matrix.to(device)
+        other.device = other.score_matrix.device
+        if isinstance(self.shift, Tensor):
+            other.shift = self.shift.to(other.device)
+        return other
 
     def enter_pieces(self, tensors: Mapping[str, Tensor]) -> tuple[Any, Callable[[Any], dict[str, Tensor]]]:
         """Return one vector (D,) for tensors of the parameters' shapes, and how a vector becomes such tensors again.

@@ -14,7 +14,6 @@ from fisherops import _arrays
 from fisherops._checks import integer
 from fisherops._data import Data, place_alone
 from fisherops._linop import Vectors, opaque
-from fisherops._memory import as_bytes, as_folder
 from fisherops.fisher import FisherOperator
 from fisherops.parallel.fsdp import ShardedScores, group_for, make_problem, scores_of
 from fisherops.parallel.scores import DistributedScores
@@ -147,8 +146,7 @@ class ModelFisherOperator(ShardableFisherOperator):
             weights=None if sample_weight is None else as_weights(sample_weight),
             **shared,
         )
-        memory = as_bytes(max_memory, problem.device)
-        local = ScoreMatrix(reader, cache=cache, max_memory=memory, spill=as_folder(spill))
+        local = ScoreMatrix(reader, cache=cache, max_memory=max_memory, spill=spill)
         super().__init__(scores_of(local, group))
 
     def __repr__(self) -> str:

@@ -76,7 +76,7 @@ class ScoreMatrix(Scores):
         (rows, D).
     """
 
-    def __init__(self, reader: Reader, *, cache: str, max_memory: int, spill: Any) -> None:
+    def __init__(self, reader: Reader, *, cache: str, max_memory: Any, spill: Any) -> None:
         if cache not in CACHES:
             raise ValueError(f"`cache` must be one of {', '.join(map(repr, CACHES))}, got {cache!r}.")
         if reader.problem.is_divided and cache not in ("auto", "factors"):
@@ -84,7 +84,8 @@ class ScoreMatrix(Scores):
                 f"cache={cache!r} cannot be had where the parameters are sharded: use 'auto' or 'factors'."
             )
         self.reader, self.problem = reader, reader.problem
-        self._asked, self.max_memory, self._spill = cache, max_memory, spill
+        self._asked, self._spill, self._memory = cache, as_folder(spill), max_memory
+        self.max_memory = as_bytes(max_memory, self.problem.device)
         self._cache: Cache | None = None
         self._version, self._refreshes = -1, 0
         self._index: list[Tensor] = []
@@ -190,6 +191,11 @@ class ScoreMatrix(Scores):
             other._version, other.counts = self._version, self.counts
         return other
 
+    def to(self, device: Any) -> ScoreMatrix:
+        """Return G of the same problem, data and draws on another device; see `FisherOperator.to`."""
+        reader = self.reader.to(_torch.as_device(device))
+        return ScoreMatrix(reader, cache=self._asked, max_memory=self._memory, spill=self._spill)
+
     @opaque
     def on(
         self,
@@ -270,8 +276,7 @@ class ScoreMatrix(Scores):
         )
         weights = None if sample_weight is None else as_weights(sample_weight)
         reader = self.reader.of_data(own, chosen, rows=rows, reduction=reduction, weights=weights)
-        memory = as_bytes(max_memory, self.device)
-        return ScoreMatrix(reader, cache=cache, max_memory=memory, spill=as_folder(spill))
+        return ScoreMatrix(reader, cache=cache, max_memory=max_memory, spill=spill)
 
     def __repr__(self) -> str:
         rows = "rows not counted yet" if self.counts is None else f"{sum(self.counts)} rows"
@@ -323,7 +328,8 @@ class ScoreMatrix(Scores):
         def dense(batches: Iterable[BatchScores]) -> Tensor:
             return self._sum((part for batch in batches for part in _squares(batch)), D, D)
 
-        return self._over("dense", dense)
+        with _torch.full_precision():
+            return self._over("dense", dense)
 
     def col_squares(self) -> Tensor:
         """Return the squared norms of the columns, (D,): the diagonal of F."""

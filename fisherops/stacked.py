@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from math import sqrt
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -98,6 +99,10 @@ class StackedScores(Scores):
         """What is cached of all parts, and the least memory that is left."""
         nbytes, left, rows = zip(*(G.cache_size for _, G in self._stacked), strict=True)
         return CacheSize(sum(nbytes), min(left), all(rows))
+
+    def to(self, device: Any) -> StackedScores:
+        """Return the same on another device."""
+        return StackedScores([(alpha, G.to(device)) for alpha, G in self._stacked])
 
     # ---- Products -----------------------------------------------------------------------------
 

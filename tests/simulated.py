@@ -21,6 +21,7 @@ import weakref
 from collections import deque
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
@@ -224,7 +225,8 @@ def _kernel(op, *args, **kwargs):
     _record(name, tensors)
     if _waits(op, args, kwargs):
         _time.wait(name)
-    aliases = {id(t): on_host(t) for t in tensors if t.device.type == NAME}
+    coarse = name in _MATRIX_PRODUCTS and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    aliases = {id(t): _as_tf32(on_host(t)) if coarse else on_host(t) for t in tensors if t.device.type == NAME}
     host = [
         aliases.get(id(x), x) if isinstance(x, Tensor)
         else torch.device("cpu") if isinstance(x, torch.device)
@@ -249,6 +251,16 @@ def _kernel(op, *args, **kwargs):
     if schema.returns and all(r.alias_info is not None for r in schema.returns):
         return tuple(mutated) if len(schema.returns) > 1 else mutated[0]
     return _entered(result, card.index or 0)
+
+
+# What CUDA computes with 10 bits of mantissa if TF32 is allowed.
+_MATRIX_PRODUCTS = {"aten::mm", "aten::bmm", "aten::addmm", "aten::baddbmm"}
+
+
+def _as_tf32(t):
+    if t.dtype != torch.float32:
+        return t
+    return (t.contiguous().view(torch.int32) + 2**12 & ~(2**13 - 1)).view(torch.float32)
 
 
 def _expects_tensor(argument):
@@ -569,6 +581,9 @@ class _Module:
 
     def set_rng_state(self, state, device=NAME):
         default_generators[torch.device(device).index or 0].set_state(state)
+
+    def get_device_properties(self, device=None):
+        return SimpleNamespace(name="simulated", L2_cache_size=2**21, multi_processor_count=4)
 
     def get_amp_supported_dtype(self):
         return [torch.float16, torch.bfloat16]

@@ -43,7 +43,8 @@ class Draws(Protocol):
     def generated(self, f: Tensor, sample: Callable[[Tensor], Tensor]) -> Tensor:
         """Draw by ``sample(f)``, which uses torch's global generators: (samples, t, ...) for any rows (t, C) of `f`.
 
-        With ``sampler="counter"`` it is called for one datum after the other, each with a seed of its own.
+        With ``sampler="counter"`` it is called for one datum after the other, each with a seed of its own, and on the
+        host, because draws must not depend on the device.
         """
         ...
 

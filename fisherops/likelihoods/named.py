@@ -136,7 +136,7 @@ class Named(Structure):
         return torch.cat([part.reshape(*batch, -1) for part in parts], -1)
 
     def build(self, f: Tensor) -> Any:
-        arguments = {**self._values(f), **self._constants}
+        arguments = self._arguments(f)
         try:
             try:
                 return self._kind(**arguments, validate_args=False)
@@ -193,11 +193,15 @@ class Named(Structure):
         if unknown:
             raise NotImplementedError(no_exact(f"a {self.name} with predicted {min(unknown)}"))
         if self._family.factor is not None:
-            return self._family.factor({**self._values(f), **self._constants})
+            return self._family.factor(self._arguments(f))
         if self._family.root is None:
             return super().exact(f)
-        S = self._family.root({**self._values(f.double()), **self._constants}).to(f.dtype)
+        S = self._family.root(self._arguments(f.double())).to(f.dtype)
         return DiagonalFactor(S) if S.ndim == 2 else DenseFactor(S)
+
+    def _arguments(self, f: Tensor) -> dict[str, Any]:
+        constants = {name: x.to(f.device) if isinstance(x, Tensor) else x for name, x in self._constants.items()}
+        return {**self._values(f), **constants}
 
     def _values(self, f: Tensor) -> dict[str, Tensor]:
         parts = zip(self._shapes.items(), f.split(self._sizes, dim=-1), strict=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -101,7 +102,10 @@ class _Transformed(Structure):
 
     def build(self, f: Tensor) -> Any:
         base = self._base.build(f)
-        return td.TransformedDistribution(base, self._transforms, validate_args=False) if self._transforms else base
+        if not self._transforms:
+            return base
+        transforms = [_at(transform, f.device) for transform in self._transforms]  # draws may be made on the host
+        return td.TransformedDistribution(base, transforms, validate_args=False)
 
     def check(self, dist: Any) -> None:
         self._base.check(dist.base_dist)
@@ -131,6 +135,25 @@ class _Transformed(Structure):
 
     def exact(self, f: Tensor) -> OutputFactor:
         return self._base.exact(f)
+
+
+def _at(x: Any, device: torch.device) -> Any:
+    """Return a transformation, or what it holds, with its tensors on a device."""
+    if isinstance(x, Tensor):
+        return x.to(device)
+    if isinstance(x, list):
+        return [_at(part, device) for part in x]
+    if not isinstance(x, td.Transform):
+        return x
+    if isinstance(x, _INVERSE):
+        return _at(x.inv, device).inv
+    other = copy.copy(x)
+    vars(other).update({name: _at(value, device) for name, value in vars(other).items()})
+    return other
+
+
+# The class of the inverses of transformations, which refer to them.
+_INVERSE = type(td.ExpTransform().inv)
 
 
 class _Mixture(Structure):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
 
 import numpy as np
@@ -12,6 +12,7 @@ import torch
 from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
+from fisherops import _torch
 from fisherops._linop import TorchLinearOperator, _Damped, _Scaled, _Sum, as_torch_operator, opaque
 from fisherops._memory import as_bytes
 from fisherops.linalg.dense import SINGULAR, Dense
@@ -242,8 +243,11 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Compute in the operator's precision and without graphs, whatever the caller's contexts."""
-    with torch.no_grad(), torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+    """Compute in the operator's precision and without graphs, whatever the caller's contexts and flags."""
+    accelerator = torch.accelerator.current_accelerator()
+    with torch.no_grad(), _torch.full_precision(), ExitStack() as stack:
+        for kind in {"cpu", "cuda", "cuda" if accelerator is None else accelerator.type}:
+            stack.enter_context(torch.autocast(kind, enabled=False))
         yield
 
 

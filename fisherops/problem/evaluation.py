@@ -444,7 +444,8 @@ class Evaluation:
         own = torch.finfo(parameters.dtype).eps
         precisions = [torch.finfo(dtype).eps for dtype in seen if dtype.is_floating_point]
         coarse = [10 * eps for eps in precisions if eps > own]
-        tf32 = torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32
+        flags: Any = torch.backends
+        tf32 = "tf32" in (flags.cudnn.conv.fp32_precision, flags.cuda.matmul.fp32_precision)
         if tf32 and parameters.device.type == "cuda" and parameters.dtype == torch.float32:
             # TF32 has 10 bits of mantissa; convolutions use it unless the user switches it off.
             coarse.append(10 * 2.0**-10)

@@ -162,9 +162,15 @@ class _ModuleFunction(ModelFunction):
         own = dict(self._module.named_parameters(remove_duplicate=False))
         replaced = [name for name, p in self._chosen.items() if own.get(name) is not p]
         if replaced:
+            device = own[replaced[0]].device if replaced[0] in own else self._parameters.device
             raise RuntimeError(
                 f"the model's parameters {replaced} are not those that the operator was made with: they were replaced "
-                "by other tensors. Make a new operator (parameters that are changed in place are followed)."
+                "by other tensors"
+                + (
+                    ". Make a new operator (parameters that are changed in place are followed)."
+                    if device == self._parameters.device
+                    else f" on {device}, and the operator is on {self._parameters.device}. Use `op.to('{device}')`."
+                )
             )
 
     @contextmanager

@@ -16,6 +16,7 @@ from fisherops.likelihoods import Likelihood
 from fisherops.problem.calls import Calls, Kernels
 from fisherops.problem.evaluation import MODES, SEED, Evaluation, GraphFacts
 from fisherops.problem.model import ModelFunction, as_function
+from fisherops.problem.moving import moved
 from fisherops.problem.parameters import Parameters, as_dtype, select
 from fisherops.problem.version import Version
 
@@ -80,6 +81,8 @@ class Problem:
         any_loss: bool = False,
         make_function: Callable[[Any, Parameters, bool], ModelFunction] = as_function,
     ) -> None:
+        self._made_of = model_func, loss_func, params
+        self._options = {"dtype": dtype, "any_loss": any_loss, "make_function": make_function}
         self._make_likelihood = functools.partial(likelihoods.of_loss, loss_func, any_loss)
         self.likelihood: Likelihood = self._make_likelihood()
         self.parameters = Parameters(select(model_func, params), as_dtype(dtype))
@@ -97,6 +100,10 @@ class Problem:
     def device(self) -> torch.device:
         """Where the parameters are."""
         return self.parameters.device
+
+    def to(self, device: torch.device) -> Problem:
+        """Return the same problem on another device; see `moved`."""
+        return Problem(*moved(*self._made_of, list(self.parameters.tensors), device), **self._options)
 
     def look(self) -> int:
         """Return the version, after making anew what belongs to an earlier one."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fisherops._matmul import takes_onednn, times_transposed
 from fisherops._sums import CompensatedSum
+from fisherops._torch import block_bytes
 from fisherops.scores.columns import Columns, Factors
 from fisherops.scores.derived import Composed, Derived, Strided
 
@@ -135,7 +136,7 @@ class MaterializedBatch:
         # Kernels for vectors add the rows to the result one after the other.
         adds_in_place = len(V) == 1 and count <= _ROWS_PER_SUM and not is_onednn
         if V.device.type != "cpu":
-            cached = _BLOCK_BYTES
+            cached = block_bytes(V.device)
         step = min(max(least, cached // (length * self._dense.itemsize)), _ROWS_PER_SUM)
         total = V.new_zeros(0) if step >= count else torch.zeros_like(V)
         for rows, w in zip(self._dense.split(step), W.split(step, 1), strict=True):

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fisherops import _arrays
+from fisherops import _arrays, _torch
 from fisherops._linop import TorchLinearOperator, Transposed, check_result, opaque
 from fisherops._matmul import symmetrized
 from fisherops.problem import Parameters
@@ -131,6 +131,12 @@ class Scores(TorchLinearOperator):
     def has_columns_of(self, other: Scores) -> bool:
         """Whether the columns belong to parameters of the same names and shapes."""
         return self.parameters.shapes == other.parameters.shapes and type(other).has_columns_of is Scores.has_columns_of
+
+    def to(self, device: Any) -> Scores:
+        """Return the same matrix on another device."""
+        raise NotImplementedError(
+            f"an operator of several processes cannot be moved. Make it anew with the model on {device}."
+        )
 
     # ---- What is made of these ----------------------------------------------------------------
 
@@ -265,7 +271,7 @@ class Scores(TorchLinearOperator):
         scale : torch.Tensor, optional
             (D,). Default: ones.
         """
-        with torch.no_grad():
+        with torch.no_grad(), _torch.full_precision():
             other = self if other is None else other
             if self.parts[0][1] is self and other.parts[0][1] is other:
                 return check_result(self.cross(other, scale))

@@ -124,6 +124,24 @@ class Reader:
             reduction=reduction,
         )
 
+    def to(self, device: torch.device) -> Reader:
+        """Return a reader of the same data for the same problem on another device, with the same draws.
+
+        Raises
+        ------
+        ValueError
+            If the draws are a stream, which each device has its own of, or the problem cannot be moved.
+        """
+        if self.kind.order == "fixed":
+            raise ValueError(
+                "an operator with sampler='stream' cannot be moved, because the generators of each device draw other "
+                f"numbers: its matrix would be another one. Make it anew on {device}, or use sampler='counter'."
+            )
+        other = copy.copy(self)
+        other.problem, other.data = self.problem.to(device), self.data.to(device)
+        other._structure, other._loss = other.problem.version.structure, other.problem.version.loss
+        return other
+
     def of_kind(self, kind: Kind) -> Reader:
         """Return a reader of the same data for another kind."""
         other = copy.copy(self)

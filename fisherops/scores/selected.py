@@ -96,6 +96,12 @@ class SelectedScores(Scores):
     def cache_size(self) -> CacheSize:
         return self._G.cache_size
 
+    def to(self, device: Any) -> SelectedScores:
+        G = self._G.to(device)
+        index, factors = (None if t is None else t.to(G.device) for t in (self._columns, self._factors))
+        tensors = {name: t.detach().to(G.device) for name, t in self._parameters.tensors.items()}
+        return SelectedScores(G, index, factors, Parameters(tensors, self._parameters.dtype))
+
     # ---- Products -----------------------------------------------------------------------------
 
     def product(self, V: Tensor) -> Tensor:
