@@ -131,7 +131,7 @@ def judge(values: Tensor, refuse: Callable[[Tensor], None]) -> None:
     if values.device.type == "cpu":
         refuse(values)
         return
-    if is_capturing(values.device):
+    if is_capturing():
         return
     while _pending and _pending[0][0].is_here:
         _judge_first()
@@ -144,9 +144,9 @@ def settle() -> None:
         _judge_first()
 
 
-def is_capturing(device: torch.device) -> bool:
-    """Whether the operations on a device are recorded for a graph of CUDA kernels, which must not be waited for."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+def is_capturing() -> bool:
+    """Whether operations are recorded for a graph of CUDA kernels: no event may be asked for then."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 def _judge_first() -> None:
@@ -225,12 +225,11 @@ def full_precision() -> Iterator[None]:
     if flags.fp32_precision != "tf32":
         yield
         return
-    with _LOCK:
-        flags.fp32_precision = "ieee"
-        try:
-            yield
-        finally:
-            flags.fp32_precision = "tf32"
+    flags.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        flags.fp32_precision = "tf32"
 
 
 @functools.cache

@@ -16,12 +16,14 @@ the same memory on the CPU.
 """
 
 import ctypes
+import functools
 import sys
 import weakref
 from collections import deque
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -156,6 +158,10 @@ def _alias(t, kind, index=0):
 
 def on_host(t):
     """Return a tensor of the CPU with the memory of one of the device."""
+    if t.is_conj():
+        return on_host(t.conj()).conj()
+    if t.is_neg():
+        return torch._neg_view(on_host(torch._neg_view(t)))
     return _alias(t, _ON_HOST)
 
 
@@ -180,23 +186,53 @@ _WAITING = {
 _INDEXING = {"aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_"}
 
 
-def _waits(op, args, kwargs):
-    name = op._schema.name
-    if name in _INDEXING:
+class _Signature(NamedTuple):
+    """What is asked of an operation's schema, which torch makes anew each time."""
+
+    name: str
+    is_view: bool
+    takes_tensor: list
+    written: list
+    outs: list
+    generator: int | None
+    returns: int
+    returns_written: bool
+    waits: bool
+
+    @classmethod
+    @functools.cache
+    def of(cls, op):
+        schema = op._schema
+        name, arguments, returns = schema.name, list(schema.arguments), list(schema.returns)
+        return cls(
+            name,
+            any(r.alias_info is not None and not r.alias_info.is_write for r in returns),
+            [isinstance(a.type, torch.TensorType) for a in arguments],
+            [a.alias_info is not None and a.is_write for a in arguments],
+            [a.name for a in arguments if a.is_out],
+            next((k for k, a in enumerate(arguments) if a.name == "generator"), None),
+            len(returns),
+            bool(returns) and all(r.alias_info is not None for r in returns),
+            name.removesuffix("_") in _WAITING
+            or name in _WAITING
+            or any(not isinstance(r.type, torch.TensorType | torch.ListType) for r in returns),
+        )
+
+
+def _waits(own, args, kwargs):
+    if own.name in _INDEXING:
         return any(t is not None and t.dtype in (torch.bool, torch.uint8) for t in args[1])
-    if name == "aten::repeat_interleave":
+    if own.name == "aten::repeat_interleave":
         return kwargs.get("output_size") is None
-    if any(not isinstance(r.type, torch.TensorType | torch.ListType) for r in op._schema.returns):
-        return True
-    return name.removesuffix("_") in _WAITING or name in _WAITING
+    return own.waits
 
 
-def _check_devices(op, tensors):
+def _check_devices(name, tensors):
     cards = {t.device for t in tensors if t.device.type == NAME}
     strangers = {t.device for t in tensors if t.device.type != NAME and t.ndim}
     if len(cards | strangers) > 1:
         listed = " and ".join(sorted(map(str, cards | strangers)))
-        raise RuntimeError(f"Expected all tensors to be on the same device, but found {listed}: {op._schema.name}")
+        raise RuntimeError(f"Expected all tensors to be on the same device, but found {listed}: {name}")
     return next(iter(cards)) if cards else None
 
 
@@ -208,10 +244,11 @@ def _record(name, tensors):
 
 def _kernel(op, *args, **kwargs):
     """Run the kernel of the CPU on the memory of the device."""
-    schema, name = op._schema, op._schema.name
-    if any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns):
+    own = _Signature.of(op)
+    name = own.name
+    if own.is_view:
         return op._op_dk(_CPU, *args, **kwargs)  # a view
-    args = [_as_tensor(x, args) if _expects_tensor(a) else x for a, x in zip(schema.arguments, args, strict=False)]
+    args = [_as_tensor(x, args) if takes else x for takes, x in zip(own.takes_tensor, args, strict=False)]
     flat, form = tree_flatten((args, kwargs))
     tensors = [x for x in flat if isinstance(x, Tensor)]
     if name in _INDEXING:  # indices may be on the host, as on CUDA, and are copied
@@ -221,9 +258,9 @@ def _kernel(op, *args, **kwargs):
                 _time.wait("copy to device")
         tensors = [args[0], *(t for t in args[1] if t is not None and t.device.type == NAME), *args[2:3]]
     asked = [x for x in flat if isinstance(x, torch.device)]
-    card = _check_devices(op, tensors) or next((torch.device(d) for d in asked if _is_sim(d)), torch.device(NAME, 0))
+    card = _check_devices(name, tensors) or next((torch.device(d) for d in asked if _is_sim(d)), torch.device(NAME, 0))
     _record(name, tensors)
-    if _waits(op, args, kwargs):
+    if _waits(own, args, kwargs):
         _time.wait(name)
     coarse = name in _MATRIX_PRODUCTS and torch.backends.cuda.matmul.fp32_precision == "tf32"
     aliases = {id(t): _as_tf32(on_host(t)) if coarse else on_host(t) for t in tensors if t.device.type == NAME}
@@ -235,21 +272,19 @@ def _kernel(op, *args, **kwargs):
         for x in flat
     ]  # fmt: skip
     args_, kwargs_ = tree_unflatten(host, form)
-    outs = [a.name for a in schema.arguments if a.is_out]
-    for out in outs:  # they may have to grow, which memory of others cannot
+    for out in own.outs:  # they may have to grow, which memory of others cannot
         kwargs_[out] = torch.empty(0, dtype=kwargs[out].dtype)
-    for position, a in enumerate(schema.arguments):
-        if a.name == "generator" and len(args_) <= position and kwargs_.get("generator") is None:
-            kwargs_["generator"] = default_generators[card.index or 0]
+    if own.generator is not None and len(args_) <= own.generator and kwargs_.get("generator") is None:
+        kwargs_["generator"] = default_generators[card.index or 0]
     result = op(*args_, **kwargs_)
-    for out in outs:
+    for out in own.outs:
         _fill(kwargs[out], kwargs_[out])
-    if outs:
-        found = tuple(kwargs[out] for out in outs)
+    if own.outs:
+        found = tuple(kwargs[out] for out in own.outs)
         return found if len(found) > 1 else found[0]
-    mutated = [x for a, x in zip(schema.arguments, args, strict=False) if a.alias_info is not None and a.is_write]
-    if schema.returns and all(r.alias_info is not None for r in schema.returns):
-        return tuple(mutated) if len(schema.returns) > 1 else mutated[0]
+    if own.returns_written:
+        written = [x for writes, x in zip(own.written, args, strict=False) if writes]
+        return tuple(written) if own.returns > 1 else written[0]
     return _entered(result, card.index or 0)
 
 
@@ -261,10 +296,6 @@ def _as_tf32(t):
     if t.dtype != torch.float32:
         return t
     return (t.contiguous().view(torch.int32) + 2**12 & ~(2**13 - 1)).view(torch.float32)
-
-
-def _expects_tensor(argument):
-    return isinstance(argument.type, torch.TensorType)
 
 
 def _as_tensor(x, args):
@@ -589,6 +620,17 @@ class _Module:
         return [torch.float16, torch.bfloat16]
 
 
+_clone_of_storage = torch.UntypedStorage.clone
+
+
+def _clone(storage):
+    """Copy memory, as `copy.deepcopy` does; torch has no allocator for a device that is written in Python."""
+    if storage.device.type != NAME:
+        return _clone_of_storage(storage)
+    whole = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage, 0, (storage.nbytes(),), (1,))
+    return whole.clone().untyped_storage()
+
+
 default_generators: list[SimulatedGenerator] = []
 _libraries = []
 
@@ -599,6 +641,7 @@ def register():
         backend_registration._setup_privateuseone_for_python_backend(NAME, backend_module=_Module())
         default_generators.extend(SimulatedGenerator(f"{NAME}:{k}") for k in range(CARDS))
         torch.Generator = Generator
+        torch.UntypedStorage.clone = _clone
         every = torch.library.Library("_", "IMPL")
         every.fallback(_kernel, "PrivateUse1")
         own = torch.library.Library("aten", "IMPL")

@@ -1,14 +1,12 @@
-"""On a CUDA device: models, vectors and solvers of torch and CuPy. Needs both; skipped elsewhere."""
+"""What needs a CUDA device or CuPy itself: memory, streams, graphs and solvers. Skipped elsewhere; see test_devices.py."""
 
 import sys
 
 import numpy as np
-import oracle
 import pytest
 import torch
-from models import ARCHITECTURES, LOSSES, make_case
+from models import make_case
 from tolerances import assert_same
-from torch import nn
 
 import fisherops as fo
 from fisherops._linop import TorchLinearOperator
@@ -57,39 +55,6 @@ def F(op):
 
 def x_of(op, *shape):
     return np.random.default_rng(0).standard_normal((D, *shape)).astype(op.dtype)
-
-
-@pytest.mark.parametrize("loss", sorted(LOSSES))
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_the_operator_on_cuda_equals_the_definition(architecture, loss):
-    case = make_case(architecture, loss, sizes=(4, 3))
-    model = case.model.cuda()
-    data = [(X.cuda(), y.cuda()) for X, y in case.data]
-    op = fo.FisherMCLinearOperator(model, case.loss, data=case.data)  # batches on the host are moved
-    assert op.device.type == "cuda"
-    expected = oracle_on_cuda(model, case.loss, data)
-    assert_same(op @ np.eye(op.shape[0]), expected, case.dtype)
-    assert_same(op.todense(), expected, case.dtype)
-
-
-def oracle_on_cuda(model, loss, data):
-    """The definition, with the draws of the CUDA generator."""
-    generator = torch.Generator(device="cuda").manual_seed(2147483647)
-    F, divisor = 0.0, 0
-    params = list(model.parameters())
-    for X, _ in data:
-        raw = model(X)
-        f = oracle.flatten(loss, raw)
-        if isinstance(loss, nn.MSELoss):
-            noise = torch.randn((1, *f.shape), generator=generator, dtype=f.dtype, device="cuda")
-            drawn = f.detach() + 0.5**0.5 * noise
-        else:
-            drawn = oracle.draw_targets(loss, f.detach(), 1, generator)
-        divisor += len(f) if isinstance(loss, nn.CrossEntropyLoss) else raw.numel()
-        for t in range(len(f)):
-            g = oracle.gradient(oracle.negative_log_likelihood(loss, f[t], drawn[0, t]), params).cpu().numpy()
-            F = F + np.outer(g, g)
-    return F / divisor
 
 
 def test_vectors_of_every_kind_come_back_where_they_came_from(op, F, cp):
@@ -196,26 +161,6 @@ def test_to_cupy_combines_with_cupyx_operators(op, F, linalg, cp):
     assert_same((combined @ cp.asarray(x_of(op))).get(), 2 * F @ x_of(op) + x_of(op), op.dtype)
 
 
-def test_the_same_seed_gives_the_same_expectation_on_both_devices():
-    """Draws differ between devices with the stream sampler; the mean over seeds does not (5 standard errors)."""
-    case = make_case("dense", "ce", sizes=(20,))
-    traces = {}
-    for device in ("cpu", "cuda"):
-        model = case.model.to(device)
-        values = [fo.FisherMCLinearOperator(model, case.loss, data=case.data, seed=s).trace() for s in range(100)]
-        traces[device] = np.mean(values), np.std(values) / 10
-    (cpu, cpu_error), (cuda, cuda_error) = traces.values()
-    assert abs(cpu - cuda) <= 5 * np.hypot(cpu_error, cuda_error)
-
-
-def test_the_random_states_of_the_device_are_left_alone(op):
-    states = torch.cuda.get_rng_state(), torch.get_rng_state()
-    op @ x_of(op)
-    op.trace()
-    assert torch.equal(torch.cuda.get_rng_state(), states[0])
-    assert torch.equal(torch.get_rng_state(), states[1])
-
-
 def test_cupy_is_not_imported_by_torch_vectors(op):
     if "cupy" not in sys.modules:
         op @ torch.from_numpy(x_of(op)).cuda()
@@ -246,3 +191,32 @@ def test_the_score_matrix(op, F, cp):
     assert_same((op.scores.T @ Gv).get(), F @ v.get(), op.dtype)
     G = op.scores.todense()
     assert_same(op.scores.gram(), G @ G.T, op.dtype)
+
+
+def test_a_warm_product_is_captured_by_a_graph(op, F):
+    x = torch.from_numpy(x_of(op)).cuda()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            op @ x
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = op @ x
+    x.mul_(2)
+    graph.replay()
+    assert_same(y.cpu().numpy(), 2 * F @ x_of(op), op.dtype)
+
+
+def test_a_warm_product_does_not_wait(op):
+    x = torch.from_numpy(x_of(op)).cuda()
+    op @ x
+    torch.cuda.synchronize()
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        op @ x
+        op @ x
+    finally:
+        torch.cuda.set_sync_debug_mode(before)

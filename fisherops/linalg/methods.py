@@ -245,7 +245,9 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 def quiet() -> Iterator[None]:
     """Compute in the operator's precision and without graphs, whatever the caller's contexts and flags."""
     accelerator = torch.accelerator.current_accelerator()
-    with torch.no_grad(), _torch.full_precision(), ExitStack() as stack:
+    with torch.no_grad(), ExitStack() as stack:
+        if torch.backends.cuda.matmul.fp32_precision == "tf32":
+            stack.enter_context(_torch.full_precision())
         for kind in {"cpu", "cuda", "cuda" if accelerator is None else accelerator.type}:
             stack.enter_context(torch.autocast(kind, enabled=False))
         yield

@@ -446,7 +446,7 @@ class Evaluation:
         coarse = [10 * eps for eps in precisions if eps > own]
         flags: Any = torch.backends
         tf32 = "tf32" in (flags.cudnn.conv.fp32_precision, flags.cuda.matmul.fp32_precision)
-        if tf32 and parameters.device.type == "cuda" and parameters.dtype == torch.float32:
+        if tf32 and parameters.device.type != "cpu" and parameters.dtype == torch.float32:
             # TF32 has 10 bits of mantissa; convolutions use it unless the user switches it off.
             coarse.append(10 * 2.0**-10)
         return max(coarse, default=0.0)

@@ -8,8 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-from fisherops.likelihoods import Likelihood
+from torch.overrides import TorchFunctionMode
 
 
 def moved(model_func: Any, loss_func: Any, params: Any, names: list[str], device: torch.device) -> tuple[Any, Any, Any]:
@@ -40,30 +39,27 @@ def moved(model_func: Any, loss_func: Any, params: Any, names: list[str], device
     )
 
 
+class _Moving(TorchFunctionMode):
+    """Puts the copies of tensors, which `copy.deepcopy` makes inside, on a device."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self._device = device
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not Tensor.__deepcopy__:
+            return func(*args, **(kwargs or {}))
+        t, memo = args
+        memo[id(t)] = own = t.detach().to(self._device, copy=True)
+        return own
+
+
 def _on(x: Any, device: torch.device) -> Any:
-    """Return a copy whose tensors are on a device; a tensor that is used twice is one tensor still."""
-    return _moved(copy.deepcopy(x), device, {})
-
-
-def _moved(x: Any, device: torch.device, known: dict[int, Any]) -> Any:
-    """Move the tensors of modules, likelihoods, mappings and tuples of these, in place where that is possible."""
-    if isinstance(x, Tensor):
-        if id(x) not in known:
-            own = x.detach().to(device)
-            known[id(x)] = x, nn.Parameter(own, x.requires_grad) if isinstance(x, nn.Parameter) else own
-        return known[id(x)][1]
-    if isinstance(x, Mapping):
-        return {name: _moved(part, device, known) for name, part in x.items()}
-    if isinstance(x, tuple | list):
-        return type(x)(_moved(part, device, known) for part in x)
-    if isinstance(x, nn.Module):
-        for module in x.modules():
-            tensors: tuple[dict[str, Any], ...] = module._parameters, module._buffers
-            for group in tensors:
-                group.update({name: _moved(t, device, known) for name, t in group.items() if t is not None})
-            if isinstance(module, nn.RNNBase):
-                module._init_flat_weights()  # its list of the same parameters
-    if isinstance(x, nn.Module | Likelihood):
-        held = {name: t for name, t in vars(x).items() if isinstance(t, Tensor)}
-        vars(x).update({name: _moved(t, device, known) for name, t in held.items()})
-    return x
+    """Return a copy of a model, or of a loss or several, whose tensors are on a device; ties stay."""
+    memo: dict[int, Any] = {}
+    parts = x.values() if isinstance(x, Mapping) else x if isinstance(x, tuple | list) else (x,)
+    for module in parts:
+        for p in module.parameters() if isinstance(module, nn.Module) else ():
+            memo[id(p)] = nn.Parameter(p.detach().to(device, copy=True), p.requires_grad)
+    with _Moving(device):
+        return copy.deepcopy(x, memo)

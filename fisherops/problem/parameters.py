@@ -74,13 +74,12 @@ class Parameters:
 
     def point(self, copied: bool = False) -> dict[str, Tensor]:
         """Return the present values, in the compute precision and detached from the user's graph."""
-        if any(t.device != self.device for t in self.tensors.values()):
-            found = {str(t.device): name for name, t in self.tensors.items() if t.device != self.device}
-            device, name = next(iter(found.items()))
-            raise RuntimeError(
-                f"the parameters must be on {self.device}, where the operator was made, got {name!r} on {device}. Use "
-                f"`op.to({device!r})` for the operator there, or move the model back."
-            )
+        for name, t in self.tensors.items():
+            if t.device != self.device:
+                raise RuntimeError(
+                    f"the parameters must be on {self.device}, where the operator was made, got {name!r} on {t.device}."
+                    f" Use `op.to('{t.device}')` for the operator there, or move the model back."
+                )
         point = {name: t.detach().to(self.dtype, copy=copied) for name, t in self.tensors.items()}
         # A tensor made under inference_mode cannot be differentiated; its copy can.
         return {name: t.clone() if t.is_inference() else t for name, t in point.items()}

@@ -192,12 +192,14 @@ class _Watch:
     def _contents_differ(self) -> bool:
         # On an accelerator the answer would be waited for: those of earlier looks are read when they have arrived.
         differ = False
+        if self._answers and _torch.is_capturing():
+            return False
         while self._answers and self._answers[0].is_here:
             differ = bool(self._answers.pop(0).read()) or differ
         for group, known in zip(self._views, self._contents, strict=True):
             if known.device.type == "cpu":
                 differ = differ or not torch.equal(torch.cat(group), known)
-            elif not _torch.is_capturing(known.device):
+            elif not _torch.is_capturing():
                 self._answers.append(_torch.Arrival((torch.cat(group) != known).any()))
         return differ
 

@@ -243,7 +243,8 @@ class Scores(TorchLinearOperator):
             if not isinstance(other, Scores):
                 raise TypeError(f"`other` must be a score matrix, got {type(other).__name__}. Pass `op.scores`.")
             self._check_same_parameters(other)
-        return _arrays.to_numpy(self.gram_tensor(other))
+        with _torch.full_precision():
+            return _arrays.to_numpy(self.gram_tensor(other))
 
     def _check_same_parameters(self, other: Scores) -> None:
         if not self.has_columns_of(other):
@@ -271,7 +272,7 @@ class Scores(TorchLinearOperator):
         scale : torch.Tensor, optional
             (D,). Default: ones.
         """
-        with torch.no_grad(), _torch.full_precision():
+        with torch.no_grad():
             other = self if other is None else other
             if self.parts[0][1] is self and other.parts[0][1] is other:
                 return check_result(self.cross(other, scale))
