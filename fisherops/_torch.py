@@ -133,15 +133,13 @@ def judge(values: Tensor, refuse: Callable[[Tensor], None]) -> None:
         return
     if is_capturing():
         return
-    while _pending and _pending[0][0].is_here:
-        _judge_first()
+    _judge_pending(waits=False)
     _pending.append((Arrival(values), refuse))
 
 
 def settle() -> None:
     """Judge everything that is pending; the host waits for the device."""
-    while _pending:
-        _judge_first()
+    _judge_pending(waits=True)
 
 
 def is_capturing() -> bool:
@@ -149,12 +147,24 @@ def is_capturing() -> bool:
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
-def _judge_first() -> None:
-    try:
-        arrival, refuse = _pending.popleft()
-    except IndexError:  # another thread has judged it
-        return
-    refuse(arrival.read())
+def _judge_pending(waits: bool) -> None:
+    """Judge what has arrived, or all that is pending, and raise the first error, which stands for all of them."""
+    failure: FloatingPointError | None = None
+    while _pending:
+        try:
+            first = _pending.popleft()
+        except IndexError:  # another thread has judged it
+            break
+        arrival, refuse = first
+        if not waits and not arrival.is_here:
+            _pending.appendleft(first)
+            break
+        try:
+            refuse(arrival.read())
+        except FloatingPointError as error:
+            failure = failure or error
+    if failure is not None:
+        raise failure
 
 
 # ---- The process ------------------------------------------------------------------------------

@@ -696,6 +696,16 @@ def test_a_flag_is_not_waited_for_and_not_read_too_early():
         assert [name for name, _ in log.waits].count("event") == 0  # the copy of the result has waited already
 
 
+def test_one_error_is_enough_for_several_results():
+    op, x = overflowing(SIMULATED), torch.full((2,), 1e30).to(SIMULATED)
+    with simulated.lag(10**9):
+        for _ in range(3):
+            op @ x
+        with pytest.raises(FloatingPointError, match="must be finite"):
+            op @ np.ones(2)
+        op @ np.ones(2)
+
+
 @pytest.mark.parametrize("leave", ["numpy", "torch", "todense", "other operator"])
 def test_whatever_leaves_to_the_host_reads_the_flags(leave):
     op, other = overflowing(SIMULATED), operator(SIMULATED)
