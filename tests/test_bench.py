@@ -81,3 +81,16 @@ def test_an_unknown_reference_is_named():
     process = subprocess.run(command, capture_output=True, text=True, check=False)
     assert process.returncode == 1
     assert "REF must be a commit of this repository or a folder, got 'no-such-commit'." in process.stderr
+
+
+def test_growth_is_measured():
+    growth = importlib.import_module("growth")
+    values = [10, 100, 316, 1000]
+    assert abs(growth.slope(values, [7, 2e4, 2e5, 2e6], least=0) - 2) < 0.01
+    assert growth.slope(values, [1, 2, 3, 4], least=5) is None
+    command = [sys.executable, ASV / "growth.py", "--only", "K", "--points", "2"]
+    process = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
+    assert re.search(r"^\| K, 1 to 10 \| MLP, MC \|", process.stdout, re.MULTILINE), process.stdout
+    seconds = re.search(r"^  ms product: ([\d.]+), ([\d.]+)$", process.stdout, re.MULTILINE)
+    assert seconds is not None, process.stdout
+    assert all(float(number) > 0 for number in seconds.groups())

@@ -13,6 +13,7 @@ from models import ARCHITECTURES, Recurrent, make_case
 from tolerances import assert_same
 from torch import nn
 from torch.autograd.function import once_differentiable
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fisherops as fo
 from fisherops.problem.calls import Window
@@ -20,6 +21,7 @@ from fisherops.scores import rows as rows_module
 from fisherops.scores.batch import MaterializedBatch
 from fisherops.scores.columns import Factors, Rows, Table
 from fisherops.scores.convolutions import Convolution
+from fisherops.scores.derived import Strided
 
 
 def operator(model, data, loss=None, **options):
@@ -468,3 +470,31 @@ def test_the_trace_of_dense_layers_takes_no_matrix_product(cache):
     expected = np.trace(op.todense())
     with mock.patch.object(Factors, "rows", side_effect=AssertionError):
         assert op.trace() == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_parameter_with_dense_rows_and_a_block_is_listed_in_linear_time(monkeypatch):
+    """Each block of rows copies its own part of what is held, and norms do not depend on how many there are."""
+    monkeypatch.setattr("fisherops.scores.batch._BLOCK_BYTES", 64)
+    monkeypatch.setattr("fisherops.scores.batch._CACHED_BYTES", 64)
+    N, d = 50, 6
+    generator = torch.Generator().manual_seed(0)
+    dense, rows = torch.randn(N, d + 1, generator=generator), torch.randn(N, 1, 1, 2, 3, generator=generator)
+    leaf = torch.zeros(2, 3)
+    derived = Strided("weight", leaf, leaf[None], (1, 2))
+    spans = {"weight": (0, d), "bias": (d, d + 1)}
+    batch = MaterializedBatch(dense, list(spans.values()), [(derived, Rows(rows))], N, spans)
+    whole = dense.clone()
+    whole[:, :d] += rows.view(N, d)
+    copied = 0
+
+    class Copies(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal copied
+            result = func(*args, **kwargs or {})
+            copied += result.numel() if func is torch.ops.aten.cat.default else 0
+            return result
+
+    with Copies():
+        squares = batch.row_squares()
+    torch.testing.assert_close(squares, whole.double().square().sum(1), rtol=1e-6, atol=0)
+    assert copied <= 2 * dense.numel()

@@ -272,7 +272,7 @@ class MaterializedBatch:
         total = self._dense.new_zeros(self.count, dtype=torch.float64)
         if alone:
             # torch casts what it is given before it adds.
-            step = max(1, _CACHED_BYTES // (self._dense.shape[1] * self._dense.itemsize))
+            step = max(1, _CACHED_BYTES // max(1, self._dense.shape[1] * self._dense.itemsize))
             for n in range(0, self.count, step):
                 own = slice(n, n + step)
                 dense = self._dense[own] if alone == self._own_spans else self._dense_at(alone, rows=own)
