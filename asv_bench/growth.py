@@ -294,11 +294,11 @@ def draw(results, file):
             styles = [
                 Line2D([], [], color="0.3", linestyle=s, marker=m, markersize=3) for s, m in STYLES[: len(series)]
             ]
-            ax.legend(styles, series, fontsize=7, loc="lower right", framealpha=0.8, handlelength=2.5)
+            ax.legend(styles, series, fontsize=7, loc="upper left", framealpha=0.8, handlelength=2.5)
         legend = axes[offset + lines - 1, -1]
         legend.set_visible(True)
         legend.axis("off")
-        names = [*WORK] if unit == "seconds" else ["cached", *(w for w in WORK if w != "trace")]
+        names = [*WORK] if unit == "seconds" else ["cached", *WORK]
         names = names if unit == "seconds" else ["cached", *(f"peak of the {w}" for w in names[1:])]
         colors = [COLORS[name.removeprefix("peak of the ")] for name in names]
         handles = [Line2D([], [], color=color, linewidth=2) for color in colors]
