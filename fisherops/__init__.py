@@ -4,7 +4,7 @@ import time
 
 _begun = time.perf_counter()
 
-from fisherops import distributed, linalg, optim
+from fisherops import approximate, distributed, linalg, optim
 from fisherops.operators import EmpiricalFisherLinearOperator, FisherLinearOperator, FisherMCLinearOperator
 from fisherops.scores import PlanWarning
 
@@ -19,6 +19,7 @@ __all__ = [
     "FisherMCLinearOperator",
     "PlanWarning",
     "__version__",
+    "approximate",
     "distributed",
     "linalg",
     "optim",

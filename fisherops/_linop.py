@@ -12,6 +12,7 @@ import functools
 import operator
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -46,6 +47,30 @@ def opaque(function: _Function) -> _Function:
         if not disabled:
             disabled.append(torch.compiler.disable(function))
         return disabled[0](*args, **kwargs)
+
+    return wrapped  # type: ignore[return-value]
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Compute in the operator's precision and without graphs, whatever the caller's contexts and flags."""
+    accelerator = torch.accelerator.current_accelerator()
+    with torch.no_grad(), ExitStack() as stack:
+        if torch.backends.cuda.matmul.fp32_precision == "tf32":
+            stack.enter_context(_torch.full_precision())
+        for kind in {"cpu", "cuda", "cuda" if accelerator is None else accelerator.type}:
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
+
+
+def outside_of_autocast(function: _Function) -> _Function:
+    """Let a routine compute in the operator's precision and without graphs, whatever the caller's contexts."""
+
+    @opaque
+    @functools.wraps(function)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        with quiet():
+            return function(*args, **kwargs)
 
     return wrapped  # type: ignore[return-value]
 

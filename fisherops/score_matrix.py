@@ -31,8 +31,9 @@ from fisherops.scores import (
     Plan,
     compute,
 )
+from fisherops.scores.cache import uses_of
 from fisherops.scores.kinds import FactorOf, kind_of
-from fisherops.scores.protocol import CacheSize, Scores, by_rows, clipped
+from fisherops.scores.protocol import CacheSize, Scores, Sums, SumsOfUses, by_rows, clipped
 from fisherops.scores.reader import Reader, as_weights
 
 # Columns of a product are taken together up to this size, but a few at least.
@@ -473,6 +474,33 @@ class ScoreMatrix(Scores):
         if not self.plan.holds_rows:
             return None
         return self._over("rows", list[MaterializedBatch])
+
+    def over_uses(self, sums_of: SumsOfUses, kept: list[MaterializedBatch] | None = None) -> Sums:
+        """Return sums over batches with the factors of every contraction; those cached otherwise are built again."""
+        if not kept and self.is_cached and self.plan.holds_rows:
+            cached = self._over("rows", list[MaterializedBatch])
+            kept = cached if all(batch.has_factors for batch in cached) else kept
+        if kept:
+            return sums_of(kept)
+        left = self.max_memory - (self.plan.nbytes if self.is_current else 0)
+
+        def built(batches: Iterator[Any]) -> Iterator[MaterializedBatch]:
+            nonlocal left
+            for batch, evaluation, factor_of in self.reader.evaluations(batches):
+                with noting(f"batch {batch.number}"):
+                    uses = uses_of(evaluation, factor_of)
+                left -= uses.nbytes
+                if kept is not None:
+                    kept.append(uses)
+                    if left < 0:
+                        kept.clear()
+                yield uses
+
+        try:
+            return self._over("uses", sums_of, read=built)
+        finally:
+            if kept is not None and left < 0:
+                kept.clear()
 
     # ---- Passes over the batches --------------------------------------------------------------
 

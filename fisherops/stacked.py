@@ -13,7 +13,8 @@ from fisherops._processes import Processes
 from fisherops.problem import Parameters
 from fisherops.score_matrix import ScoreMatrix
 from fisherops.scores import Kind
-from fisherops.scores.protocol import CacheSize, Scores, clipped
+from fisherops.scores.batch import MaterializedBatch
+from fisherops.scores.protocol import CacheSize, Scores, Sums, SumsOfUses, clipped
 
 
 class StackedScores(Scores):
@@ -134,6 +135,22 @@ class StackedScores(Scores):
         """Return B in float64 with BᵀB = GᵀG; see `ScoreMatrix.square_root`."""
         B = torch.cat([G.square_root(triangular).mul_(sqrt(alpha)) for alpha, G in self._stacked])
         return torch.linalg.qr(B, mode="r")[1] if triangular and len(B) > B.shape[1] else B
+
+    def over_uses(self, sums_of: SumsOfUses, kept: list[MaterializedBatch] | None = None) -> Sums:
+        """Return the sums of all parts, those of rows with their factors; the parts' parameters must have one name."""
+        if any(G.parameters.shapes != self.parameters.shapes for _, G in self._stacked):
+            raise ValueError(
+                "the Fisher matrices of a sum must have parameters of the same names for this approximation. "
+                "Approximate each of them, and add the results."
+            )
+        if kept is not None and len(self._stacked) > 1:
+            kept = None  # batches do not tell which part they belong to
+        total: Sums = {}
+        for alpha, G in self._stacked:
+            for key, value in G.over_uses(sums_of, kept).items():
+                own = value * alpha if key.is_of_rows else value
+                total[key] = own if key not in total else total[key] + own
+        return total
 
     # ---- Its rows -----------------------------------------------------------------------------
 

@@ -103,8 +103,8 @@ def compare_builds(builder, form, patient, result, build):
     assert batch.description == other.description, f"{batch.description}, with nothing known {other.description}"
     assert torch.equal(batch._dense, other._dense), f"dense rows differ: {names_of(e.uses)}"
     assert batch._own_spans == other._own_spans, "dense rows are those of other parameters"
-    assert len(batch._blocks) == len(other._blocks), "other uses have columns"
-    for (derived, columns), (other_derived, other_columns) in zip(batch._blocks, other._blocks, strict=True):
+    assert len(batch.blocks) == len(other.blocks), "other uses have columns"
+    for (derived, columns), (other_derived, other_columns) in zip(batch.blocks, other.blocks, strict=True):
         use = f"{type(columns).__name__} of {', '.join(derived.names)}"
         assert type(columns) is type(other_columns), use
         assert (derived.names, derived.shape) == (other_derived.names, other_derived.shape), use

@@ -297,7 +297,7 @@ def storages(op):
     """Bytes of the tensors that a cache holds."""
     found = {}
     for batch in op.scores._cache._batches:
-        for t in [batch._dense, *(t for _, columns in batch._blocks for t in columns.tensors)]:
+        for t in [batch._dense, *(t for _, columns in batch.blocks for t in columns.tensors)]:
             found[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
     return sum(found.values())
 

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from fisherops import _arrays
 from fisherops._checks import warn
-from fisherops._linop import TorchLinearOperator
+from fisherops._linop import TorchLinearOperator, outside_of_autocast
 from fisherops.linalg.dense import Dense
-from fisherops.linalg.methods import choose_root, outside_of_autocast, summands
+from fisherops.linalg.methods import choose_root, summands
 from fisherops.linalg.results import Bounds
 from fisherops.scores import MonteCarlo
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fisherops import _arrays
 from fisherops._checks import integer
-from fisherops._linop import TorchLinearOperator, check_result
+from fisherops._linop import TorchLinearOperator, check_result, outside_of_autocast
 from fisherops.linalg.iteration import Iteration
 from fisherops.linalg.methods import (
     EIGEN,
@@ -20,7 +20,6 @@ from fisherops.linalg.methods import (
     Task,
     as_operator,
     choose,
-    outside_of_autocast,
 )
 from fisherops.linalg.results import Eigenpairs, HaltedError, Interrupted, Pairs
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fisherops._checks import integer
-from fisherops._linop import TorchLinearOperator, as_damping
+from fisherops._linop import TorchLinearOperator, as_damping, outside_of_autocast
 from fisherops.linalg.eigen import leave_for
 from fisherops.linalg.methods import (
     CHOLESKY,
@@ -20,7 +20,6 @@ from fisherops.linalg.methods import (
     as_operator,
     choose,
     is_shifted,
-    outside_of_autocast,
     summands,
 )
 from fisherops.linalg.primal import rademacher

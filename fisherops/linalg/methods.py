@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
-import torch
 from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
-from fisherops import _torch
-from fisherops._linop import TorchLinearOperator, _Damped, _Scaled, _Sum, as_torch_operator, opaque
+from fisherops._linop import TorchLinearOperator, _Damped, _Scaled, _Sum, as_torch_operator
 from fisherops._memory import as_bytes
 from fisherops.linalg.dense import SINGULAR, Dense
 from fisherops.linalg.dual import Dual, ScaledDense, ScaledDual
@@ -236,30 +232,3 @@ def choose_root(rows: int, dim: int, alone: bool, method: str) -> str:
     if method == "auto":
         return "dual" if alone and rows < dim else "dense"
     return method
-
-
-Function = TypeVar("Function", bound=Callable[..., Any])
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Compute in the operator's precision and without graphs, whatever the caller's contexts and flags."""
-    accelerator = torch.accelerator.current_accelerator()
-    with torch.no_grad(), ExitStack() as stack:
-        if torch.backends.cuda.matmul.fp32_precision == "tf32":
-            stack.enter_context(_torch.full_precision())
-        for kind in {"cpu", "cuda", "cuda" if accelerator is None else accelerator.type}:
-            stack.enter_context(torch.autocast(kind, enabled=False))
-        yield
-
-
-def outside_of_autocast(function: Function) -> Function:
-    """Let a routine compute in the operator's precision and without graphs, whatever the caller's contexts."""
-
-    @opaque
-    @functools.wraps(function)
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        with quiet():
-            return function(*args, **kwargs)
-
-    return wrapped  # type: ignore[return-value]

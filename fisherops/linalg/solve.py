@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from fisherops import _arrays
-from fisherops._linop import TorchLinearOperator, Vectors, as_damping
+from fisherops._linop import TorchLinearOperator, Vectors, as_damping, outside_of_autocast, quiet
 from fisherops.linalg.dense import SINGULAR
 from fisherops.linalg.iteration import Iteration
-from fisherops.linalg.methods import CHOLESKY, EIGEN, Method, Task, as_operator, choose, outside_of_autocast, quiet
+from fisherops.linalg.methods import CHOLESKY, EIGEN, Method, Task, as_operator, choose
 from fisherops.linalg.primal import jacobi
 from fisherops.linalg.results import HaltedError, Interrupted, Solution, Solved
 

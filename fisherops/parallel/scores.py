@@ -20,7 +20,8 @@ from fisherops.parallel.shard import with_indices
 from fisherops.problem import Parameters
 from fisherops.score_matrix import NO_ORDER, ScoreMatrix, column_step
 from fisherops.scores import Kind, Plan
-from fisherops.scores.protocol import CacheSize, Scores, by_rows, clipped
+from fisherops.scores.batch import MaterializedBatch
+from fisherops.scores.protocol import CacheSize, Key, Scores, Sums, SumsOfUses, by_rows, clipped
 
 # Rows of the Gram matrix that are summed over the ranks at a time.
 _FEW_ROWS = 128
@@ -268,6 +269,18 @@ class DistributedScores(Scores):
         """Sum the variance and the second moment of vᵀFv over the M samples of each term, (2, K) in float64."""
         return self._sum("standard error", lambda: self.local.sum_of_moments(V), V)
 
+    def over_uses(self, sums_of: SumsOfUses, kept: list[MaterializedBatch] | None = None) -> Sums:
+        """Return sums over the batches of all ranks, which need not have the same keys."""
+        with self._pass("uses"):
+            own = self.local.over_uses(sums_of, kept)
+            kinds = {key: kind for of_rank in self.group.share(_kinds(own)) for key, kind in of_rank.items()}
+            total: Sums = {}
+            for key in sorted(kinds, key=repr):
+                shape, dtype = kinds[key]
+                term = own[key] if key in own else torch.zeros(shape, dtype=dtype, device=self.device)
+                total[key] = self.group.sum(term.clone())
+            return total
+
     # ---- Its rows -----------------------------------------------------------------------------
 
     @property
@@ -337,6 +350,11 @@ class DistributedScores(Scores):
         for rows in result.split(_FEW_ROWS):
             rows.copy_(group.sum(rows))
         return result
+
+
+def _kinds(sums: Sums) -> dict[Key, tuple[torch.Size, torch.dtype]]:
+    """Return the shapes and dtypes of sums."""
+    return {key: (value.shape, value.dtype) for key, value in sums.items()}
 
 
 def _falls_to(rank: int, other: int, size: int) -> bool:

@@ -58,8 +58,14 @@ class MaterializedBatch:
         parameters: Mapping[str, Span],
         layers: Mapping[str, str] | None = None,
     ) -> None:
-        self._dense, self._blocks, self._N = dense, list(blocks), size
-        self._parameters, self._layers = dict(parameters), dict(layers or {})
+        self._dense, self.blocks, self.size = dense, list(blocks), size
+        self._parameters, self.layers = dict(parameters), dict(layers or {})
+        self.groups: list[tuple[str, ...]] = []
+        """Names of the parameters that are used in one call."""
+        self.biases: dict[str, str] = {}
+        """Names of weights with those of the biases that are added to the same outputs; both are used once."""
+        self.has_factors = True
+        """Whether every contraction is held by its factors."""
         self._numel = max(stop for _, stop in parameters.values())
         self._own_spans, self._spans = list(spans), _merged(spans)
         self._whole = self._spans == [(0, self._numel)]
@@ -67,15 +73,15 @@ class MaterializedBatch:
         seen = {name for name, span in self._parameters.items() if span in set(spans)}
         written = set(seen)
         self._fills: list[frozenset[str]] = []
-        for derived, _ in self._blocks:
+        for derived, _ in self.blocks:
             fresh = frozenset(name for name in derived.names if name not in seen and derived.fills(name))
             self._fills.append(fresh)
             written |= fresh
             seen |= set(derived.names)
-        names = dict.fromkeys(name for derived, _ in self._blocks for name in derived.names)
+        names = dict.fromkeys(name for derived, _ in self.blocks for name in derived.names)
         self._pieces_of_blocks = [(name, *self._parameters[name]) for name in names]
         self._empty = _merged([span for name, span in self._parameters.items() if name not in written])
-        elements = max([1, dense.shape[1], *(columns.elements_per_vector for _, columns in self._blocks)])
+        elements = max([1, dense.shape[1], *(columns.elements_per_vector for _, columns in self.blocks)])
         self.columns = min(256, max(1, _BLOCK_BYTES // (elements * dense.itemsize)))
         """Vectors that are multiplied together."""
 
@@ -88,7 +94,7 @@ class MaterializedBatch:
     def nbytes(self) -> int:
         """Memory held."""
         total, seen = self._dense.nbytes, set[int]()
-        for _, columns in self._blocks:
+        for _, columns in self.blocks:
             total += columns.nbytes
             for t in columns.shared:
                 place = t.untyped_storage().data_ptr()
@@ -104,13 +110,13 @@ class MaterializedBatch:
     def scale(self, factor: float) -> None:
         """Multiply G by a number."""
         self._dense.mul_(factor)
-        for _, columns in self._blocks:
+        for _, columns in self.blocks:
             columns.scale(factor)
 
     @property
     def description(self) -> str:
         """What is held, in words."""
-        if not self._blocks:
+        if not self.blocks:
             return "dense rows"
         return "factors and dense rows" if self._spans else "factors"
 
@@ -167,14 +173,14 @@ class MaterializedBatch:
     def _apply_blocks(self, V: Tensor) -> Tensor:
         W = V.new_zeros(len(V), len(self._dense))
         pieces = self._pieces(V)
-        for derived, columns in self._blocks:
+        for derived, columns in self.blocks:
             W += columns.apply(derived.push(pieces)).flatten(1)
         return W
 
     def _transpose_blocks(self, W: Tensor, result: Tensor) -> None:
         pieces = self._pieces(result)
-        own = W.view(len(W), self._N, -1)
-        for (derived, columns), fills in zip(self._blocks, self._fills, strict=True):
+        own = W.view(len(W), self.size, -1)
+        for (derived, columns), fills in zip(self.blocks, self._fills, strict=True):
             derived.pull_into(columns.apply_t(own), pieces, fills)
 
     def _pieces(self, V: Tensor) -> dict[str, Tensor]:
@@ -211,8 +217,8 @@ class MaterializedBatch:
         # Weight and bias of a layer together.
         layers = {
             weight: bias
-            for weight, bias in self._layers.items()
-            if other._layers.get(weight) == bias
+            for weight, bias in self.layers.items()
+            if other.layers.get(weight) == bias
             and _same(left[weight], right[weight])
             and factors[weight] is not None
             and factors[weight] == factors[bias]
@@ -243,24 +249,33 @@ class MaterializedBatch:
     def _gram_of_rows(self, name: str, other: MaterializedBatch, scale: Tensor | None = None) -> Tensor:
         result = self._dense.new_zeros(self.count, other.count)
         start, stop = self._parameters[name]
-        step = max(1, _BLOCK_BYTES // (max(self._q, other._q) * (stop - start) * self._dense.itemsize))
-        for n in range(0, self._N, step):
-            rows = self._rows_of(name, n, min(n + step, self._N))
+        step = max(1, _BLOCK_BYTES // (max(self.vectors, other.vectors) * (stop - start) * self._dense.itemsize))
+        for n in range(0, self.size, step):
+            rows = self.rows_of(name, n, min(n + step, self.size))
             if scale is not None:
                 rows *= scale[start:stop]
-            for m in range(0, other._N, step):
-                own = other._rows_of(name, m, min(m + step, other._N))
-                at = slice(n * self._q, n * self._q + len(rows)), slice(m * other._q, m * other._q + len(own))
+            for m in range(0, other.size, step):
+                own = other.rows_of(name, m, min(m + step, other.size))
+                at = (
+                    slice(n * self.vectors, n * self.vectors + len(rows)),
+                    slice(m * other.vectors, m * other.vectors + len(own)),
+                )
                 result[at] = times_transposed(rows, own)
         return result
 
     @property
-    def _q(self) -> int:
-        return len(self._dense) // self._N
+    def vectors(self) -> int:
+        """Rows for each datum, q."""
+        return len(self._dense) // self.size
+
+    def numel_of(self, name: str) -> int:
+        """Return the elements of a parameter."""
+        start, stop = self._parameters[name]
+        return stop - start
 
     def _by_name(self) -> dict[str, list[Block]]:
         found: dict[str, list[Block]] = {}
-        for block in self._blocks:
+        for block in self.blocks:
             for name in block[0].names:
                 found.setdefault(name, []).append(block)
         return found
@@ -285,11 +300,11 @@ class MaterializedBatch:
                 continue
             # What is held for a parameter is summed before it is squared.
             start, stop = self._parameters[name]
-            step = max(1, _BLOCK_BYTES // (self._q * (stop - start) * self._dense.itemsize))
-            for n in range(0, self._N, step):
-                last = min(n + step, self._N)
-                norms = torch.linalg.vector_norm(self._rows_of(name, n, last), dim=1, dtype=torch.float64).square()
-                total[n * self._q : last * self._q] += norms
+            step = max(1, _BLOCK_BYTES // (self.vectors * (stop - start) * self._dense.itemsize))
+            for n in range(0, self.size, step):
+                last = min(n + step, self.size)
+                norms = torch.linalg.vector_norm(self.rows_of(name, n, last), dim=1, dtype=torch.float64).square()
+                total[n * self.vectors : last * self.vectors] += norms
         return total
 
     def square_norm(self) -> Tensor:
@@ -306,9 +321,9 @@ class MaterializedBatch:
         dense = torch.cat([self._dense[rows, starts[s] : starts[s] + s[1] - s[0]] for s in spans], 1)
         return dense if scale is None else dense.mul_(torch.cat([scale[slice(*span)] for span in spans]))
 
-    def _rows_of(self, name: str, first: int, last: int) -> Tensor:
+    def rows_of(self, name: str, first: int, last: int) -> Tensor:
         """Return the rows of some data for one parameter, (n · q, numel)."""
-        span, q = self._parameters[name], self._q
+        span, q = self._parameters[name], self.vectors
         rows = self._dense.new_zeros((last - first) * q, span[1] - span[0])
         if span in self._own_spans:
             rows += self._dense_at([span], rows=slice(first * q, last * q))
@@ -336,15 +351,15 @@ class MaterializedBatch:
             if isinstance(derived, Strided) and derived.is_injective:
                 return derived.pull(columns.col_squares()[None])[name][0]
         # What is held for a parameter is summed before it is squared.
-        step = max(1, min(_ROWS_PER_SUM, _BLOCK_BYTES // ((stop - start) * self._dense.itemsize)) // self._q)
+        step = max(1, min(_ROWS_PER_SUM, _BLOCK_BYTES // ((stop - start) * self._dense.itemsize)) // self.vectors)
         total = CompensatedSum(self._dense.new_empty(stop - start))
-        for n in range(0, self._N, step):
-            total.add(self._rows_of(name, n, min(n + step, self._N)).square().sum(0))
+        for n in range(0, self.size, step):
+            total.add(self.rows_of(name, n, min(n + step, self.size)).square().sum(0))
         return total.value()
 
     def rows(self, start: int = 0, stop: int | None = None, out: Tensor | None = None) -> Iterator[Tensor]:
         """List the rows from `start` to `stop` in blocks (r, D), and write them to `out` (rows, D) if it is given."""
-        q, stop = self._q, self.count if stop is None else stop
+        q, stop = self.vectors, self.count if stop is None else stop
         # What is multiplied for a block is copied while it is in the processor's cache.
         step = max(1, (_BLOCK_BYTES if out is None else _CACHED_BYTES) // (q * self._numel * self._dense.itemsize))
         end = -(-stop // q)
@@ -360,7 +375,7 @@ class MaterializedBatch:
                 rows[:, low:high] = 0
             self._scatter(self._dense[first:last], rows)
             pieces = self._pieces(rows)
-            for (derived, columns), fills in zip(self._blocks, self._fills, strict=True):
+            for (derived, columns), fills in zip(self.blocks, self._fills, strict=True):
                 derived.pull_into(columns.rows(n, last // q).flatten(0, 1), pieces, fills)
             part = rows[max(start - first, 0) : stop - first]
             if out is not None and not whole:
@@ -397,22 +412,24 @@ class MaterializedBatch:
 
     def without_graphs(self) -> MaterializedBatch:
         """Return the same with dense rows for what is computed from parameters by a graph, which cannot leave."""
-        composed = [block for block in self._blocks if isinstance(block[0], Composed)]
+        composed = [block for block in self.blocks if isinstance(block[0], Composed)]
         if not composed:
             return self
         names = {name for derived, _ in composed for name in derived.names}
-        own = {self._parameters[name]: self._dense_at([self._parameters[name]]) for name in self._names_of_dense()}
+        own = {self._parameters[name]: self._dense_at([self._parameters[name]]) for name in self.names_of_dense()}
         for name in names:
-            own[self._parameters[name]] = self._rows_of(name, 0, self._N)
+            own[self._parameters[name]] = self.rows_of(name, 0, self.size)
         spans = sorted(own)
-        blocks = [block for block in self._blocks if not names & set(block[0].names)]
+        blocks = [block for block in self.blocks if not names & set(block[0].names)]
         names = {name for derived, _ in blocks for name in derived.names}
-        layers = {weight: bias for weight, bias in self._layers.items() if weight in names}
-        return MaterializedBatch(
-            torch.cat([own[s] for s in spans], 1), spans, blocks, self._N, self._parameters, layers
-        )
+        layers = {weight: bias for weight, bias in self.layers.items() if weight in names}
+        dense = torch.cat([own[s] for s in spans], 1)
+        other = MaterializedBatch(dense, spans, blocks, self.size, self._parameters, layers)
+        other.groups, other.biases, other.has_factors = self.groups, self.biases, self.has_factors
+        return other
 
-    def _names_of_dense(self) -> list[str]:
+    def names_of_dense(self) -> list[str]:
+        """Return the parameters that have dense rows."""
         return [name for name, span in self._parameters.items() if span in self._own_spans]
 
     def blocks_of(self, name: str) -> list[Block]:

@@ -59,15 +59,19 @@ class _Pair:
 
     A: Tensor
     B: Tensor
+    is_plain: bool = False
+    """Whether D is added to data, as a bias is, so that A is ones."""
 
     def is_better_dense(self, form: str) -> bool:
         """Whether its rows should be held instead, to be small ("factors") or fast ("auto")."""
+        if form == "uses":
+            return self.is_plain
         (N, T, g, i), (q, _, o) = self.A.shape, self.B.shape[2:]
         return rows_are_better(form, N * q * g * o * i, self.A.numel() + self.B.numel(), T, q)
 
     def joined(self, other: _Pair) -> _Pair:
         """Return the sum of two uses of the same parameters: the positions of one after those of the other."""
-        return _Pair(torch.cat([self.A, other.A], 1), torch.cat([self.B, other.B], 1))
+        return _Pair(torch.cat([self.A, other.A], 1), torch.cat([self.B, other.B], 1), self.is_plain and other.is_plain)
 
 
 class _Found(NamedTuple):
@@ -178,8 +182,9 @@ class RowsBuilder:
 
         Parameters
         ----------
-        form : {"auto", "scores", "factors"}
-            What to do with weights that are used linearly: the cheaper, dense rows, or factors.
+        form : {"auto", "scores", "factors", "uses"}
+            What to do with weights that are used linearly: the cheaper, dense rows, factors, or factors whatever they
+            take.
         patient : bool
             Whether rows may be differentiated one by one, which is always right, where nothing faster works.
 
@@ -325,7 +330,7 @@ class RowsBuilder:
             # Before sums over positions, in which b may cancel, such as of biases that a softmax does not see.
             return float(b.norm()) * math.sqrt(float(A.square().sum((2, 3)).max()))
 
-        return _Found(derived, _Pair(A, B), magnitude, arrangement)
+        return _Found(derived, _Pair(A, B, use.is_shift), magnitude, arrangement)
 
     def _probe(
         self, held: MaterializedBatch, found: list[_Found | None], unknown: dict[str, str], reverse: Reverse
@@ -431,7 +436,32 @@ class RowsBuilder:
         for x in as_rows:
             put(x.derived.pull(x.rows(self._N).flatten(0, 1)))
         layers = self._layers(found, {name for derived, _ in blocks for name in derived.names})
-        return MaterializedBatch(matrix, [span for _, span in spans], blocks, self._N, parameters.spans, layers)
+        batch = MaterializedBatch(matrix, [span for _, span in spans], blocks, self._N, parameters.spans, layers)
+        self._describe(batch, found)
+        return batch
+
+    def _describe(self, batch: MaterializedBatch, found: Sequence[_Found | None]) -> None:
+        """Note which parameters belong together, and whether the factors of every contraction are there."""
+        counts = Counter(name for _, names in self._uses for name in names)
+        calls: dict[int, dict[str, None]] = {}
+        biases: dict[int, _Found] = {}
+        pairs = [(use, names, x) for (use, names), x in zip(self._uses, found, strict=True) if x is not None]
+        for use, names, x in pairs:
+            calls.setdefault(id(use.call), {}).update(dict.fromkeys(names))
+            if use.is_shift and len(names) == 1 == counts[names[0]] and isinstance(x.derived, Strided):
+                biases[id(use.call)] = x
+        batch.groups = [tuple(own) for own in calls.values()]
+        dense = set(batch.names_of_dense())
+        for use, names, x in pairs:
+            # Dense rows of a contraction do not tell its factors; a shift or an elementwise gain has none.
+            is_plain = use.is_generic or use.is_shift or x.derived.shape[1:] == (1, 1)
+            has_factors = isinstance(x.derived, Strided) and not is_plain
+            batch.has_factors &= not (has_factors and dense & set(names))
+            bias = biases.get(id(use.call))
+            outputs = math.prod(x.derived.shape[:2])
+            is_alone = has_factors and len(names) == 1 == counts[names[0]]
+            if is_alone and bias is not None and outputs == self._leaves[bias.derived.names[0]].numel():
+                batch.biases[names[0]] = bias.derived.names[0]
 
     def _layers(self, found: Sequence[_Found | None], weights: set[str]) -> dict[str, str]:
         """Name the weights among these, and the biases, that are used in one call together and nowhere else."""

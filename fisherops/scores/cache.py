@@ -261,3 +261,21 @@ def compute(evaluation: Evaluation, factor_of: FactorOf, compressed: bool = True
         except CannotHoldError:
             pass
     return lazy
+
+
+def uses_of(evaluation: Evaluation, factor_of: FactorOf) -> MaterializedBatch:
+    """Return G of a batch with the factors of every contraction, whatever memory they take.
+
+    Raises
+    ------
+    NotImplementedError
+        If rows do not belong to data.
+    """
+    evaluation.check_custom_functions()
+    try:
+        builder = RowsBuilder(evaluation, factor_of(evaluation), factor_of.size)
+        return builder.build("uses", patient=True)[0]
+    except CannotHoldError as error:
+        raise NotImplementedError(
+            f"layers cannot be told apart for this model: {error}. Use `approximate.diagonal` or `approximate.nystrom`."
+        ) from None

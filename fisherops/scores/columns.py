@@ -115,13 +115,16 @@ def rows_are_better(form: str, rows: int, factors: int, T: int, q: int) -> bool:
 
     Parameters
     ----------
-    form : {"auto", "factors"}
+    form : {"auto", "factors", "uses"}
+        In "uses", rows are never better.
     rows, factors : int
         Elements of the rows, and of the factors.
     T, q : int
         Positions and vectors of a datum.
     """
     faster = T / (8 * q)
+    if form == "uses":
+        return False
     return rows <= factors or (form == "auto" and faster > 1 and rows <= max(1.5, faster / 2) * factors)
 
 
@@ -219,10 +222,10 @@ class Factors(Columns):
         return out
 
     def rows(self, start: int, stop: int) -> Tensor:
-        A, B = self._by_datum()
+        A, B = self.by_datum()
         return rows_of_contraction(A[start:stop], B[start:stop])
 
-    def _by_datum(self) -> tuple[Tensor, Tensor]:
+    def by_datum(self) -> tuple[Tensor, Tensor]:
         """Return views of A as (N, T, g, i) and B as (N, T, q, g, o)."""
         g, o, i = self.shape
         N, T, q = self.count, self._T, self._q
@@ -239,7 +242,7 @@ class Factors(Columns):
     def gram_with(self, other: Factors, bias: bool) -> Tensor:
         """Multiply with the transpose, those of a bias that is added to the outputs counted too: its rows are Σ b."""
         ((A, a), (B, b)), ((C, c), (E, e)) = (
-            (_in_range(x), _in_range(y)) for x, y in (self._by_datum(), other._by_datum())
+            (_in_range(x), _in_range(y)) for x, y in (self.by_datum(), other.by_datum())
         )
 
         def of_group(g: int) -> Tensor:
@@ -274,7 +277,7 @@ class Factors(Columns):
             return torch.cat([torch.einsum("ng,nqg->nq", norm(a).square(), norm(b).square()) for a, b in pieces])
         if self._T > 1 and self._T * (i + self._q * o) > self._q * o * i:
             return super().row_squares()
-        A, B = self._by_datum()
+        A, B = self.by_datum()
         norms = [_squares_of_pairs(torch.einsum("ntgi,nsgi->ntgs", a, a), b) for a, b in _by_pairs(A, B)]
         return torch.cat(norms)
 
@@ -322,23 +325,23 @@ class Table(Columns):
     """
 
     def __init__(self, index: Tensor, B: Tensor, length: int) -> None:
-        self._index, self._B = owned(index), owned(B.detach().permute(0, 2, 1, 3))
+        self.index, self.gradients = owned(index), owned(B.detach().permute(0, 2, 1, 3))
         self.count, self.shape = len(B), (1, length, B.shape[3])
         self._sum = SegmentSum(index.reshape(-1), length)
 
     def apply(self, V: Tensor) -> Tensor:
         step = max(1, _TERMS // self.shape[2])
-        pieces = zip(self._index.split(step, 1), self._B.split(step, 2), strict=True)
+        pieces = zip(self.index.split(step, 1), self.gradients.split(step, 2), strict=True)
         return summed(torch.einsum("kntd,nqtd->knq", V[:, 0][:, index], b) for index, b in pieces)
 
     def apply_t(self, W: Tensor) -> Tensor:
-        weighted = torch.einsum("knq,nqtd->kntd", W, self._B)
+        weighted = torch.einsum("knq,nqtd->kntd", W, self.gradients)
         out = W.new_empty(len(W), *self.shape[1:])
         self._sum(weighted.flatten(1, 2), out)
         return out[:, None]
 
     def rows(self, start: int, stop: int) -> Tensor:
-        B, index = self._B[start:stop], self._index[start:stop]
+        B, index = self.gradients[start:stop], self.index[start:stop]
         (n, q, _, d), length = B.shape, self.shape[1]
         rows = B.new_empty(q, n * length, d)
         own = index + length * torch.arange(n, device=index.device)[:, None]
@@ -354,10 +357,10 @@ class Table(Columns):
             return None
 
         def inputs(mine: slice, theirs: slice) -> Tensor:
-            same = self._index[mine].reshape(-1, 1) == other._index[theirs].reshape(1, -1)
-            return same.to(self._B.dtype)
+            same = self.index[mine].reshape(-1, 1) == other.index[theirs].reshape(1, -1)
+            return same.to(self.gradients.dtype)
 
-        return _gram(inputs, self._B.transpose(1, 2), other._B.transpose(1, 2))
+        return _gram(inputs, self.gradients.transpose(1, 2), other.gradients.transpose(1, 2))
 
     def col_squares(self) -> Tensor:
         # The look-ups of one row of the table by one datum are summed before they are squared.
@@ -371,33 +374,33 @@ class Table(Columns):
         return squares
 
     def row_squares(self) -> Tensor:
-        B = self._B.transpose(1, 2).unsqueeze(3)
+        B = self.gradients.transpose(1, 2).unsqueeze(3)
         norms = [
             _squares_of_pairs((index.unsqueeze(2) == index.unsqueeze(1)).unsqueeze(2), b)
-            for index, b in _by_pairs(self._index, B)
+            for index, b in _by_pairs(self.index, B)
         ]
         return torch.cat(norms)
 
     def _gram_with_factors(self, other: Factors) -> Tensor:
         """Multiply with a dense use of the same table, as of tied embeddings: Σ ⟨b_t, a_s⟩ b_s[index_t]."""
-        A, B = other._by_datum()  # (M, S, 1, i), (M, S, p, 1, o)
-        (N, q, T, d), (M, S, p) = self._B.shape, B.shape[:3]
+        A, B = other.by_datum()  # (M, S, 1, i), (M, S, p, 1, o)
+        (N, q, T, d), (M, S, p) = self.gradients.shape, B.shape[:3]
         result = A.new_empty(N, q, M, p)
         step = max(1, _FILLING // (M * S * T * max(q, p)))
         inputs, outputs = _flat(A[:, :, 0]), B[:, :, :, 0]
         for n in range(0, N, step):
-            own = self._B[n : n + step]
+            own = self.gradients[n : n + step]
             products = times_transposed(own.reshape(-1, d).contiguous(), inputs).view(len(own), q, T, M, S)
-            picked = outputs[..., self._index[n : n + step]]  # (M, S, p, n, T)
+            picked = outputs[..., self.index[n : n + step]]  # (M, S, p, n, T)
             result[n : n + step] = torch.einsum("nqtms,mspnt->nqmp", products, picked)
         return result.view(N * q, M * p)
 
     def scale(self, factor: float) -> None:
-        self._B = self._B * factor
+        self.gradients = self.gradients * factor
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        return self._index, self._B
+        return self.index, self.gradients
 
     @property
     def key(self) -> Any:
@@ -413,7 +416,7 @@ class Table(Columns):
 
     @property
     def elements_per_vector(self) -> int:
-        N, _, T, d = self._B.shape
+        N, _, T, d = self.gradients.shape
         return (N * T + self._sum.rows + self.shape[1]) * d
 
 

@@ -206,13 +206,13 @@ class Convolution(Columns):
         if o * i * (q * p + q * S / other.count + p * T / self.count) <= S * T * (i + q * p * o):
             return None
         result = self._x.new_empty(self.count, q, other.count, p)
-        for mine, left in self._as_factors():
-            for theirs, right in other._as_factors():
+        for mine, left in self.as_factors():
+            for theirs, right in other.as_factors():
                 own = left.gram_with(right, bias=False)
                 result[mine, :, theirs] = own.view(mine.stop - mine.start, q, theirs.stop - theirs.start, p)
-        return result.view(self.count * q, other.count * p).mul_(self._scale * other._scale)
+        return result.view(self.count * q, other.count * p)
 
-    def _as_factors(self) -> Iterator[tuple[slice, Factors]]:
+    def as_factors(self) -> Iterator[tuple[slice, Factors]]:
         """List the columns as those of a dense layer, a block of data at a time."""
         (g, o, i), q, T = self.shape, self._q, self._calls
         step = max(1, _UNFOLDED // max(1, g * (i + q * o) * self._terms * T))
@@ -221,7 +221,7 @@ class Convolution(Columns):
             a, b = self._unfolded(n * T, m * T)
             A = a.reshape(m - n, T, g, i, -1).permute(0, 1, 4, 2, 3).reshape(m - n, -1, g, i)
             B = b.reshape(m - n, T, q, g, o, -1).permute(0, 1, 5, 2, 3, 4).reshape(m - n, -1, q, g, o)
-            yield slice(n, m), Factors(A, B)
+            yield slice(n, m), Factors(A, B * self._scale)
 
     @property
     def magnitude(self) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable, Hashable, Iterable
 from math import sqrt
 from typing import Any, NamedTuple
 
@@ -14,7 +15,21 @@ from fisherops import _arrays, _torch
 from fisherops._linop import TorchLinearOperator, Transposed, check_result, opaque
 from fisherops._matmul import symmetrized
 from fisherops.problem import Parameters
+from fisherops.scores.batch import MaterializedBatch
 from fisherops.scores.kinds import Kind
+
+
+class Key(NamedTuple):
+    """The name of a sum over batches, which can be pickled."""
+
+    of: Hashable
+    role: str
+    is_of_rows: bool
+    """Whether it is proportional to GᵀG, and not made of the data alone."""
+
+
+Sums = dict[Key, Tensor]
+SumsOfUses = Callable[[Iterable[MaterializedBatch]], Sums]
 
 # Bytes of the rows that are multiplied at once where they are not cached as such.
 _BLOCK_BYTES = 2**28
@@ -127,6 +142,19 @@ class Scores(TorchLinearOperator):
     def cross(self, other: Scores, scale: Tensor | None = None) -> Tensor:
         """Multiply G diag(scale) Hᵀ, for another score matrix that is not a stack: (rows, rows of H)."""
         return by_rows(self, other, scale)
+
+    def over_uses(self, sums_of: SumsOfUses, kept: list[MaterializedBatch] | None = None) -> Sums:
+        """Return sums over all batches, each with the factors of every contraction, on all processes together.
+
+        Parameters
+        ----------
+        sums_of : callable
+            Takes batches, and returns the sums of this process.
+        kept : list of MaterializedBatch, optional
+            Is read in place of the data if it is not empty; otherwise the batches of this process are put there, if
+            they fit into the memory that is left.
+        """
+        raise NotImplementedError
 
     def has_columns_of(self, other: Scores) -> bool:
         """Whether the columns belong to parameters of the same names and shapes."""

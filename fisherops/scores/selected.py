@@ -14,8 +14,9 @@ from fisherops._linop import identity
 from fisherops._processes import Processes
 from fisherops._sums import CompensatedSum
 from fisherops.problem import Parameters
+from fisherops.scores.batch import MaterializedBatch
 from fisherops.scores.kinds import Kind
-from fisherops.scores.protocol import CacheSize, Scores, by_rows
+from fisherops.scores.protocol import CacheSize, Scores, Sums, SumsOfUses, by_rows
 
 # Bytes of the rows that are listed at once.
 _BLOCK_BYTES = 2**26
@@ -148,6 +149,14 @@ class SelectedScores(Scores):
     def square_root(self, triangular: bool) -> Tensor:
         B = self._cut(self._G.square_root(triangular))
         return torch.linalg.qr(B, mode="r")[1] if triangular and len(B) > B.shape[1] else B
+
+    def over_uses(self, sums_of: SumsOfUses, kept: list[MaterializedBatch] | None = None) -> Sums:
+        if self._factors is not None or not self._G.parameters.shapes.items() >= self._parameters.shapes.items():
+            raise ValueError(
+                "`op` must have whole parameters for this approximation, got some of their entries. Select parameters "
+                "by name, or approximate the whole operator."
+            )
+        return self._G.over_uses(sums_of, kept)
 
     # ---- Its rows -----------------------------------------------------------------------------
 

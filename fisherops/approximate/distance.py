@@ -1,0 +1,290 @@
+"""How far an approximation is from the Fisher matrix, and what it costs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from math import sqrt
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from scipy.sparse.linalg import LinearOperator, cg
+from torch import Tensor
+
+from fisherops._checks import integer
+from fisherops._linop import TorchLinearOperator, as_damping, as_torch_operator, check_result, outside_of_autocast
+from fisherops.approximate.factored import diagonal, ekfac, kfac, kronecker, layers, scores_of
+from fisherops.approximate.lowrank import nystrom
+from fisherops.approximate.structured import StructuredOperator
+from fisherops.problem import Parameters
+from fisherops.scores.protocol import Scores
+from fisherops.scores.selected import SelectedScores
+
+BUILDERS: dict[str, Callable[[Any], StructuredOperator]] = {
+    "diagonal": diagonal,
+    "layers": layers,
+    "kfac": kfac,
+    "ekfac": ekfac,
+    "kronecker": kronecker,
+    "nystrom": nystrom,
+}
+"""Approximations by name, with their default options."""
+
+# Rows of a Gram matrix, and of a dense approximation, from which on errors are estimated.
+_MANY_ROWS, _MANY_COLUMNS = 2**13, 2**12
+
+# Bytes of rows that are multiplied at once.
+_BLOCK_BYTES = 2**26
+
+
+class Error(NamedTuple):
+    """A relative error and its standard error, 0 if it is exact; a number in comparisons with others."""
+
+    value: float
+    standard_error: float = 0.0
+
+    def __float__(self) -> float:
+        return self.value
+
+
+class Comparison(NamedTuple):
+    """What `compare` finds for one approximation."""
+
+    name: str
+    error: Error
+    nbytes: int
+    seconds: float
+    iterations: int
+
+
+@outside_of_autocast
+def error(
+    op: Any, K: Any, *, per_layer: bool = False, probes: int | None = None, seed: int = 0
+) -> Error | dict[str, Error]:
+    """Return the relative distance ‖F − K‖_F / ‖F‖_F of an approximation from a Fisher matrix.
+
+    ‖F − K‖² = ‖G Gᵀ‖² − 2 Σ_r g_rᵀ K g_r + ‖K‖², exactly, for the rows g of G. For more than 8,192 rows, or if K is
+    another operator of more than 4,096 columns, it is estimated from products with random signs z,
+    ‖F − K‖² = E ‖(F − K) z‖², which keeps its relative precision if K is near F.
+
+    Parameters
+    ----------
+    op : FisherOperator
+        F, (D, D).
+    K : LinearOperator
+        Symmetric, (D, D), such as what the functions of this module return.
+    per_layer : bool
+        Whether to return the distances of the diagonal blocks of the layers, ‖F_ll − K_ll‖ / ‖F_ll‖, by the names of
+        their parameters. Default: False.
+    probes : int, optional
+        Number of random vectors, at least 2, to estimate the error whatever its cost. Default: 64 if it is estimated.
+    seed : int
+        Of the random vectors. Default: 0.
+
+    Returns
+    -------
+    Error or dict of str to Error
+        `value` and `standard_error`, which is 0 if the value is exact.
+
+    Raises
+    ------
+    TypeError
+        If `op` has no score matrix, or `K` is not an operator.
+    ValueError
+        If the shapes differ.
+
+    Examples
+    --------
+    >>> import torch, fisherops as fo
+    >>> _ = torch.manual_seed(0)
+    >>> X, y = torch.randn(50, 4), torch.randint(3, (50,))
+    >>> op = fo.FisherLinearOperator(torch.nn.Linear(4, 3), torch.nn.CrossEntropyLoss(), data=(X, y))
+    >>> distance = fo.approximate.error(op, fo.approximate.diagonal(op))
+    >>> 0 < distance.value < 1, distance.standard_error
+    (True, 0.0)
+    """
+    G, shift = scores_of(op)
+    if not isinstance(K, LinearOperator):
+        raise TypeError(f"`K` must be a SciPy LinearOperator, got {type(K).__name__}. Pass an approximation of `op`.")
+    if tuple(K.shape) != tuple(op.shape):
+        raise ValueError(f"`K` must have the shape of `op`, {tuple(op.shape)}, got {tuple(K.shape)}.")
+    count = None if probes is None else integer("probes", probes, 2)
+    own = as_torch_operator(K, G.device, G.torch_dtype)
+    if not per_layer:
+        return _distance(G, shift, own, count, seed)
+    spans = G.parameters.spans
+    plan = getattr(K, "plan", {})
+    names = [tuple(label.split(", ")) for label in plan] if set(", ".join(plan).split(", ")) == set(spans) else None
+    found = {}
+    for group in names or [(name,) for name in spans]:
+        index = torch.cat([torch.arange(*spans[name]) for name in group]).to(G.device)
+        block = SelectedScores(G, index, parameters=_parameters(G, group))
+        found[", ".join(group)] = _distance(block, shift, _Restricted(own, index), count, seed)
+    return found
+
+
+def _parameters(G: Scores, group: Sequence[str]) -> Parameters:
+    return Parameters({name: G.parameters.tensors[name] for name in group}, G.parameters.dtype)
+
+
+class _Restricted(TorchLinearOperator):
+    """Rows and columns of an operator."""
+
+    def __init__(self, K: TorchLinearOperator, index: Tensor) -> None:
+        super().__init__((len(index), len(index)), K.torch_dtype, K.device)
+        self._K, self._index = K, index
+
+    def _mul(self, V: Tensor) -> Tensor:
+        whole = V.new_zeros(len(V), self._K.shape[0])
+        whole[:, self._index] = V
+        return self._K._times(whole)[:, self._index]
+
+
+def _distance(G: Scores, shift: float, K: TorchLinearOperator, probes: int | None, seed: int) -> Error:
+    R, D = G.shape
+    fits = G.cache_size.memory_left >= 4 * 8 * R * R and R <= _MANY_ROWS and G.rows_have_order
+    if probes is None and fits and (D <= _MANY_COLUMNS or isinstance(K, StructuredOperator)):
+        return _exact(G, shift, K)
+    return _estimated(G, shift, K, probes or 64, seed)
+
+
+def _exact(G: Scores, shift: float, K: TorchLinearOperator) -> Error:
+    """Return the error from the norms of G Gᵀ and K and their inner product."""
+    D = G.shape[1]
+    gram = G.gram_tensor().double()
+    trace = float(gram.trace())
+    of_F = float(gram.square().sum()) + 2 * shift * trace + D * shift**2
+    inner, of_K, of_trace = 0.0, 0.0, 0.0
+    for rows in _rows(G):
+        inner += float((rows.double() * K.multiply(rows).double()).sum())
+    if isinstance(K, StructuredOperator):
+        of_K, of_trace = K.square_norm(), K.trace()
+    else:
+        dense = K.todense().astype(np.float64)
+        of_K, of_trace = float(np.square(dense).sum()), float(np.trace(dense))
+    square = of_F - 2 * (inner + shift * of_trace) + of_K
+    if of_F == 0:
+        return Error(0.0 if of_K == 0 else float("inf"))
+    # What cancels leaves the rounding of the terms.
+    return Error(float(check_result(torch.tensor(max(square, 0.0) / of_F, dtype=torch.float64).sqrt())))
+
+
+def _rows(G: Scores) -> Iterator[Tensor]:
+    """List the rows of G in blocks."""
+    R, D = G.shape
+    step = max(1, _BLOCK_BYTES // (D * G.dtype.itemsize))
+    for start in range(0, R, step):
+        yield G.block(start, min(start + step, R))
+
+
+def _estimated(G: Scores, shift: float, K: TorchLinearOperator, probes: int, seed: int) -> Error:
+    """Return the error by products with random signs, and its standard error by the delta method."""
+    D = G.shape[1]
+    generator = torch.Generator("cpu").manual_seed(seed)
+    signs = torch.randint(2, (D, probes), generator=generator, dtype=torch.int8, device="cpu").T
+    Z = signs.to(G.device, G.torch_dtype).mul_(2).sub_(1)
+    FZ = G.product(Z).add_(Z, alpha=shift)
+    difference = FZ - K.multiply(Z).to(FZ.dtype)
+    squares, total = (x.double().square().sum(1) for x in (difference, FZ))
+    if float(total.sum()) == 0:
+        return Error(0.0 if float(squares.sum()) == 0 else float("inf"))
+    ratio = float(squares.mean() / total.mean())
+    # Of a ratio of means; the square root halves the relative error.
+    deviation = float((squares - ratio * total).std()) / (float(total.mean()) * probes**0.5)
+    value = sqrt(ratio)
+    return Error(value, deviation / (2 * value) if value else 0.0)
+
+
+@outside_of_autocast
+def compare(
+    op: Any,
+    approximations: Sequence[str | StructuredOperator] | Mapping[str, StructuredOperator] = tuple(BUILDERS),
+    *,
+    damping: float | None = None,
+    rtol: float = 1e-6,
+    maxiter: int = 1000,
+    prints: bool = True,
+) -> list[Comparison]:
+    """Compare approximations of a Fisher matrix by their errors and as preconditioners.
+
+    Parameters
+    ----------
+    op : FisherOperator
+        F.
+    approximations : sequence of (str or StructuredOperator), or mapping of str to StructuredOperator
+        Names of functions of this module, which build them with their default options, or approximations. Default: all
+        functions.
+    damping : float, optional
+        λ > 0 of the system (F + λI) x = b that conjugate gradients solve. Default: 10⁻⁴ times the trace of F divided
+        by its number of rows.
+    rtol : float
+        Relative residual at which they stop. Default: 1e-6.
+    maxiter : int
+        Iterations at most. Default: 1000.
+    prints : bool
+        Whether to print a table. Default: True.
+
+    Returns
+    -------
+    list of Comparison
+        Name, error, bytes, seconds to build it (NaN for operators that were passed), and iterations; the first is
+        without an approximation.
+
+    Examples
+    --------
+    >>> import torch, fisherops as fo
+    >>> _ = torch.manual_seed(0)
+    >>> X, y = torch.randn(50, 4), torch.randint(3, (50,))
+    >>> op = fo.FisherLinearOperator(torch.nn.Linear(4, 3), torch.nn.CrossEntropyLoss(), data=(X, y))
+    >>> table = fo.approximate.compare(op, ["diagonal", "kfac"], prints=False)
+    >>> [line.name for line in table]
+    ['none', 'diagonal', 'kfac']
+    """
+    G, shift = scores_of(op)
+    value = 1e-4 * G.square_norm() / max(1, min(G.shape)) if damping is None else as_damping(damping, G.torch_dtype)
+    if value + shift == 0:
+        raise ValueError("`damping` must be positive, got 0. Pass the damping of the systems that you solve.")
+    named: list[tuple[str, Any]] = (
+        list(approximations.items())
+        if isinstance(approximations, Mapping)
+        else [(x if isinstance(x, str) else f"{type(x).__name__}", x) for x in approximations]
+    )
+    unknown = [x for _, x in named if isinstance(x, str) and x not in BUILDERS]
+    if unknown:
+        raise ValueError(f"`approximations` must be among {', '.join(map(repr, BUILDERS))}, got {unknown[0]!r}.")
+    A = op.damped(value)
+    b = np.random.default_rng(0).standard_normal(op.shape[0]).astype(op.dtype)
+    found = [Comparison("none", Error(1.0), 0, 0.0, _iterations(A, b, None, rtol, maxiter))]
+    for name, x in named:
+        begun = time.perf_counter()
+        K = BUILDERS[x](op) if isinstance(x, str) else x
+        seconds = time.perf_counter() - begun if isinstance(x, str) else float("nan")
+        distance = _distance(G, shift, K, None, 0)
+        M = K.inv(value)
+        found.append(Comparison(name, distance, K.nbytes, seconds, _iterations(A, b, M, rtol, maxiter)))
+    if prints:
+        print(table_of(found, value))  # noqa: T201
+    return found
+
+
+def table_of(found: Sequence[Comparison], damping: float) -> str:
+    """Return a comparison as text."""
+    lines = [f"{'':<10} {'error':>16} {'memory':>10} {'build':>9} {'CG iterations':>14}   (λ = {damping:.3g})"]
+    for x in found:
+        distance = f"{x.error.value:.4f}" + (f" ± {x.error.standard_error:.4f}" if x.error.standard_error else "")
+        seconds = "" if np.isnan(x.seconds) else f"{x.seconds:.3f} s"
+        lines.append(f"{x.name:<10} {distance:>16} {x.nbytes / 2**20:>6.2f} MiB {seconds:>9} {x.iterations:>14}")
+    return "\n".join(lines)
+
+
+def _iterations(A: Any, b: Any, M: Any, rtol: float, maxiter: int) -> int:
+    """Return the iterations that SciPy's conjugate gradients take."""
+    count = 0
+
+    def counting(_: Any) -> None:
+        nonlocal count
+        count += 1
+
+    cg(A, b, rtol=rtol, maxiter=maxiter, M=M, callback=counting)
+    return count
