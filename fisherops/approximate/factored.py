@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,11 +90,9 @@ class _Model:
     def _moments(self, batches: Iterable[MaterializedBatch]) -> Sums:
         return moments(batches, self.names, self.reduces, LARGEST_BLOCK)
 
-    def operator(self, form: Callable[[_Part], StructuredOperator]) -> BlockDiagonal:
+    def operator(self, form: Callable[[_Part], StructuredOperator]) -> StructuredOperator:
         """Return the approximation whose blocks with factors have a form."""
-        K = BlockDiagonal([*((part.place, form(part)) for part in self.parts), *self._rest])
-        K.plan = dict(self.plan)
-        return K
+        return _assembled(self.G, [*((part.place, form(part)) for part in self.parts), *self._rest], self.plan)
 
     def over_parts(self, update: Callable[[int, _Part, MaterializedBatch, Any], Tensor | None]) -> Sums:
         """Return sums over batches, by the number of each part."""
@@ -139,20 +137,20 @@ class _Model:
             own += f"; factors above {LARGEST_FACTOR} rows by their diagonals"
         if site.bias is None:
             self.plan[site.name] = own
-            return [_Part(self._place(index), Piece(tuple(sites), "weight"), left, right, site.name)]
+            return [_Part(_place(index, self.G.device), Piece(tuple(sites), "weight"), left, right, site.name)]
         first, _ = self.G.parameters.spans[site.bias]
         of_bias = (first + torch.arange(site.shape[0] * site.shape[1])).view(*site.shape[:2], 1)
         if not self._separate:
             label = f"{site.name}, {site.bias}"
             self.plan[label] = own
-            place = self._place(torch.cat([index, of_bias], 2))
+            place = _place(torch.cat([index, of_bias], 2), self.G.device)
             return [_Part(place, Piece(tuple(sites), "joint"), left, right, label)]
         self.plan |= {site.name: own, site.bias: "covariance of the gradients at the outputs"}
         i = site.shape[2]
         inner, last = (right[:, :i, :i], right[:, i:, i:]) if right.ndim == 3 else (right[:, :i], right[:, i:])
         return [
-            _Part(self._place(index), Piece(tuple(sites), "weight"), left, inner.contiguous(), site.name),
-            _Part(self._place(of_bias), Piece(tuple(sites), "bias"), left, last.contiguous(), site.bias),
+            _Part(_place(index, self.G.device), Piece(tuple(sites), "weight"), left, inner.contiguous(), site.name),
+            _Part(_place(of_bias, self.G.device), Piece(tuple(sites), "bias"), left, last.contiguous(), site.bias),
         ]
 
     def _factors_of(self, site: Site, swapped: bool) -> tuple[Tensor, Tensor]:
@@ -162,18 +160,9 @@ class _Model:
         gradients = self.sums[Key(site, "gradients", True)]
         return (inputs, gradients) if site.is_table != swapped else (gradients, inputs)
 
-    def _place(self, index: Tensor) -> Place:
-        """Return indices as a slice if they follow each other."""
-        flat = index.flatten()
-        first, n = int(flat[0]), len(flat)
-        return slice(first, first + n) if bool((flat.diff() == 1).all()) else flat.to(self.G.device)
-
     def _blocks_without_factors(self) -> list[tuple[Place, StructuredOperator]]:
         spans = self.G.parameters.spans
         blocks: list[tuple[Place, StructuredOperator]] = []
-        taken = torch.zeros(self.G.parameters.numel, dtype=torch.bool)
-        for part in self.parts:
-            taken[part.place.cpu() if isinstance(part.place, Tensor) else part.place] = True
         for key, value in self.sums.items():
             if isinstance(key.of, Site):
                 continue
@@ -182,14 +171,8 @@ class _Model:
                 "exact block" if key.role == "block" else f"exact diagonal, of more than {LARGEST_BLOCK} rows"
             )
             index = torch.cat([torch.arange(*spans[name]) for name in group])
-            taken[index] = True
-            blocks.append((self._place(index), dense(value) if key.role == "block" else diagonal_matrix(value)))
-        rest = (~taken).nonzero()[:, 0]
-        if len(rest):
-            zeros = torch.zeros(len(rest), dtype=self.G.torch_dtype, device=self.G.device)
-            blocks.append((self._place(rest), diagonal_matrix(zeros)))
-            unused = [name for name, span in spans.items() if bool((~taken[slice(*span)]).any())]
-            self.plan |= dict.fromkeys(unused, "zero: the outputs do not depend on all of it")
+            block = dense(check_result(value)) if key.role == "block" else diagonal_matrix(check_result(value))
+            blocks.append((_place(index, self.G.device), block))
         return blocks
 
 
@@ -521,7 +504,6 @@ def layers(op: Any) -> StructuredOperator:
         return total.value()
 
     found = G.over_uses(sums_of, kept)
-    place = _placing(G)
     blocks: list[tuple[Place, StructuredOperator]] = []
     plan: dict[str, str] = {}
     for group, own in index.items():
@@ -530,13 +512,11 @@ def layers(op: Any) -> StructuredOperator:
         if block is None:
             rows = torch.cat(of_group) if of_group else torch.zeros(0, len(own), dtype=G.torch_dtype, device=G.device)
             plan[", ".join(group)] = "exact block, by its Gram matrix"
-            blocks.append((place(own), LowRank.of_rows(check_result(rows))))
+            blocks.append((_place(own, G.device), LowRank.of_rows(check_result(rows))))
         else:
             plan[", ".join(group)] = "exact block"
-            blocks.append((place(own), dense(check_result(block))))
-    K = BlockDiagonal(blocks)
-    K.plan = plan
-    return _shifted(K, shift)
+            blocks.append((_place(own, G.device), dense(check_result(block))))
+    return _shifted(_assembled(G, blocks, plan), shift)
 
 
 @outside_of_autocast
@@ -616,12 +596,29 @@ def _kronecker(part: _Part) -> Kronecker:
     return Kronecker(check_result(part.left), check_result(part.right))
 
 
-def _placing(G: Scores) -> Callable[[Tensor], Place]:
-    def place(index: Tensor) -> Place:
-        first, n = int(index[0]), len(index)
-        return slice(first, first + n) if bool((index.diff() == 1).all()) else index.to(G.device)
+def _place(index: Tensor, device: torch.device) -> Place:
+    """Return indices as a slice if they follow each other."""
+    flat = index.flatten()
+    first, n = int(flat[0]), len(flat)
+    return slice(first, first + n) if bool((flat.diff() == 1).all()) else flat.to(device)
 
-    return place
+
+def _assembled(
+    G: Scores, blocks: Sequence[tuple[Place, StructuredOperator]], plan: Mapping[str, str]
+) -> StructuredOperator:
+    """Put blocks together, with zeros for parameters that the outputs do not depend on."""
+    free = torch.ones(G.parameters.numel, dtype=torch.bool)
+    for place, _ in blocks:
+        free[place.cpu() if isinstance(place, Tensor) else place] = False
+    rest, own, text = free.nonzero()[:, 0], list(blocks), dict(plan)
+    if len(rest):
+        zeros = torch.zeros(len(rest), dtype=G.torch_dtype, device=G.device)
+        own.append((_place(rest, G.device), diagonal_matrix(zeros)))
+        planned = set(", ".join(plan).split(", "))
+        text |= {name: "zero: the outputs do not depend on it" for name in G.parameters.shapes if name not in planned}
+    K = BlockDiagonal(own)
+    K.plan = text
+    return K
 
 
 # ---- Terms of single batches --------------------------------------------------------------------------
@@ -648,7 +645,7 @@ def _squares(part: _Part, basis: Eigen, batch: MaterializedBatch, found: Any) ->
 
 def _normalize(part: _Part, of_left: bool) -> None:
     """Divide the factor that the next one is computed from by its norm."""
-    x = part.right if of_left else part.left
+    x = check_result(part.right if of_left else part.left)
     norm = x.double().norm()
     if float(norm) > 0:
         x = (x.double() / norm).to(x.dtype)

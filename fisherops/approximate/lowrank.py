@@ -205,6 +205,8 @@ class _Pivots:
 
     def rows(self) -> Tensor:
         U = torch.linalg.qr(self.L)[0]
+        if not self.L.shape[1]:
+            return torch.zeros(0, self._G.shape[1], dtype=self._G.torch_dtype, device=self._G.device)
         rows: Tensor = self._G._mul_t(U.T.contiguous().to(self._G.torch_dtype))
         return rows
 
@@ -217,6 +219,7 @@ class _Normal:
     def __init__(self, G: Scores, generator: torch.Generator) -> None:
         self._G, self._generator = G, generator
         G.require_order()
+        self._largest = 0.0
         R, D = G.shape
         self._U = torch.zeros(0, R, dtype=torch.float64, device=G.device)
         self._B = torch.zeros(0, D, dtype=G.torch_dtype, device=G.device)
@@ -230,7 +233,14 @@ class _Normal:
         new = self._G._mul(omega.to(self._G.device, self._G.torch_dtype)).double()
         for _ in range(2):
             new = new - (new @ self._U.T) @ self._U
-        Q = torch.linalg.qr(new.T)[0].T
+        Q, triangle = torch.linalg.qr(new.T)
+        size = triangle.diagonal().abs()
+        # What is left of products that others explain is rounding.
+        self._largest = max(self._largest, float(size.max()) if len(size) else 0.0)
+        Q = Q.T[size > len(self._Z.T) * torch.finfo(self._G.torch_dtype).eps * self._largest]
+        if not len(Q):
+            return
+        Q = torch.linalg.qr((Q - (Q @ self._U.T) @ self._U).T)[0].T
         self._U = torch.cat([self._U, Q])
         self._B = torch.cat([self._B, self._G._mul_t(Q.contiguous().to(self._G.torch_dtype))])
 

@@ -88,7 +88,8 @@ def sites_of(batch: MaterializedBatch, names: Names) -> Found:
 def groups_of(batch: MaterializedBatch, names: Names, found: Found) -> list[tuple[str, ...]]:
     """Return the parameters without factors, those of one call together."""
     with_factors = {site.name for site in found} | {site.bias for site in found}
-    left = [name for name in names.all if name not in with_factors]
+    used = {*batch.names_of_dense(), *(name for derived, _ in batch.blocks for name in derived.names)}
+    left = [name for name in names.all if name in used - with_factors]
     together = {name: {name} for name in left}
     for group in batch.groups:
         own = [name for name in group if name in together and name not in names.alone]

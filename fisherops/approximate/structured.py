@@ -443,7 +443,7 @@ class LowRank(_Leaf):
         if len(vectors):  # images of small eigenvalues are orthogonal to rounding only after this
             Q, R = torch.linalg.qr(vectors.flip(0).T)
             vectors = (Q * R.diagonal().sign()).T.flip(0)
-        return cls(vectors.to(rows.dtype).contiguous(), values[kept].to(rows.dtype))
+        return cls(vectors.to(rows.dtype).contiguous(), check_result(values[kept].to(rows.dtype)))
 
     def _mul(self, V: Tensor) -> Tensor:
         return add_shift((V @ self.vectors.T * self.values) @ self.vectors, V, self.added)

@@ -13,6 +13,7 @@ from fisherops._linop import TorchLinearOperator, Vectors, as_damping, outside_o
 from fisherops.linalg.dense import SINGULAR
 from fisherops.linalg.iteration import Iteration
 from fisherops.linalg.methods import CHOLESKY, EIGEN, Method, Task, as_operator, choose
+from fisherops.linalg.preconditioners import PRECONDITIONERS
 from fisherops.linalg.primal import jacobi
 from fisherops.linalg.results import HaltedError, Interrupted, Solution, Solved
 
@@ -61,9 +62,12 @@ def solve(
         For each column ‖b − (F + λI) x‖ ≤ max(rtol ‖b‖, atol).
     maxiter : int, optional
         Iterations of conjugate gradients at most, ``10 * D`` otherwise.
-    M : {"jacobi", None} or LinearOperator
+    M : {"jacobi", "kfac", "ekfac", "nystrom", "auto", None} or LinearOperator
         Preconditioner of conjugate gradients, an approximation of (F + λI)⁻¹. "jacobi" takes the exact diagonal of a
-        Fisher operator, and nothing for others.
+        Fisher operator, and nothing for others. The next three are the inverses of `approximate.kfac`,
+        `approximate.ekfac` and `approximate.nystrom` of a Fisher operator with the damping; they are built in each
+        call. "auto" predicts the products that iterations with "jacobi", the rank for "nystrom" and the
+        eigen-decompositions for "ekfac" cost, and takes the least. Default: "jacobi".
     least_norm : bool
         With λ = 0: x = F⁺ b, the shortest of those that minimize ‖F x − b‖, also where F is singular; not in the primal
         way.
@@ -368,8 +372,11 @@ def _preconditioner(A: TorchLinearOperator, M: Any) -> Callable[..., Callable[[T
     """Return what makes the preconditioner for an operator and its damping; None if there is none."""
     if M is None:
         return None
-    if isinstance(M, str) and M == "jacobi":
-        return jacobi
+    if isinstance(M, str):
+        if M not in PRECONDITIONERS:
+            names = ", ".join(map(repr, PRECONDITIONERS))
+            raise ValueError(f"`M` must be {names}, None or a LinearOperator, got {M!r}.")
+        return PRECONDITIONERS[M]
 
     def make(_: TorchLinearOperator, __: Any) -> Callable[[Tensor], Tensor]:
         operator = as_operator(M)
