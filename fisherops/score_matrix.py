@@ -482,25 +482,31 @@ class ScoreMatrix(Scores):
             kept = cached if all(batch.has_factors for batch in cached) else kept
         if kept:
             return sums_of(kept)
-        left = self.max_memory - (self.plan.nbytes if self.is_current else 0)
+        reader, left = self.reader, self.max_memory - (self.plan.nbytes if self.is_current else 0)
 
         def built(batches: Iterator[Any]) -> Iterator[MaterializedBatch]:
             nonlocal left
-            for batch, evaluation, factor_of in self.reader.evaluations(batches):
+            for batch, evaluation, factor_of in reader.evaluations(batches):
                 with noting(f"batch {batch.number}"):
                     uses = uses_of(evaluation, factor_of)
                 left -= uses.nbytes
-                if kept is not None:
+                if kept is not None and left >= 0:
                     kept.append(uses)
-                    if left < 0:
-                        kept.clear()
                 yield uses
 
-        try:
-            return self._over("uses", sums_of, read=built)
-        finally:
-            if kept is not None and left < 0:
-                kept.clear()
+        with torch.no_grad(), reader.reading("uses") as items:
+            is_late = reader.finds_c_late
+            if not is_late:
+                reader.divisor()
+            sums = sums_of(built(items))
+        if kept is not None and left < 0:
+            kept.clear()
+        if is_late:  # c is known when all data were read
+            c = float(reader.divisor())
+            for uses in kept or ():
+                uses.scale(c**-0.5)
+            sums = {key: value / c if key.is_of_rows else value for key, value in sums.items()}
+        return sums
 
     # ---- Passes over the batches --------------------------------------------------------------
 

@@ -716,3 +716,10 @@ def solve_with_checkpoint(solver, path, pipe):
         linalg.eigsh(op, 12, method="primal", ncv=26, checkpoint=path)
     else:
         linalg.solve(op, b, 1e-7, method="primal", rtol=1e-13, checkpoint=path)
+
+
+def approximations(group, name, kind, split, options):
+    op = OPERATORS[kind](network(), loss(), data=parts(group, split), process_group=group, **options)
+    K = getattr(fo.approximate, name)(op)
+    error = fo.approximate.error(op, K)
+    return K.todense(), error.value, K.plan

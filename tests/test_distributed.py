@@ -532,3 +532,20 @@ def test_the_rank_that_holds_the_store_may_hang():
         assert kind == "RankError"
         assert "rank 0" in text
         processes.processes[0].kill()
+
+
+@pytest.mark.parametrize("cache", ["auto", "none"])
+@pytest.mark.parametrize("split", ["contiguous", "nothing", "own"])
+@pytest.mark.parametrize("name", ["kfac", "ekfac", "kronecker", "layers", "diagonal", "nystrom"])
+def test_approximations_are_those_of_one_process(two, name, split, cache):
+    op = alone("exact")
+    K = getattr(fo.approximate, name)(op)
+    error = fo.approximate.error(op, K).value
+    found = two.results("approximations", name, "exact", split, {"cache": cache})
+    for dense, own, plan in found:
+        np.testing.assert_array_equal(dense, found[0][0])
+        if name != "nystrom":  # whose pivots depend on the order of the rows
+            np.testing.assert_allclose(dense, K.todense(), atol=1e-12 * np.abs(dense).max())
+            np.testing.assert_allclose(own, error, atol=1e-7)
+            assert plan == K.plan
+        assert own <= max(error, 0.01) + 1e-7

@@ -22,6 +22,9 @@ LARGEST_FACTOR = 2**13
 LARGEST_BLOCK = 2**11
 """Parameters beyond which a block without factors becomes a diagonal."""
 
+# Rows of a block of a symmetric product that still fills the kernels.
+_SIDE = 128
+
 # Elements of rows that are there at once.
 _ROWS = 2**24
 
@@ -172,11 +175,21 @@ def _moment(X: Tensor, with_ones: bool = False) -> Tensor:
     size = n + with_ones
     result = X.new_empty(g, size, size)
     for own, out in zip(rows, result, strict=True):
-        out[:n, :n] = times_transposed(own.T.contiguous(), own.T)
+        _gram(own.T.contiguous(), out)
     if with_ones:
         result[:, :n, n] = result[:, n, :n] = rows.sum(1)
         result[:, n, n] = rows.shape[1]
     return result
+
+
+def _gram(X: Tensor, out: Tensor) -> None:
+    """Write X Xᵀ, of which blocks on one side of the diagonal are enough, to the corner of a larger matrix."""
+    n = len(X)
+    step = max(_SIDE, -(-n // 8))
+    for k in range(0, n, step):
+        rows = slice(k, min(k + step, n))
+        out[rows, : rows.stop] = times_transposed(X[rows], X[: rows.stop])
+        out[:k, rows] = out[rows, :k].T
 
 
 def _moment_of_indices(index: Tensor, length: int, reduces: bool, like: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from fisherops._linop import TorchLinearOperator, add_shift, as_damping, check_result, opaque
+from fisherops._matmul import times_transposed
 
 Function = Callable[[Tensor], Tensor]
 Place = slice | Tensor
@@ -538,7 +539,9 @@ def from_left(L: Tensor, X: Tensor) -> Tensor:
     if L.ndim == 2:
         return L[:, :, None] * X
     if L.shape[0] == 1 and X.shape[3] == 1:
-        return (X[:, 0, :, 0] @ L[0].T)[:, None, :, None]
+        return times_transposed(X[:, 0, :, 0].contiguous(), L[0])[:, None, :, None]
+    if L.shape[0] == 1 and len(X) == 1 and L[0].is_contiguous():
+        return times_transposed(L[0], X[0, 0].contiguous().T)[None, None]
     return torch.matmul(L, X)
 
 
@@ -547,7 +550,7 @@ def from_right(X: Tensor, R: Tensor) -> Tensor:
     if R.ndim == 2:
         return X * R[:, None, :]
     if R.shape[0] == 1:
-        return (X.reshape(-1, X.shape[3]) @ R[0]).view(X.shape)
+        return times_transposed(X.reshape(-1, X.shape[3]).contiguous(), R[0].T).view(X.shape)
     return torch.matmul(X, R)
 
 
