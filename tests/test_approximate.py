@@ -14,6 +14,7 @@ from torch import nn
 
 import fisherops as fo
 from fisherops import approximate, linalg
+from fisherops.approximate.structured import taken
 
 KINDS = [fo.FisherMCLinearOperator, fo.FisherLinearOperator, fo.EmpiricalFisherLinearOperator]
 BUILDERS = [
@@ -185,7 +186,7 @@ def test_the_diagonal_in_the_basis_of_ekfac_is_that_of_F(separate_bias):
     for place, block in E.blocks:
         if not isinstance(block, approximate.Eigen):
             continue
-        index = np.arange(op.shape[0])[place] if isinstance(place, slice) else place.numpy()
+        index = taken(torch.arange(op.shape[0])[None], place)[0].numpy()
         Q = np.kron(
             *(
                 np.eye(n) if x is None else x[0].numpy()

@@ -35,6 +35,7 @@ from fisherops.approximate.structured import (
     diagonal_matrix,
     from_left,
     from_right,
+    put,
 )
 from fisherops.scores.batch import MaterializedBatch
 from fisherops.scores.columns import Factors
@@ -127,7 +128,6 @@ class _Model:
         left, right = _nearest_sum([self._factors_of(site, swapped) for site, swapped in sites])
         site = sites[0][0]
         start, _ = self.G.parameters.spans[site.name]
-        index = start + site.places()
         own = "look-ups: counts ⊗ covariance" if site.is_table else "Kronecker product"
         if site.shape[0] > 1:
             own += f" for each of {site.shape[0]} groups"
@@ -137,21 +137,32 @@ class _Model:
             own += f"; factors above {LARGEST_FACTOR} rows by their diagonals"
         if site.bias is None:
             self.plan[site.name] = own
-            return [_Part(_place(index, self.G.device), Piece(tuple(sites), "weight"), left, right, site.name)]
+            return [_Part(self._place_of(site, start), Piece(tuple(sites), "weight"), left, right, site.name)]
         first, _ = self.G.parameters.spans[site.bias]
         of_bias = (first + torch.arange(site.shape[0] * site.shape[1])).view(*site.shape[:2], 1)
         if not self._separate:
             label = f"{site.name}, {site.bias}"
             self.plan[label] = own
-            place = _place(torch.cat([index, of_bias], 2), self.G.device)
+            place: Place
+            if site.span is None:
+                place = torch.cat([start + site.places(), of_bias], 2).flatten().to(self.G.device)
+            else:
+                a, b = site.span
+                place = (start + a, start + b, site.shape[2]), (first, first + of_bias.numel(), 1)
             return [_Part(place, Piece(tuple(sites), "joint"), left, right, label)]
         self.plan |= {site.name: own, site.bias: "covariance of the gradients at the outputs"}
         i = site.shape[2]
         inner, last = (right[:, :i, :i], right[:, i:, i:]) if right.ndim == 3 else (right[:, :i], right[:, i:])
         return [
-            _Part(_place(index, self.G.device), Piece(tuple(sites), "weight"), left, inner.contiguous(), site.name),
+            _Part(self._place_of(site, start), Piece(tuple(sites), "weight"), left, inner.contiguous(), site.name),
             _Part(_place(of_bias, self.G.device), Piece(tuple(sites), "bias"), left, last.contiguous(), site.bias),
         ]
+
+    def _place_of(self, site: Site, start: int) -> Place:
+        """Return where a site lies among the parameters; its parameter begins at `start`."""
+        if site.span is not None:
+            return slice(start + site.span[0], start + site.span[1])
+        return (start + site.places()).flatten().to(self.G.device)
 
     def _factors_of(self, site: Site, swapped: bool) -> tuple[Tensor, Tensor]:
         """Return the factors by outputs and inputs of a site; those of indices belong to the outputs."""
@@ -607,11 +618,12 @@ def _assembled(
     G: Scores, blocks: Sequence[tuple[Place, StructuredOperator]], plan: Mapping[str, str]
 ) -> StructuredOperator:
     """Put blocks together, with zeros for parameters that the outputs do not depend on."""
-    free = torch.ones(G.parameters.numel, dtype=torch.bool)
-    for place, _ in blocks:
-        free[place.cpu() if isinstance(place, Tensor) else place] = False
-    rest, own, text = free.nonzero()[:, 0], list(blocks), dict(plan)
-    if len(rest):
+    own, text = list(blocks), dict(plan)
+    if sum(block.shape[0] for _, block in blocks) < G.parameters.numel:
+        free = torch.ones(G.parameters.numel, dtype=torch.bool)
+        for place, block in blocks:
+            put(free[None], place, torch.zeros(1, 1, dtype=torch.bool).expand(1, block.shape[0]))
+        rest = free.nonzero()[:, 0]
         zeros = torch.zeros(len(rest), dtype=G.torch_dtype, device=G.device)
         own.append((_place(rest, G.device), diagonal_matrix(zeros)))
         planned = set(", ".join(plan).split(", "))

@@ -56,6 +56,17 @@ class Site(NamedTuple):
         last = offset + sum((n - 1) * s for n, s in zip(sizes, strides, strict=True))
         return torch.arange(last + 1).as_strided(sizes, strides, offset).reshape(shape)
 
+    @property
+    def span(self) -> tuple[int, int] | None:
+        """The first place and the one after the last, if the elements follow each other in the order (g, o, i)."""
+        _, offset, sizes, strides, _ = self.key
+        step = 1
+        for n, s in zip(reversed(sizes), reversed(strides), strict=True):
+            if n > 1 and s != step:
+                return None
+            step *= n
+        return offset, offset + step
+
 
 Found = dict[Site, list[Columns]]
 
@@ -141,16 +152,31 @@ def moments(batches: Iterable[MaterializedBatch], names: Names, reduces: bool, l
 
 def _add_moments(total: Adding, site: Site, columns: Columns, reduces: bool) -> None:
     """Add the moments of one use in one batch."""
+    has_bias = site.bias is not None
+    if isinstance(columns, Convolution) and not reduces:
+        for N, a, b in columns.matrices():
+            _add(total, site, _moment(a, has_bias), _moment(b), a.shape[2], N)
+        return
     for A, B in pieces_of(columns):
         N, T = A.shape[:2]
         if reduces:
             A, B = (A if site.is_table else A.mean(1, keepdim=True)), B.sum(1, keepdim=True)
         inputs = (
-            _moment_of_indices(A, site.shape[1], reduces, B) if site.is_table else _moment(A, site.bias is not None)
+            _moment_of_indices(A, site.shape[1], reduces, B) if site.is_table else _moment(_positions_last(A), has_bias)
         )
-        total.add(Key(site, "inputs", False), inputs)
-        total.add(Key(site, "gradients", True), _moment(B.flatten(1, 2)))
-        total.add(Key(site, "positions", False), torch.tensor([N * T, N], dtype=torch.float64, device=B.device))
+        _add(total, site, inputs, _moment(_positions_last(B.flatten(1, 2))), N * T, N)
+
+
+def _add(total: Adding, site: Site, inputs: Tensor, gradients: Tensor, positions: int, N: int) -> None:
+    total.add(Key(site, "inputs", False), inputs)
+    total.add(Key(site, "gradients", True), gradients)
+    counts = torch.tensor([positions, N], dtype=torch.float64, device=gradients.device)
+    total.add(Key(site, "positions", False), counts)
+
+
+def _positions_last(X: Tensor) -> Tensor:
+    """Return X (N, T, g, n) as (g, n, N · T)."""
+    return X.permute(2, 3, 0, 1).flatten(2)
 
 
 def pieces_of(columns: Columns) -> Iterator[tuple[Tensor, Tensor]]:
@@ -166,19 +192,18 @@ def pieces_of(columns: Columns) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def _moment(X: Tensor, with_ones: bool = False) -> Tensor:
-    """Return Σ x xᵀ of X (N, T, g, n), (g, n, n), also of x with a one at its end; large ones as diagonals (g, n)."""
-    g, n = X.shape[2:]
-    rows = X.permute(2, 0, 1, 3).flatten(1, 2)  # (g, N · T, n)
+    """Return Σ x xᵀ of X (g, n, positions), (g, n, n), also of x with a one; large ones as diagonals (g, n)."""
+    g, n, positions = X.shape
     if n > LARGEST_FACTOR:
-        squares = rows.square().sum(1)
-        return torch.cat([squares, squares.new_full((g, 1), rows.shape[1])], 1) if with_ones else squares
+        squares = X.square().sum(2)
+        return torch.cat([squares, squares.new_full((g, 1), positions)], 1) if with_ones else squares
     size = n + with_ones
     result = X.new_empty(g, size, size)
-    for own, out in zip(rows, result, strict=True):
-        _gram(own.T.contiguous(), out)
+    for own, out in zip(X, result, strict=True):
+        _gram(own.contiguous(), out)
     if with_ones:
-        result[:, :n, n] = result[:, n, :n] = rows.sum(1)
-        result[:, n, n] = rows.shape[1]
+        result[:, :n, n] = result[:, n, :n] = X.sum(2)
+        result[:, n, n] = positions
     return result
 
 
@@ -198,7 +223,7 @@ def _moment_of_indices(index: Tensor, length: int, reduces: bool, like: Tensor) 
     if not reduces:
         return torch.bincount(index.flatten(), minlength=length).to(like.dtype)[None]
     counts = like.new_zeros(N, length).scatter_add_(1, index, like.new_full((1, 1), 1 / T).expand(N, T))
-    return _moment(counts[:, None, None])
+    return _moment(counts.T[None])
 
 
 def _add_block(total: Adding, batch: MaterializedBatch, group: tuple[str, ...], limit: int) -> None:

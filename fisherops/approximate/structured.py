@@ -25,7 +25,8 @@ from fisherops._linop import TorchLinearOperator, add_shift, as_damping, check_r
 from fisherops._matmul import times_transposed
 
 Function = Callable[[Tensor], Tensor]
-Place = slice | Tensor
+Place = slice | Tensor | tuple[tuple[int, int, int], ...]
+"""Indices of a block: a slice, (n,) integers, or the starts, stops and widths of matrices that lie side by side."""
 
 _FORMAT = "fisherops structured operator 1"
 
@@ -286,7 +287,7 @@ def _restored(state: dict[str, Any]) -> StructuredOperator:
     classes: dict[str, Any] = {c.__name__: c for c in (Kronecker, Eigen, LowRank, BlockDiagonal)}
     arguments = dict(state["arguments"])
     if "blocks" in arguments:
-        places = [slice(*place) if isinstance(place, tuple) else place for place in arguments.pop("places")]
+        places = [slice(*place) if isinstance(place, list) else place for place in arguments.pop("places")]
         arguments["blocks"] = list(zip(places, map(_restored, arguments["blocks"]), strict=True))
     operator: StructuredOperator = classes[state["class"]](**arguments)
     operator.plan = state["plan"]
@@ -468,8 +469,9 @@ class BlockDiagonal(StructuredOperator):
 
     Parameters
     ----------
-    blocks : sequence of (slice or torch.Tensor, StructuredOperator)
-        Indices (n,) of each block, and the block. Together they are all indices, each once.
+    blocks : sequence of (slice, torch.Tensor or tuple, StructuredOperator)
+        Indices (n,) of each block, and the block. Together they are all indices, each once. An index may be a tuple of
+        the starts, stops and widths of matrices that lie side by side, as weight and bias of a layer do.
     """
 
     def __init__(self, blocks: Sequence[tuple[Place, StructuredOperator]]) -> None:
@@ -480,7 +482,7 @@ class BlockDiagonal(StructuredOperator):
     def _mul(self, V: Tensor) -> Tensor:
         result = torch.empty_like(V, memory_format=torch.contiguous_format)
         for place, block in self.blocks:
-            result[:, place] = block._mul(V[:, place])
+            put(result, place, block._mul(taken(V, place)))
         return result
 
     def _each(self, function: Callable[[StructuredOperator], StructuredOperator]) -> BlockDiagonal:
@@ -504,7 +506,7 @@ class BlockDiagonal(StructuredOperator):
     def diagonal_tensor(self) -> Tensor:
         result = torch.empty(self.shape[0], dtype=self.torch_dtype, device=self.device)
         for place, block in self.blocks:
-            result[place] = block.diagonal_tensor()
+            put(result[None], place, block.diagonal_tensor()[None])
         return result
 
     def square_norm(self) -> float:
@@ -519,9 +521,27 @@ class BlockDiagonal(StructuredOperator):
         return sum(block.nbytes + (place.nbytes if isinstance(place, Tensor) else 0) for place, block in self.blocks)
 
     def _state(self) -> dict[str, Any]:
-        places = [(p.start, p.stop) if isinstance(p, slice) else p for p, _ in self.blocks]
+        places = [[p.start, p.stop] if isinstance(p, slice) else p for p, _ in self.blocks]
         arguments = {"places": places, "blocks": [block._state() for _, block in self.blocks]}
         return {"class": type(self).__name__, "arguments": arguments, "plan": self.plan}
+
+
+def taken(V: Tensor, place: Place) -> Tensor:
+    """Return the entries (K, n) of vectors at a place."""
+    if not isinstance(place, tuple):
+        return V[:, place]
+    return torch.cat([V[:, a:b].reshape(len(V), -1, width) for a, b, width in place], 2).flatten(1)
+
+
+def put(V: Tensor, place: Place, entries: Tensor) -> None:
+    """Write entries (K, n) of vectors at a place."""
+    if not isinstance(place, tuple):
+        V[:, place] = entries
+        return
+    widths = [width for *_, width in place]
+    pieces = entries.view(len(V), -1, sum(widths)).split(widths, 2)
+    for (a, b, width), piece in zip(place, pieces, strict=True):
+        V[:, a:b].view(len(V), -1, width).copy_(piece)
 
 
 def dense(matrix: Tensor) -> Kronecker:

@@ -223,6 +223,21 @@ class Convolution(Columns):
             B = b.reshape(m - n, T, q, g, o, -1).permute(0, 1, 5, 2, 3, 4).reshape(m - n, -1, q, g, o)
             yield slice(n, m), Factors(A, B * self._scale)
 
+    def matrices(self) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """List numbers of data with their inputs (g, i, positions) and gradients (g, o, vectors · positions)."""
+        (g, o, i), q, T = self.shape, self._q, self._calls
+        step = max(1, _UNFOLDED // max(1, g * (i + q * o) * self._terms * T))
+        for n in range(0, self.count, step):
+            m = min(n + step, self.count)
+            # Axes of calls, and of vectors, go behind those of g, o and i, in one copy.
+            a, b = self._unfolded(n * T, m * T)
+            kernel = len(self._weight) - 2
+            size = 1 if self._window.is_transposed else 1 + kernel
+            a = a.movedim(0, size).reshape(g, i, -1)
+            b = b.movedim(0, 1 + kernel) if self._window.is_transposed else b.permute(2, 1, 0, *range(3, b.ndim))
+            b = b.reshape(g, o, -1)
+            yield m - n, a, b * self._scale
+
     @property
     def magnitude(self) -> float:
         """Return the size of the rows if nothing cancelled in them, by which rounding is measured."""
