@@ -77,6 +77,7 @@ autosummary_context = {
         f"{module.__name__}.{name}": members(getattr(module, name))
         for module in (
             fisherops,
+            fisherops.approximate,
             fisherops.linalg,
             fisherops.likelihoods,
             fisherops.score_matrix,
@@ -106,6 +107,11 @@ numpydoc_xref_aliases = {
         "Inverse",
         "Solution",
     )
+}
+
+numpydoc_xref_aliases |= {
+    name: f"fisherops.approximate.{name}"
+    for name in ("Comparison", "Error", "StructuredOperator")
 }
 
 # Types such as "int" are left as words.

@@ -8,12 +8,9 @@ composites.
 
 from __future__ import annotations
 
-import functools
 import operator
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,56 +20,15 @@ from torch import Tensor
 
 from fisherops import _arrays, _torch
 from fisherops._processes import ONE, Processes
+from fisherops._torch import opaque as opaque
+from fisherops._torch import outside_of_autocast as outside_of_autocast
+from fisherops._torch import quiet as quiet
 
 # Shapes that products take: with one vector, with a matrix, with either.
 _SHAPES = {True: "({0},) or ({0}, 1)", False: "({0}, K)", None: "({0},) or ({0}, K)"}
 
 # Rows of the identity that are multiplied at a time.
 _BLOCK = 256
-
-_Function = TypeVar("_Function", bound=Callable[..., Any])
-
-
-def opaque(function: _Function) -> _Function:
-    """Make a function one opaque call for torch.compile, which cannot trace the autograd inside.
-
-    Importing torch's compiler takes seconds, so it is not imported here: nothing can be compiled before it is loaded.
-    """
-    disabled: list[Any] = []
-
-    @functools.wraps(function)
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        if "torch._dynamo" not in sys.modules:
-            return function(*args, **kwargs)
-        if not disabled:
-            disabled.append(torch.compiler.disable(function))
-        return disabled[0](*args, **kwargs)
-
-    return wrapped  # type: ignore[return-value]
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Compute in the operator's precision and without graphs, whatever the caller's contexts and flags."""
-    accelerator = torch.accelerator.current_accelerator()
-    with torch.no_grad(), ExitStack() as stack:
-        if torch.backends.cuda.matmul.fp32_precision == "tf32":
-            stack.enter_context(_torch.full_precision())
-        for kind in {"cpu", "cuda", "cuda" if accelerator is None else accelerator.type}:
-            stack.enter_context(torch.autocast(kind, enabled=False))
-        yield
-
-
-def outside_of_autocast(function: _Function) -> _Function:
-    """Let a routine compute in the operator's precision and without graphs, whatever the caller's contexts."""
-
-    @opaque
-    @functools.wraps(function)
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        with quiet():
-            return function(*args, **kwargs)
-
-    return wrapped  # type: ignore[return-value]
 
 
 def as_damping(damping: Any, dtype: torch.dtype = torch.float64) -> float:

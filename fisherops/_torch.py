@@ -13,7 +13,7 @@ import types
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -24,6 +24,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 # Torch's random state, forward-mode level and kernel flags belong to the process, not to a thread.
 _LOCK = threading.RLock()
 _depth = 0  # of `isolated`, by the thread that has the lock
+
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 # ---- Tensors ----------------------------------------------------------------------------------
@@ -440,3 +443,48 @@ def name_of(function: Any) -> str:
 def is_recurrent_kernel(names: Iterable[str]) -> bool:
     """Whether one of some kernels computes all steps of a recurrent layer at once."""
     return any(name in ("mkldnn_rnn_layer", "cudnn_rnn", "miopen_rnn", "thnn_fused_lstm_cell") for name in names)
+
+
+# ---- Contexts of callers ----------------------------------------------------------------------
+
+
+def opaque(function: _Function) -> _Function:
+    """Make a function one opaque call for torch.compile, which cannot trace the autograd inside.
+
+    Importing torch's compiler takes seconds, so it is not imported here: nothing can be compiled before it is loaded.
+    """
+    disabled: list[Any] = []
+
+    @functools.wraps(function)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        if "torch._dynamo" not in sys.modules:
+            return function(*args, **kwargs)
+        if not disabled:
+            disabled.append(torch.compiler.disable(function))
+        return disabled[0](*args, **kwargs)
+
+    return wrapped  # type: ignore[return-value]
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Compute in the operator's precision and without graphs, whatever the caller's contexts and flags."""
+    accelerator = torch.accelerator.current_accelerator()
+    with torch.no_grad(), ExitStack() as stack:
+        if torch.backends.cuda.matmul.fp32_precision == "tf32":
+            stack.enter_context(full_precision())
+        for kind in {"cpu", "cuda", "cuda" if accelerator is None else accelerator.type}:
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
+
+
+def outside_of_autocast(function: _Function) -> _Function:
+    """Let a routine compute in the operator's precision and without graphs, whatever the caller's contexts."""
+
+    @opaque
+    @functools.wraps(function)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        with quiet():
+            return function(*args, **kwargs)
+
+    return wrapped  # type: ignore[return-value]

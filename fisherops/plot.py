@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,10 +11,12 @@ import numpy.typing as npt
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+    from fisherops.approximate import Comparison
     from fisherops.linalg import Density
 
 # Okabe and Ito's colors, which color-blind people can tell apart.
 _BLUE, _ORANGE, _GREY = "#0072B2", "#D55E00", "#767676"
+_COLORS = (_GREY, _BLUE, _ORANGE, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
 
 def spectrum(
@@ -119,6 +122,42 @@ def density(density: Density, *, ax: Axes | None = None) -> Axes:
     ax.annotate(outside, (0.015, 0.975), xycoords="axes fraction", va="top", ha="left", fontsize=9, color="#404040")
     if errors.any():
         ax.legend(frameon=False, fontsize=9, loc="upper right")
+    return ax
+
+
+def approximations(table: Sequence[Comparison], *, ax: Axes | None = None) -> Axes:
+    """Plot the iterations of conjugate gradients with each approximation by damping; the legend lists their errors.
+
+    Parameters
+    ----------
+    table : list of fisherops.approximate.Comparison
+        As of `fisherops.approximate.compare`. Systems that took too many iterations have no mark.
+    ax : matplotlib.axes.Axes, optional
+        Where to draw; None makes a new figure.
+
+    Returns
+    -------
+    matplotlib.axes.Axes
+    """
+    from matplotlib import pyplot as plt
+
+    if ax is None:
+        _, ax = plt.subplots(figsize=(7.2, 4.5), layout="constrained")
+    ax.set_xscale("log")
+    ax.set_yscale("log")
+    for number, line in enumerate(table):
+        points = [(damping, count) for damping, count in line.iterations.items() if count is not None]
+        label = line.name if number == 0 and line.name == "none" else f"{line.name}, error {line.error.value:.2g}"
+        color, mark = _COLORS[number % len(_COLORS)], "osD^vP*X"[number % 8]
+        ax.plot(
+            [x for x, _ in points], [max(y, 1) for _, y in points], f"{mark}-", color=color, label=label, linewidth=1
+        )
+    ax.invert_xaxis()
+    ax.set_xlabel("damping λ")
+    ax.set_ylabel("iterations of conjugate gradients")
+    ax.grid(alpha=0.25, linewidth=0.6)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.legend(frameon=False, fontsize=9)
     return ax
 
 

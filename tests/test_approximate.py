@@ -381,7 +381,7 @@ def test_unused_and_unknown_parameters():
 
 
 def test_large_blocks_and_factors_are_diagonals(monkeypatch):
-    monkeypatch.setattr("fisherops.approximate.factored.LARGEST_BLOCK", 3)
+    monkeypatch.setattr("fisherops.approximate.model.LARGEST_BLOCK", 3)
     monkeypatch.setattr("fisherops.approximate.sites.LARGEST_FACTOR", 4)
     op = network()
     K = approximate.kfac(op)
@@ -582,14 +582,24 @@ def test_errors_of_other_operators(op):
 
 
 def test_compare_prints_one_line_for_each(op, capsys):
-    table = approximate.compare(op, damping=1e-2)
+    table = approximate.compare(op, damping=[1e-2, 1e-3])
     assert [x.name for x in table] == ["none", "diagonal", "layers", "kfac", "ekfac", "kronecker", "nystrom"]
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 8
+    assert "λ = 0.01" in lines[0]
+    for line in table:
+        assert list(line.iterations) == [1e-2, 1e-3]
+        counts = [x if x is None else str(x) for x in line.iterations.values()]
+        assert lines[1 + table.index(line)].split()[-2:] == counts
     errors = {x.name: x.error.value for x in table}
     assert errors["layers"] <= errors["ekfac"] <= errors["kfac"]
     assert all(x.nbytes > 0 and x.seconds > 0 for x in table[1:])
+    few = approximate.compare(op, ["diagonal"], damping=1e-4, maxiter=2, prints=False)
+    assert few[1].iterations == {1e-4: None}
     mapping = approximate.compare(op, {"mine": approximate.kfac(op)}, prints=False)
+    assert len(mapping[0].iterations) == 3
+    largest = np.linalg.eigvalsh(op.todense())[-1]
+    np.testing.assert_allclose(list(mapping[0].iterations), [1e-4 * largest, 1e-6 * largest, 1e-8 * largest], rtol=0.05)
     assert mapping[1].name == "mine"
     assert np.isnan(mapping[1].seconds)
 

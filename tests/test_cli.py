@@ -775,3 +775,23 @@ def test_the_demonstration_trains_with_one_thread(monkeypatch):
         torch.set_num_threads(before)
     assert seen[1:] == [("epoch 1 of 2", 1), ("epoch 2 of 2", 1)]
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_approximate(work, capsys):
+    own = ["approximate", *OWN[1:5], "--kind", "exact", "--dtype", "float64", "--damping", "0.1", "0.01"]
+    status, out, err = run([*own, "--json"], capsys)
+    assert (status, err) == (0, "")
+    result = json.loads(out)
+    found = result["approximations"]
+    assert list(found) == ["none", "diagonal", "layers", "kfac", "ekfac", "kronecker", "nystrom"]
+    assert found["layers"]["error"] == pytest.approx(0, abs=1e-7)  # the model has one layer
+    assert 0 < found["ekfac"]["error"] <= found["kfac"]["error"] < 1
+    assert [x["damping"] for x in found["kfac"]["iterations"]] == [0.1, 0.01]
+    assert (work / "approximate.png").read_bytes()[:4] == b"\x89PNG"
+    status, out, err = run([*own, "--approximations", "kfac"], capsys)
+    assert (status, err) == (0, "")
+    assert "iterations of CG" in out
+    assert len([line for line in out.splitlines() if line.startswith(("none", "kfac"))]) == 2
+    status, _, err = run([*own, "--method", "dual"], capsys)
+    assert status == 2
+    assert "--method" in err

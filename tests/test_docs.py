@@ -12,6 +12,7 @@ from types import ModuleType
 import pytest
 
 import fisherops
+import fisherops.approximate
 import fisherops.linalg
 
 ROOT = Path(__file__).parent.parent
@@ -22,6 +23,11 @@ MODULES = [module.name for module in pkgutil.walk_packages(fisherops.__path__, "
 
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
 DOCTESTED = [
+    "fisherops.approximate.distance",
+    "fisherops.approximate.exact",
+    "fisherops.approximate.factored",
+    "fisherops.approximate.lowrank",
+    "fisherops.approximate.structured",
     "fisherops.fisher",
     "fisherops.likelihoods.base",
     "fisherops.likelihoods.density",
@@ -112,11 +118,17 @@ def test_doctests(name):
 
 
 @pytest.mark.parametrize(
-    "name", [n for n in fisherops.linalg.__all__ if inspect.isfunction(getattr(fisherops.linalg, n))]
+    ("module", "name"),
+    [
+        (module, name)
+        for module in (fisherops.linalg, fisherops.approximate)
+        for name in module.__all__
+        if inspect.isfunction(getattr(module, name))
+    ],
 )
-def test_the_docstrings_of_linalg_are_complete(name):
+def test_the_docstrings_of_functions_are_complete(module, name):
     """Every parameter is described, and so are results, errors and an example."""
-    function = getattr(fisherops.linalg, name)
+    function = getattr(module, name)
     _, *sections = re.split(r"^(\w[\w ]*)\n-+$", inspect.getdoc(function), flags=re.MULTILINE)
     sections = dict(zip(sections[::2], sections[1::2], strict=True))
     assert {"Parameters", "Returns", "Raises", "Examples"} <= set(sections)
@@ -128,7 +140,7 @@ def test_the_docstrings_of_linalg_are_complete(name):
     listed += re.findall(r"^(\*\*\w+)\n    +\S", sections["Parameters"], flags=re.MULTILINE)
     assert listed == expected
     assert re.search(r"^\S.*\n    +\S", sections["Returns"], flags=re.MULTILINE)
-    assert "fo.linalg." + name in sections["Examples"]
+    assert f"fo.{module.__name__.removeprefix('fisherops.')}.{name}" in sections["Examples"]
 
 
 def test_links_of_the_readme_lead_somewhere():

@@ -1,4 +1,4 @@
-"""The command line: ``python -m fisherops spectrum``, ``density``, ``solve`` and ``trace``."""
+"""The command line: ``python -m fisherops spectrum``, ``density``, ``solve``, ``trace`` and ``approximate``."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from typing import Any, NamedTuple, NoReturn
 import numpy as np
 
 import fisherops
-from fisherops import linalg
+from fisherops import approximate, linalg
 from fisherops.app import launch, problems
 from fisherops.app.problems import KINDS, LOSSES, Problem, UsageError
 from fisherops.app.progress import Progress
+from fisherops.approximate.distance import BUILDERS, table_of
 from fisherops.fisher import FisherOperator
 from fisherops.scores import CACHES
 
@@ -268,6 +269,24 @@ def _trace(op: FisherOperator, arguments: argparse.Namespace, _: Progress) -> _O
     return _Outcome(numbers, [*lines, ""])
 
 
+def _approximate(op: FisherOperator, arguments: argparse.Namespace, progress: Progress) -> _Outcome:
+    names = arguments.approximations or list(BUILDERS)
+    progress.report(", ".join(names))
+    found = approximate.compare(op, names, damping=arguments.damping, prints=False)
+    numbers = {
+        "method": "primal",
+        "approximations": {
+            x.name: {
+                "error": x.error.value, "standard_error": x.error.standard_error, "bytes": x.nbytes,
+                "seconds": x.seconds, "iterations": [{"damping": k, "count": n} for k, n in x.iterations.items()],
+            }
+            for x in found
+        },
+    }  # fmt: skip
+    lines = [*table_of(found), ""]
+    return _Outcome(numbers, lines, lambda plot: plot.approximations(found))
+
+
 _COMMANDS = {
     "spectrum": _Command(
         _spectrum, "largest eigenvalues", "Compute the largest eigenvalues.", ("spectrum.json", "spectrum.png")
@@ -282,6 +301,11 @@ _COMMANDS = {
     "trace": _Command(
         _trace, "trace and norm", "Compute the trace and the Frobenius norm, and with --damping the effective "
         "dimension tr F(F + λI)⁻¹ and log det(F + λI).", ("trace.json",),
+    ),
+    "approximate": _Command(
+        _approximate, "approximations", "Compare KFAC, EKFAC and other approximations by their distance from F, "
+        "memory, time, and iterations of conjugate gradients with their inverse.",
+        ("approximate.json", "approximate.png"),
     ),
 }  # fmt: skip
 _METHODS = {
@@ -355,9 +379,11 @@ _OPTIONS: list[tuple[str, tuple[str, ...], list[tuple[str, dict[str, Any], str]]
         ("--mc-samples", {"type": _integer(1), "metavar": "M"}, "Samples for each loss term (mc only). Default: 1."),
         ("--seed", {"type": _integer(0)}, f"Seed of the samples (mc only). Default: {_SEED}."),
     ]),
-    ("computation", _every, [
+    ("method", tuple(name for name in _COMMANDS if name != "approximate"), [
         ("--method", {"choices": ["auto", "dual", "dense", "primal"], "default": "auto"},
          "; ".join(f"{name}: {text}" for name, text in _METHODS.items()) + ". Default: auto, the cheapest."),
+    ]),
+    ("computation", _every, [
         ("--dtype", {"choices": ["float32", "float64"]},
          "Precision of the computation. Default: that of the parameters, float32 for half precisions."),
         ("--device", {"default": "cpu"}, "cpu, cuda, cuda:1, and so on. Default: %(default)s."),
@@ -384,6 +410,12 @@ _OPTIONS: list[tuple[str, tuple[str, ...], list[tuple[str, dict[str, Any], str]]
          "Norm of the residual, relative to that of the gradient. Default: %(default)s."),
     ]),
     ("trace", ("trace",), [("--damping", _damping, "λ > 0, in the units of the eigenvalues. Default: none.")]),
+    ("approximate", ("approximate",), [
+        ("--approximations", {"nargs": "+", "choices": list(BUILDERS)},
+         "Which approximations. Default: all."),
+        ("--damping", {**_damping, "nargs": "+"},
+         "λ > 0 of the systems that conjugate gradients solve. Default: 1e-4, 1e-6 and 1e-8 times λ_max."),
+    ]),
     ("checkpoint", ("spectrum", "solve"), [
         ("--checkpoint", {"type": Path, "metavar": "FILE"},
          "Save the solver state to FILE and resume from it (--method primal only). Default: none."),

@@ -6,7 +6,8 @@ distance from F, and :func:`compare` its error, memory, time and worth as a prec
 """
 
 from fisherops.approximate.distance import Comparison, Error, compare, error
-from fisherops.approximate.factored import diagonal, ekfac, kfac, kronecker, layers
+from fisherops.approximate.exact import diagonal, layers
+from fisherops.approximate.factored import ekfac, kfac, kronecker
 from fisherops.approximate.lowrank import nystrom
 from fisherops.approximate.structured import (
     BlockDiagonal,

@@ -9,12 +9,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from scipy.sparse.linalg import LinearOperator, cg
+from scipy.sparse.linalg import LinearOperator, cg, eigsh
 from torch import Tensor
 
 from fisherops._checks import integer
 from fisherops._linop import TorchLinearOperator, as_damping, as_torch_operator, check_result, outside_of_autocast
-from fisherops.approximate.factored import diagonal, ekfac, kfac, kronecker, layers, scores_of
+from fisherops.approximate.assembly import scores_of
+from fisherops.approximate.exact import diagonal, layers
+from fisherops.approximate.factored import ekfac, kfac, kronecker
 from fisherops.approximate.lowrank import nystrom
 from fisherops.approximate.structured import StructuredOperator
 from fisherops.problem import Parameters
@@ -30,6 +32,9 @@ BUILDERS: dict[str, Callable[[Any], StructuredOperator]] = {
     "nystrom": nystrom,
 }
 """Approximations by name, with their default options."""
+
+RATIOS = (1e-4, 1e-6, 1e-8)
+"""Dampings of the systems that `compare` solves, in units of the largest eigenvalue."""
 
 # Rows of a Gram matrix, and of a dense approximation, from which on errors are estimated.
 _MANY_ROWS, _MANY_COLUMNS = 2**13, 2**12
@@ -49,13 +54,26 @@ class Error(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """What `compare` finds for one approximation."""
+    """What `compare` finds for one approximation.
+
+    Attributes
+    ----------
+    name : str
+    error : Error
+        Relative distance from F.
+    nbytes : int
+        Memory.
+    seconds : float
+        Time to build it; NaN if it was passed.
+    iterations : dict of float to (int or None)
+        Iterations of conjugate gradients for each damping λ; None if they were not enough.
+    """
 
     name: str
     error: Error
     nbytes: int
     seconds: float
-    iterations: int
+    iterations: dict[float, int | None]
 
 
 @outside_of_autocast
@@ -201,12 +219,12 @@ def compare(
     op: Any,
     approximations: Sequence[str | StructuredOperator] | Mapping[str, StructuredOperator] = tuple(BUILDERS),
     *,
-    damping: float | None = None,
+    damping: float | Sequence[float] | None = None,
     rtol: float = 1e-6,
     maxiter: int = 1000,
     prints: bool = True,
 ) -> list[Comparison]:
-    """Compare approximations of a Fisher matrix by their errors and as preconditioners.
+    """Compare approximations of a Fisher matrix by their errors, and as preconditioners.
 
     Parameters
     ----------
@@ -215,9 +233,9 @@ def compare(
     approximations : sequence of (str or StructuredOperator), or mapping of str to StructuredOperator
         Names of functions of this module, which build them with their default options, or approximations. Default: all
         functions.
-    damping : float, optional
-        λ > 0 of the system (F + λI) x = b that conjugate gradients solve. Default: 10⁻⁴ times the trace of F divided
-        by its number of rows.
+    damping : float or sequence of float, optional
+        λ > 0 of the systems (F + λI) x = b that conjugate gradients solve, for a normal random b. Default: 10⁻⁴, 10⁻⁶
+        and 10⁻⁸ times the largest eigenvalue of F.
     rtol : float
         Relative residual at which they stop. Default: 1e-6.
     maxiter : int
@@ -228,8 +246,14 @@ def compare(
     Returns
     -------
     list of Comparison
-        Name, error, bytes, seconds to build it (NaN for operators that were passed), and iterations; the first is
-        without an approximation.
+        Name, error, bytes, seconds to build, and iterations; the first is without an approximation.
+
+    Raises
+    ------
+    TypeError
+        If `op` has no score matrix.
+    ValueError
+        If a name is unknown, or λ is not positive.
 
     Examples
     --------
@@ -237,54 +261,66 @@ def compare(
     >>> _ = torch.manual_seed(0)
     >>> X, y = torch.randn(50, 4), torch.randint(3, (50,))
     >>> op = fo.FisherLinearOperator(torch.nn.Linear(4, 3), torch.nn.CrossEntropyLoss(), data=(X, y))
-    >>> table = fo.approximate.compare(op, ["diagonal", "kfac"], prints=False)
+    >>> table = fo.approximate.compare(op, ["diagonal", "kfac"], damping=0.1, prints=False)
     >>> [line.name for line in table]
     ['none', 'diagonal', 'kfac']
     """
     G, shift = scores_of(op)
-    value = 1e-4 * G.square_norm() / max(1, min(G.shape)) if damping is None else as_damping(damping, G.torch_dtype)
-    if value + shift == 0:
+    if damping is None:
+        largest = float(eigsh(op, k=1, tol=1e-2, return_eigenvectors=False)[0]) if op.shape[0] > 1 else op.trace()
+        dampings = [ratio * largest for ratio in RATIOS]
+    else:
+        given = damping if isinstance(damping, Sequence) else [damping]
+        dampings = [as_damping(x, G.torch_dtype) for x in given]
+    if min(dampings) + shift == 0:
         raise ValueError("`damping` must be positive, got 0. Pass the damping of the systems that you solve.")
     named: list[tuple[str, Any]] = (
         list(approximations.items())
         if isinstance(approximations, Mapping)
-        else [(x if isinstance(x, str) else f"{type(x).__name__}", x) for x in approximations]
+        else [(x if isinstance(x, str) else type(x).__name__, x) for x in approximations]
     )
     unknown = [x for _, x in named if isinstance(x, str) and x not in BUILDERS]
     if unknown:
         raise ValueError(f"`approximations` must be among {', '.join(map(repr, BUILDERS))}, got {unknown[0]!r}.")
-    A = op.damped(value)
     b = np.random.default_rng(0).standard_normal(op.shape[0]).astype(op.dtype)
-    found = [Comparison("none", Error(1.0), 0, 0.0, _iterations(A, b, None, rtol, maxiter))]
+
+    def iterations(K: StructuredOperator | None) -> dict[float, int | None]:
+        return {
+            value: _iterations(op.damped(value), b, None if K is None else K.inv(value), rtol, maxiter)
+            for value in dampings
+        }
+
+    found = [Comparison("none", Error(1.0), 0, 0.0, iterations(None))]
     for name, x in named:
         begun = time.perf_counter()
         K = BUILDERS[x](op) if isinstance(x, str) else x
         seconds = time.perf_counter() - begun if isinstance(x, str) else float("nan")
-        distance = _distance(G, shift, K, None, 0)
-        M = K.inv(value)
-        found.append(Comparison(name, distance, K.nbytes, seconds, _iterations(A, b, M, rtol, maxiter)))
+        found.append(Comparison(name, _distance(G, shift, K, None, 0), K.nbytes, seconds, iterations(K)))
     if prints:
-        print(table_of(found, value))  # noqa: T201
+        print("\n".join(table_of(found)))  # noqa: T201
     return found
 
 
-def table_of(found: Sequence[Comparison], damping: float) -> str:
-    """Return a comparison as text."""
-    lines = [f"{'':<10} {'error':>16} {'memory':>10} {'build':>9} {'CG iterations':>14}   (λ = {damping:.3g})"]
+def table_of(found: Sequence[Comparison]) -> list[str]:
+    """Return a comparison as lines of text."""
+    dampings = list(found[0].iterations)
+    head = "".join(f"{f'λ = {value:.2g}':>14}" for value in dampings)
+    lines = [f"{'':<10} {'error':>16} {'memory':>11} {'build':>9}{head}  (iterations of CG)"]
     for x in found:
         distance = f"{x.error.value:.4f}" + (f" ± {x.error.standard_error:.4f}" if x.error.standard_error else "")
         seconds = "" if np.isnan(x.seconds) else f"{x.seconds:.3f} s"
-        lines.append(f"{x.name:<10} {distance:>16} {x.nbytes / 2**20:>6.2f} MiB {seconds:>9} {x.iterations:>14}")
-    return "\n".join(lines)
+        counts = "".join(f"{'too many' if x.iterations[v] is None else x.iterations[v]:>14}" for v in dampings)
+        lines.append(f"{x.name:<10} {distance:>16} {x.nbytes / 2**20:>7.2f} MiB {seconds:>9}{counts}")
+    return lines
 
 
-def _iterations(A: Any, b: Any, M: Any, rtol: float, maxiter: int) -> int:
-    """Return the iterations that SciPy's conjugate gradients take."""
+def _iterations(A: Any, b: Any, M: Any, rtol: float, maxiter: int) -> int | None:
+    """Return the iterations that SciPy's conjugate gradients take, or None if they were not enough."""
     count = 0
 
     def counting(_: Any) -> None:
         nonlocal count
         count += 1
 
-    cg(A, b, rtol=rtol, maxiter=maxiter, M=M, callback=counting)
-    return count
+    _, info = cg(A, b, rtol=rtol, maxiter=maxiter, M=M, callback=counting)
+    return None if info else count

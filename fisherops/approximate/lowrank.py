@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fisherops._checks import integer
 from fisherops._linop import as_damping, check_result, outside_of_autocast
-from fisherops.approximate.factored import scores_of
+from fisherops.approximate.assembly import scores_of, shifted
 from fisherops.approximate.structured import LowRank, StructuredOperator
 from fisherops.scores.protocol import Scores
 
@@ -114,11 +114,7 @@ def nystrom(
     if rank is not None and len(K.values) > rank:
         K = LowRank(K.vectors[-rank:], K.values[-rank:])
     K.plan = dict.fromkeys(G.parameters.shapes, f"eigenvectors of a matrix of rank {len(K.values)}, by {sketch.name}")
-    if not shift:
-        return K
-    result = K.raised(shift)
-    result.plan = K.plan
-    return result
+    return shifted(K, shift)
 
 
 class _Sketch(Protocol):

@@ -28,6 +28,9 @@ Function = Callable[[Tensor], Tensor]
 Place = slice | Tensor | tuple[tuple[int, int, int], ...]
 """Indices of a block: a slice, (n,) integers, or the starts, stops and widths of matrices that lie side by side."""
 
+# Columns that are multiplied in float64 at a time.
+_COLUMNS = 2**14
+
 _FORMAT = "fisherops structured operator 1"
 
 
@@ -247,6 +250,7 @@ def load(path: Any) -> StructuredOperator:
     Parameters
     ----------
     path : path
+        The file.
 
     Returns
     -------
@@ -437,15 +441,13 @@ class LowRank(_Leaf):
     @classmethod
     def of_rows(cls, rows: Tensor) -> LowRank:
         """Return BᵀB for rows B (r, n), by the eigenvectors of B Bᵀ."""
-        wide = rows.double()
-        values, U = torch.linalg.eigh(wide @ wide.T)
-        largest = values[-1:].clamp_min(0)
-        kept = values > len(rows) * torch.finfo(torch.float64).eps * largest
-        vectors = (U[:, kept].T @ wide) / values[kept].sqrt()[:, None]
+        values, U = torch.linalg.eigh(_gram(rows))
+        kept = values > len(rows) * torch.finfo(torch.float64).eps * values[-1:].clamp_min(0)
+        vectors = _times(U[:, kept].T / values[kept].sqrt()[:, None], rows)
         if len(vectors):  # images of small eigenvalues are orthogonal to rounding only after this
-            Q, R = torch.linalg.qr(vectors.flip(0).T)
-            vectors = (Q * R.diagonal().sign()).T.flip(0)
-        return cls(vectors.to(rows.dtype).contiguous(), check_result(values[kept].to(rows.dtype)))
+            L = torch.linalg.cholesky(_gram(vectors).flip((0, 1))).flip((0, 1))
+            vectors = _times(torch.linalg.solve_triangular(L, torch.eye(len(L)).to(L), upper=True), vectors)
+        return cls(vectors, check_result(values[kept].to(rows.dtype)))
 
     def _mul(self, V: Tensor) -> Tensor:
         return add_shift((V @ self.vectors.T * self.values) @ self.vectors, V, self.added)
@@ -572,6 +574,23 @@ def from_right(X: Tensor, R: Tensor) -> Tensor:
     if R.shape[0] == 1:
         return times_transposed(X.reshape(-1, X.shape[3]).contiguous(), R[0].T).view(X.shape)
     return torch.matmul(X, R)
+
+
+def _gram(rows: Tensor) -> Tensor:
+    """Return rows · rowsᵀ in float64, (r, r), a block of columns at a time."""
+    total = torch.zeros(len(rows), len(rows), dtype=torch.float64, device=rows.device)
+    for block in rows.split(_COLUMNS, 1):
+        wide = block.double()
+        total += wide @ wide.T
+    return total
+
+
+def _times(M: Tensor, rows: Tensor) -> Tensor:
+    """Return M · rows for M in float64, rounded to the dtype of the rows, a block of columns at a time."""
+    result = rows.new_empty(len(M), rows.shape[1])
+    for block, out in zip(rows.split(_COLUMNS, 1), result.split(_COLUMNS, 1), strict=True):
+        out.copy_(M @ block.double())
+    return result
 
 
 def _diagonal_of(x: Tensor) -> Tensor:

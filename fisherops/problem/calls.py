@@ -116,11 +116,6 @@ class Use:
         """Whether only the derivative of the call itself is known."""
         return self.letters is None and self.index is None and self.window is None
 
-    @property
-    def is_shift(self) -> bool:
-        """Whether D is added to data, as a bias is."""
-        return self.letters is not None and self.a is None
-
 
 Rule = Callable[[Call, "Recorder"], "list[Use] | None"]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -11,6 +13,7 @@ from torch import Tensor
 from fisherops._matmul import takes_onednn, times_transposed
 from fisherops._sums import CompensatedSum
 from fisherops._torch import block_bytes
+from fisherops.problem.calls import Use
 from fisherops.scores.columns import Columns, Factors
 from fisherops.scores.derived import Composed, Derived, Strided
 
@@ -431,6 +434,46 @@ class MaterializedBatch:
     def names_of_dense(self) -> list[str]:
         """Return the parameters that have dense rows."""
         return [name for name, span in self._parameters.items() if span in self._own_spans]
+
+    # ---- For approximations -------------------------------------------------------------------
+
+    def describe(self, uses: Sequence[tuple[Use, tuple[str, ...]]], found: Sequence[Derived | None]) -> None:
+        """Note the parameters of one call, the biases of weights, and whether every contraction has its factors.
+
+        Parameters
+        ----------
+        uses : sequence of (Use, tuple of str)
+            All uses, with the names of their parameters.
+        found : sequence of Derived or None
+            What each of them sees; None if nothing flows back to it.
+        """
+        counts = Counter(name for _, names in uses for name in names)
+        calls: dict[int, dict[str, None]] = {}
+        shifts: dict[int, str] = {}
+        contractions: list[tuple[int, str, Derived]] = []
+        dense = set(self.names_of_dense())
+        for (use, names), derived in zip(uses, found, strict=True):
+            if derived is None:
+                continue
+            call = id(use.call)
+            calls.setdefault(call, {}).update(dict.fromkeys(names))
+            is_contraction = use.letters is not None and use.a is not None
+            if not isinstance(derived, Strided):
+                continue
+            if is_contraction or use.window is not None or use.index is not None:
+                if derived.shape[1:] == (1, 1):  # an elementwise gain has no factors
+                    continue
+                # Dense rows do not tell them.
+                self.has_factors &= names[0] not in dense
+                if counts[names[0]] == 1:
+                    contractions.append((call, names[0], derived))
+            elif use.letters is not None and counts[names[0]] == 1:
+                shifts[call] = names[0]
+        self.groups = [tuple(own) for own in calls.values()]
+        for call, name, derived in contractions:
+            bias = shifts.get(call)
+            if bias is not None and self.numel_of(bias) == math.prod(derived.shape[:2]):
+                self.biases[name] = bias
 
     def blocks_of(self, name: str) -> list[Block]:
         """Return how a parameter is held, where it is not by dense rows."""

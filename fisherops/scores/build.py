@@ -330,7 +330,7 @@ class RowsBuilder:
             # Before sums over positions, in which b may cancel, such as of biases that a softmax does not see.
             return float(b.norm()) * math.sqrt(float(A.square().sum((2, 3)).max()))
 
-        return _Found(derived, _Pair(A, B, use.is_shift), magnitude, arrangement)
+        return _Found(derived, _Pair(A, B, use.a is None), magnitude, arrangement)
 
     def _probe(
         self, held: MaterializedBatch, found: list[_Found | None], unknown: dict[str, str], reverse: Reverse
@@ -437,31 +437,8 @@ class RowsBuilder:
             put(x.derived.pull(x.rows(self._N).flatten(0, 1)))
         layers = self._layers(found, {name for derived, _ in blocks for name in derived.names})
         batch = MaterializedBatch(matrix, [span for _, span in spans], blocks, self._N, parameters.spans, layers)
-        self._describe(batch, found)
+        batch.describe(self._uses, [x and x.derived for x in found])
         return batch
-
-    def _describe(self, batch: MaterializedBatch, found: Sequence[_Found | None]) -> None:
-        """Note which parameters belong together, and whether the factors of every contraction are there."""
-        counts = Counter(name for _, names in self._uses for name in names)
-        calls: dict[int, dict[str, None]] = {}
-        biases: dict[int, _Found] = {}
-        pairs = [(use, names, x) for (use, names), x in zip(self._uses, found, strict=True) if x is not None]
-        for use, names, x in pairs:
-            calls.setdefault(id(use.call), {}).update(dict.fromkeys(names))
-            if use.is_shift and len(names) == 1 == counts[names[0]] and isinstance(x.derived, Strided):
-                biases[id(use.call)] = x
-        batch.groups = [tuple(own) for own in calls.values()]
-        dense = set(batch.names_of_dense())
-        for use, names, x in pairs:
-            # Dense rows of a contraction do not tell its factors; a shift or an elementwise gain has none.
-            is_plain = use.is_generic or use.is_shift or x.derived.shape[1:] == (1, 1)
-            has_factors = isinstance(x.derived, Strided) and not is_plain
-            batch.has_factors &= not (has_factors and dense & set(names))
-            bias = biases.get(id(use.call))
-            outputs = math.prod(x.derived.shape[:2])
-            is_alone = has_factors and len(names) == 1 == counts[names[0]]
-            if is_alone and bias is not None and outputs == self._leaves[bias.derived.names[0]].numel():
-                batch.biases[names[0]] = bias.derived.names[0]
 
     def _layers(self, found: Sequence[_Found | None], weights: set[str]) -> dict[str, str]:
         """Name the weights among these, and the biases, that are used in one call together and nowhere else."""
