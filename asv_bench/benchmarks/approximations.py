@@ -29,7 +29,7 @@ def seconds(function):
     return time.process_time() - start
 
 
-def ratio(ours, theirs, pairs=5):
+def ratio(ours, theirs, pairs):
     """Median over interleaved pairs of our seconds over the peer's, the first pair left out."""
     pairs = [seconds(ours) / seconds(theirs) for _ in range(pairs + 1)]
     return statistics.median(pairs[1:])
@@ -38,12 +38,13 @@ def ratio(ours, theirs, pairs=5):
 class Kfac:
     """Factors, whole EKFAC, and products; "cached" with the rows of G already there."""
 
-    params = (["mlp", "cnn", "resnet", "resnet18", "transformer"], ["cached", "whole"])
+    params = (["mlp", "cnn", "transformer", "resnet18", "resnet"], ["cached", "whole"])
     param_names = ("network", "start")
     timeout = 900
+    pairs, N = 5, None
 
     def setup(self, network, start):
-        self.net, self.batch = make(network, 32 if network == "resnet18" else None)
+        self.net, self.batch = make(network, self.N or (32 if network == "resnet18" else None))
         self.rows = "datum" if network == "transformer" else "term"
         self.op = self.make()
         if start == "cached":
@@ -80,23 +81,23 @@ class Kfac:
         self.ours(approximate.ekfac)
 
     def track_kfac_beside_curvlinops(self, network, start):
-        return ratio(lambda: self.ours(approximate.kfac), self.theirs)
+        return ratio(lambda: self.ours(approximate.kfac), self.theirs, self.pairs)
 
     def track_ekfac_beside_curvlinops(self, network, start):
         if network == "transformer":
             raise NotImplementedError  # the peer takes outputs of two axes only
-        return ratio(lambda: self.ours(approximate.ekfac), lambda: self.theirs(corrected=True))
+        return ratio(lambda: self.ours(approximate.ekfac), lambda: self.theirs(corrected=True), self.pairs)
 
     def track_product_beside_curvlinops(self, network, start):
         K, theirs = self.ours(approximate.kfac), self.theirs()
         v, w = torch.randn(K.shape[0]), torch.randn(theirs.shape[0])
-        return ratio(lambda: K @ v, lambda: theirs @ w)
+        return ratio(lambda: K @ v, lambda: theirs @ w, self.pairs)
 
     def track_inverse_product_beside_curvlinops(self, network, start):
         K = self.ours(approximate.kfac).inv(1e-3)
         theirs = peer.KFACInverseLinearOperator(self.theirs(), damping=1e-3, use_exact_damping=True)
         v, w = torch.randn(K.shape[0]), torch.randn(theirs.shape[0])
-        return ratio(lambda: K @ v, lambda: theirs @ w)
+        return ratio(lambda: K @ v, lambda: theirs @ w, self.pairs)
 
 
 class Nystrom:
@@ -105,9 +106,10 @@ class Nystrom:
     params = (["mlp", "cnn"],)
     param_names = ("network",)
     timeout = 900
+    pairs, N = 3, None
 
     def setup(self, network):
-        net, batch = make(network)
+        net, batch = make(network, self.N)
         self.op = fo.FisherMCLinearOperator(net, nn.CrossEntropyLoss(), data=[batch])
         self.op @ torch.zeros(self.op.shape[0])
 
@@ -125,7 +127,7 @@ class Nystrom:
         return ratio(
             lambda: approximate.nystrom(self.op, tol=0.01),
             lambda: seigh(operator, self.op.device, self.op.torch_dtype, rank, recovery_type="nystrom"),
-            pairs=3,
+            self.pairs,
         )
 
 
