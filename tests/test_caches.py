@@ -4,6 +4,7 @@ import contextlib
 import copy
 import functools
 import gc
+import itertools
 import pickle
 import re
 from unittest import mock
@@ -327,10 +328,14 @@ def test_small_batches_are_merged(case, kind, cache):
 
     by_batch = mock.patch("fisherops.scores.cache.Cache.merge", return_value=None)
     (op, G), (expected, H) = of(contextlib.nullcontext()), of(by_batch)
-    if all(isinstance(batch, MaterializedBatch) for batch in H._cache.in_order() or ()):
-        assert len(G.materialized()) == 1
-        assert [len(batch) for batch in (H.materialized(), op.plan.entries)] == [len(case.data)] * 2
-        assert G.materialized()[0].nbytes <= sum(batch.nbytes for batch in H.materialized())
+    batches = H.materialized() if H.plan.holds_rows else []
+    if batches:
+        # A recurrent layer makes other calls for one sequence.
+        alike = len(list(itertools.groupby(batch.key for batch in batches)))
+        assert len(G.materialized()) == alike
+        assert alike == 1 or min(len(X) for X, _ in case.data) == 1
+        assert len(batches) == len(op.plan.entries) == len(case.data)
+        assert sum(batch.nbytes for batch in G.materialized()) <= sum(batch.nbytes for batch in batches)
     V, W = (np.random.default_rng(0).standard_normal((n, 3)) for n in (case.D, G.shape[0]))
     assert_same(op @ V, expected @ V, case.dtype)
     assert_same(G @ V, H @ V, case.dtype)

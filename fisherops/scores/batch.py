@@ -390,10 +390,11 @@ class MaterializedBatch:
     @property
     def key(self) -> Any:
         """Equal for batches that can be merged, None if this one cannot: a graph belongs to one batch."""
-        if not all(isinstance(derived, Strided) for derived, _ in self._blocks):
+        if not all(isinstance(derived, Strided) for derived, _ in self.blocks):
             return None
-        blocks = tuple((derived.key, columns.key) for derived, columns in self._blocks if isinstance(derived, Strided))
-        return blocks, tuple(self._own_spans), self._q, tuple(self._layers.items())
+        blocks = tuple((derived.key, columns.key) for derived, columns in self.blocks if isinstance(derived, Strided))
+        uses = tuple(self.layers.items()), tuple(self.groups), tuple(self.biases.items()), self.has_factors
+        return blocks, tuple(self._own_spans), self.vectors, uses
 
     def merged(self, others: Sequence[MaterializedBatch]) -> MaterializedBatch:
         """Return G of the data of this batch and of others with the same key."""
@@ -408,10 +409,18 @@ class MaterializedBatch:
 
         blocks = [
             (uses[0][0], uses[0][1].merged([columns for _, columns in uses], cat))
-            for uses in zip(*(batch._blocks for batch in batches), strict=True)
+            for uses in zip(*(batch.blocks for batch in batches), strict=True)
         ]
-        dense, size = cat([batch._dense for batch in batches]), sum(batch._N for batch in batches)
-        return MaterializedBatch(dense, self._own_spans, blocks, size, self._parameters, self._layers)
+        dense, size = cat([batch._dense for batch in batches]), sum(batch.size for batch in batches)
+        return self._with(dense, self._own_spans, blocks, size, self.layers)
+
+    def _with(
+        self, dense: Tensor, spans: Sequence[Span], blocks: Sequence[Block], size: int, layers: Mapping[str, str]
+    ) -> MaterializedBatch:
+        """Return another batch of the same uses."""
+        other = MaterializedBatch(dense, spans, blocks, size, self._parameters, layers)
+        other.groups, other.biases, other.has_factors = self.groups, self.biases, self.has_factors
+        return other
 
     def without_graphs(self) -> MaterializedBatch:
         """Return the same with dense rows for what is computed from parameters by a graph, which cannot leave."""
@@ -426,10 +435,7 @@ class MaterializedBatch:
         blocks = [block for block in self.blocks if not names & set(block[0].names)]
         names = {name for derived, _ in blocks for name in derived.names}
         layers = {weight: bias for weight, bias in self.layers.items() if weight in names}
-        dense = torch.cat([own[s] for s in spans], 1)
-        other = MaterializedBatch(dense, spans, blocks, self.size, self._parameters, layers)
-        other.groups, other.biases, other.has_factors = self.groups, self.biases, self.has_factors
-        return other
+        return self._with(torch.cat([own[s] for s in spans], 1), spans, blocks, self.size, layers)
 
     def names_of_dense(self) -> list[str]:
         """Return the parameters that have dense rows."""

@@ -273,7 +273,7 @@ class Factors(Columns):
         if self._T == 1:
             norm = partial(torch.linalg.vector_norm, dim=-1, dtype=torch.float64)  # which casts all that it is given
             step = max(1, _FILLING // (self.shape[0] * (i + self._q * o)))
-            pieces = zip(*(x[:, 0].split(step) for x in self._by_datum()), strict=True)
+            pieces = zip(*(x[:, 0].split(step) for x in self.by_datum()), strict=True)
             return torch.cat([torch.einsum("ng,nqg->nq", norm(a).square(), norm(b).square()) for a, b in pieces])
         if self._T > 1 and self._T * (i + self._q * o) > self._q * o * i:
             return super().row_squares()
@@ -293,7 +293,7 @@ class Factors(Columns):
         return Factors, self.shape, self._T, self._q
 
     def merged(self, parts: Sequence[Factors], cat: Concatenate) -> Factors:
-        A, B = zip(*(part._by_datum() for part in parts), strict=True)
+        A, B = zip(*(part.by_datum() for part in parts), strict=True)
         return Factors(cat(A), cat(B))
 
 
@@ -364,12 +364,12 @@ class Table(Columns):
 
     def col_squares(self) -> Tensor:
         # The look-ups of one row of the table by one datum are summed before they are squared.
-        (N, q, _, d), length = self._B.shape, self.shape[1]
-        own = self._index + length * torch.arange(N, device=self._index.device)[:, None]
+        (N, q, _, d), length = self.gradients.shape, self.shape[1]
+        own = self.index + length * torch.arange(N, device=self.index.device)[:, None]
         used, place = own.unique(return_inverse=True)
-        rows = self._B.new_empty(q, len(used), d)
-        SegmentSum(place.flatten(), len(used))(self._B.transpose(0, 1).reshape(q, -1, d), rows)
-        squares = self._B.new_empty(1, length, d)
+        rows = self.gradients.new_empty(q, len(used), d)
+        SegmentSum(place.flatten(), len(used))(self.gradients.transpose(0, 1).reshape(q, -1, d), rows)
+        squares = self.gradients.new_empty(1, length, d)
         SegmentSum(used % length, length)(rows.square().sum(0, keepdim=True), squares)
         return squares
 
@@ -404,7 +404,7 @@ class Table(Columns):
 
     @property
     def key(self) -> Any:
-        return Table, self.shape, self._B.shape[1:]
+        return Table, self.shape, self.gradients.shape[1:]
 
     def merged(self, parts: Sequence[Table], cat: Concatenate) -> Table:
         index, B = (cat(own) for own in zip(*(part.tensors for part in parts), strict=True))
