@@ -469,6 +469,16 @@ class ScoreMatrix(Scores):
                 return _gram_of_batches(mine, theirs, scale)
         return by_rows(self, other, scale)
 
+    def blocks_of_gram(self, other: Scores, step: int) -> Iterator[Tensor]:
+        """List G Hᵀ in blocks (b, rows of H) of one batch each, from the rows of both if they are cached."""
+        mine = self.materialized()
+        theirs = other.materialized() if isinstance(other, ScoreMatrix) and self.has_columns_of(other) else None
+        if not mine or not theirs:
+            yield from super().blocks_of_gram(other, step)
+            return
+        for batch in mine:
+            yield _gram_of_batches([batch], theirs, None)
+
     def materialized(self) -> list[MaterializedBatch] | None:
         """Return all batches, always in the same order, if the rows of each are cached."""
         if not self.plan.holds_rows:

@@ -35,6 +35,7 @@ DOCTESTED = [
     "fisherops.linalg.density",
     "fisherops.linalg.eigen",
     "fisherops.linalg.estimates",
+    "fisherops.linalg.inv_quad",
     "fisherops.linalg.solve",
     "fisherops.operators",
     "fisherops.optim",

@@ -13,12 +13,14 @@ from fisherops.linalg.bounds import crlb
 from fisherops.linalg.density import spectral_density
 from fisherops.linalg.eigen import eigsh, eigvalsh
 from fisherops.linalg.estimates import diagonal, effective_dimension, frobenius_norm, slogdet, trace
+from fisherops.linalg.inv_quad import inv_quad
 from fisherops.linalg.results import (
     Bounds,
     Density,
     Eigenpairs,
     Estimate,
     Interrupted,
+    InverseForms,
     LogDeterminant,
     Solution,
 )
@@ -31,6 +33,7 @@ __all__ = [
     "Estimate",
     "Interrupted",
     "Inverse",
+    "InverseForms",
     "LogDeterminant",
     "Solution",
     "crlb",
@@ -40,6 +43,7 @@ __all__ = [
     "eigvalsh",
     "frobenius_norm",
     "inv",
+    "inv_quad",
     "natural_gradient",
     "slogdet",
     "solve",

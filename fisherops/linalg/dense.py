@@ -32,6 +32,14 @@ def rank_threshold(largest: float, dim: int, rows: int, dtype: Any) -> float:
     return abs(largest) * max(min(dim, rows), math.sqrt(max(dim, rows))) * float(np.finfo(dtype).eps)
 
 
+def cholesky_in_place(matrix: Tensor) -> tuple[Tensor, bool]:
+    """Return the lower Cholesky factor of a symmetric matrix in its memory, and whether there is one."""
+    # LAPACK overwrites a matrix of columns, which for a symmetric one is its transpose.
+    L, info = matrix.T, torch.empty((), dtype=torch.int32, device=matrix.device)
+    torch.linalg.cholesky_ex(L, out=(L, info))
+    return L, not int(info)
+
+
 def times(damping: float | Tensor, V: Tensor) -> Tensor:
     """Multiply a damping, a number or (D,), with rows (K, D), in their dtype."""
     return V * (damping.to(V.dtype) if isinstance(damping, Tensor) else damping)
@@ -69,6 +77,7 @@ class Dense:
         self._tol = max(0.1 * float(torch.finfo(op.torch_dtype).eps), 1e-14)  # of eigenpairs
         self._version: int | None = None
         self._values: Tensor | None = None
+        self._pairs: tuple[Tensor, Tensor] | None = None
 
     def zero(self, largest: float) -> float:
         """Return the size below which eigenvalues are zero to rounding, for the largest of them."""
@@ -98,7 +107,9 @@ class Dense:
 
     def solve_least_norm(self, B: Tensor, targets: Tensor) -> Solved:
         """Return F⁺ b for rows (K, D), by eigenvalues above rounding, if ‖F r‖ / λ_max meets the targets (K,)."""
-        values, U = torch.linalg.eigh(self.matrix())
+        if self._pairs is None:
+            self._pairs = torch.linalg.eigh(self.matrix())
+        values, U = self._pairs
         largest = float(values[-1])
         powers = values.clamp_min(1e-300) ** self._power_of_pseudoinverse
         powers = torch.where(values > self.zero(largest), powers, torch.zeros_like(powers))
@@ -148,7 +159,18 @@ class Dense:
 
     def _direct(self, V: Tensor) -> Tensor:
         """Multiply rows (K, D) by the factor alone, without refinement."""
-        return torch.cholesky_solve(V.T.double(), self._factor()).T.to(V.dtype)
+        return self._raised_half(self._half(V)).to(V.dtype)
+
+    def _half(self, V: Tensor) -> Tensor:
+        """Multiply rows (K, n) by L⁻ᵀ, (K, n) in float64: their inner products are those with the inverse between."""
+        # `cholesky_solve` would copy the factor.
+        half: Tensor = torch.linalg.solve_triangular(self._factor(), V.T.double(), upper=False).T
+        return half
+
+    def _raised_half(self, W: Tensor) -> Tensor:
+        """Multiply rows (K, n) in float64 by L⁻¹: after `_half`, these are products with the inverse."""
+        whole: Tensor = torch.linalg.solve_triangular(self._factor().T, W.T, upper=True).T
+        return whole
 
     def _factor(self) -> Tensor:
         """Return the Cholesky factor of the damped matrix, computed again if F has changed."""
@@ -162,14 +184,17 @@ class Dense:
         op, damping = self.op, self.added
         matrix = self.matrix()
         self._norm = float(torch.linalg.matrix_norm(matrix))
+        n = len(matrix)
         matrix.diagonal().add_(damping)
-        L, info = torch.linalg.cholesky_ex(matrix)
-        if int(info) and damping > 0:  # below the rounding of F; refinement finds what can be found
-            matrix.diagonal().add_(self.zero(self._norm))
-            L, info = torch.linalg.cholesky_ex(matrix)
+        L, is_found = cholesky_in_place(matrix)
+        if not is_found and damping > 0:  # below the rounding of F; refinement finds what can be found
+            del matrix, L
+            matrix = self.matrix()
+            matrix.diagonal().add_(damping + self.zero(self._norm))
+            L, is_found = cholesky_in_place(matrix)
         pivots = L.diagonal()
         eps = float(torch.finfo(op.torch_dtype).eps)
-        if int(info) or (damping == 0 and float(pivots.min()) ** 2 <= len(matrix) * eps * float(pivots.max()) ** 2):
+        if not is_found or (damping == 0 and float(pivots.min()) ** 2 <= n * eps * float(pivots.max()) ** 2):
             raise ValueError(
                 SINGULAR.format("it has eigenvalues that are zero to rounding")
                 if damping == 0
@@ -238,8 +263,8 @@ class Dense:
             values = self._without_rounding(torch.linalg.eigvalsh(matrix)[-D:]).clamp_min(0)
             return Mean(float((values + damping).log().sum()) + (D - len(values)) * math.log(damping))
         matrix.diagonal().add_(damping)
-        factor, info = torch.linalg.cholesky_ex(matrix)
-        if int(info):
+        factor, is_found = cholesky_in_place(matrix)
+        if not is_found:
             raise ValueError(_not_positive(damping))
         # The other D − n eigenvalues of F are zero; of n > D those of the Gram matrix, n − D are.
         return Mean(2 * float(factor.diagonal().log().sum()) + (D - n) * math.log(damping))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import ClassVar
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from fisherops._linop import TorchLinearOperator, check_later, identity
 from fisherops.linalg.dense import Dense, top_of_matrix
 from fisherops.linalg.results import Mean, Pairs, Solved
+from fisherops.scores.protocol import Scores
 from fisherops.scores.selected import SelectedScores
 
 
@@ -35,6 +37,52 @@ class Dual(Dense):
     def _direct(self, V: Tensor) -> Tensor:
         """Multiply rows (K, D) by (F + λI)⁻¹ = (I − Gᵀ (K + λI)⁻¹ G) / λ, Woodbury's identity."""
         return V.sub(self._raised(super()._direct(self._lowered(V)))).div_(self.added)
+
+    # ---- Rows of other score matrices ---------------------------------------------------------------
+
+    def direct(self, V: Tensor) -> Tensor:
+        """Multiply rows (K, D) by (F + total · I)⁻¹, without refinement."""
+        return self._direct(V)
+
+    def factorization(self) -> tuple[Tensor, float]:
+        """Return the Cholesky factor of K + λI, (R, R), and the norm of K."""
+        return self._factor(), self._norm
+
+    def adopt(self, L: Tensor, norm: float) -> None:
+        """Take the factorization of another method with the same matrix."""
+        self._L, self._norm, self._version = L, norm, self.op.version
+
+    def form(self, Q: Scores, T: Scores, step: int) -> tuple[Tensor, Tensor]:
+        """Return Q (F + total · I)⁻¹ Tᵀ in float64, and the norm of what the subtraction in it starts from.
+
+        Q Gᵀ is held, and T Gᵀ in blocks of about `step` rows.
+        """
+        G, is_symmetric = self._G, T is Q
+        Q = self._columns_of(Q)
+        T = Q if is_symmetric else self._columns_of(T)
+        value = Q.gram_tensor(None if is_symmetric else T).double()
+        norm = value.norm() / self.added
+        nothing = self._factor()[:0]
+        Z = torch.cat([nothing, *(self._half(block) for block in gram_blocks(Q, G, step))])
+        if is_symmetric:
+            value -= Z @ Z.T
+            return (value + value.T).div_(2 * self.added), norm
+        Z, first = self._raised_half(Z), 0
+        for block in gram_blocks(T, G, step):
+            value[:, first : first + len(block)] -= Z @ block.double().T
+            first += len(block)
+        return value.div_(self.added), norm
+
+    def diagonal_form(self, Q: Scores, step: int) -> tuple[Tensor, Tensor]:
+        """Return the diagonal of Q (F + total · I)⁻¹ Qᵀ in float64, (k,), and what the subtraction starts from."""
+        Q = self._columns_of(Q)
+        squares = Q.row_squares()
+        reduced = [self._half(block).square().sum(1) for block in gram_blocks(Q, self._G, step)]
+        return (squares - torch.cat([squares[:0], *reduced])).div_(self.added), squares / self.added
+
+    def _columns_of(self, rows: Scores) -> Scores:
+        """Return rows as they meet G in this method."""
+        return rows
 
     def inverse_diagonal(self) -> Tensor:
         """Return (1 − ‖L⁻¹ G e_i‖²) / λ from the Cholesky factor L of K + λI, (D,)."""
@@ -141,7 +189,20 @@ class ScaledDual(_Scaled, Dual):
 
     def __init__(self, op: TorchLinearOperator, shift: Tensor, damping: float) -> None:
         super().__init__(op, shift, damping)
-        self._G = SelectedScores(self._G, factors=self._s.to(op.torch_dtype))
+        self._factors = self._s.to(op.torch_dtype)
+        self._G = SelectedScores(self._G, factors=self._factors)
+
+    def _columns_of(self, rows: Scores) -> Scores:
+        return SelectedScores(rows, factors=self._factors)
+
+
+def gram_blocks(Q: Scores, G: Scores, step: int) -> Iterator[Tensor]:
+    """List Q Gᵀ in blocks of rows (b, R): whole if it has at most `step` rows, else by batches or dense rows."""
+    if Q.num_rows <= step:
+        yield Q.gram_tensor(G)
+        return
+    for block in Q.blocks_of_gram(G, step):
+        yield check_result(block)
 
 
 def _orthonormal(V: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
@@ -29,8 +29,10 @@ _PRODUCT, _OVERHEAD = 8.0, 2e8
 # How many times its cost an exact result is worth, if the other is an estimate.
 EXACT = 100.0
 
-# Numbers of 8 bytes, in n², that LAPACK and we need besides the matrix in the compute precision.
-_DENSE_WORK = 4
+# Numbers of 8 bytes, in n², that LAPACK and we need besides the matrix in the compute precision: for eigenvalues, and
+# for a Cholesky factor in place, that of F after a copy that makes it symmetric.
+_EIGEN_WORK = {"dual": 4, "dense": 4}
+CHOLESKY_WORK = {"dual": 1, "dense": 2}
 
 
 class Method(Protocol):
@@ -81,6 +83,8 @@ class Task(NamedTuple):
     """Whether the eigenvalues of the operator itself are wanted, which dampings of single parameters change."""
     needs_damping: bool = False
     """Whether the dual method needs a positive damping."""
+    work: Mapping[str, int] = _EIGEN_WORK
+    """Numbers of 8 bytes, in n², besides the matrix."""
     refusals: tuple[str, str] | None = None
     """Errors if there is no primal method: if it is asked for, and if no matrix fits into memory."""
 
@@ -186,16 +190,17 @@ def _cheapest(op: TorchLinearOperator, task: Task, method: str, damping: float) 
             sizes["dual"] = rows
         size = G.cache_size
         memory = size.memory_left
-    costs, itemsize_of_work = {}, itemsize + 8 * _DENSE_WORK
+    needed = {name: n * n * (itemsize + 8 * task.work[name]) for name, n in sizes.items()}
+    costs = {}
     for name, n in sizes.items():
-        if n * n * itemsize_of_work <= memory:
+        if needed[name] <= memory:
             costs[name] = task.flops * n**3
     if method in costs:
         return method
     if method != "auto":
         n = sizes[method]
         raise ValueError(
-            f"`max_memory` must leave {n * n * itemsize_of_work} bytes for method={method!r}, which needs a matrix of "
+            f"`max_memory` must leave {needed[method]} bytes for method={method!r}, which needs a matrix of "
             f"size {n} and its factors, got {max(memory, 0)}. Raise it, or use method='auto' or 'primal'."
         )
     if "dense" in costs:

@@ -35,9 +35,14 @@ def _normal(op: TorchLinearOperator, generator: torch.Generator) -> Tensor:
 
 def rademacher(op: TorchLinearOperator, count: int, seed: int) -> Tensor:
     """Return random signs (count, D), the same on every device."""
+    return random_signs(count, op.shape[0], seed, op.torch_dtype, op.device)
+
+
+def random_signs(count: int, n: int, seed: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return random signs (count, n), the same on every device."""
     generator = torch.Generator("cpu").manual_seed(seed)
-    signs = torch.randint(2, (op.shape[0], count), generator=generator, device="cpu", dtype=torch.int8).T
-    return signs.to(op.device, op.torch_dtype).mul_(2).sub_(1)
+    signs = torch.randint(2, (n, count), generator=generator, device="cpu", dtype=torch.int8).T
+    return signs.to(device, dtype).mul_(2).sub_(1)
 
 
 @dataclass

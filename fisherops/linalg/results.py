@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 from torch import Tensor
 
 
@@ -64,6 +65,32 @@ class Solution:
     iterations: int
     converged: bool
     method: str
+
+
+@dataclass(frozen=True)
+class InverseForms:
+    """Q (F + λI)⁻¹ Tᵀ or its diagonal; ``numpy.asarray(forms)`` is the array.
+
+    Attributes
+    ----------
+    value : array
+        (rows of Q, rows of T), or (rows of Q,) for the diagonal; in the compute precision.
+    residual : float
+        ‖q − (F + λI) x‖ / ‖q‖ of the solutions x, the largest of all rows. If the values are found from Gram matrices:
+        of random combinations of the rows, or the rounding of the subtraction in them, if that is larger.
+    converged : bool
+        Whether the residual is within `rtol`.
+    method : str
+        "dual", "dense" or "primal".
+    """
+
+    value: Any
+    residual: float
+    converged: bool
+    method: str
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
+        return np.array(self.value, dtype=dtype) if copy else np.asarray(self.value, dtype=dtype)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from fisherops import _arrays
 from fisherops._linop import TorchLinearOperator, Vectors, as_damping, outside_of_autocast, quiet
 from fisherops.linalg.dense import SINGULAR
 from fisherops.linalg.iteration import Iteration
-from fisherops.linalg.methods import CHOLESKY, EIGEN, Method, Task, as_operator, choose
+from fisherops.linalg.methods import CHOLESKY, CHOLESKY_WORK, EIGEN, Method, Task, as_operator, choose
 from fisherops.linalg.preconditioners import PRECONDITIONERS
 from fisherops.linalg.primal import jacobi
 from fisherops.linalg.results import HaltedError, Interrupted, Solution, Solved
@@ -20,7 +20,7 @@ from fisherops.linalg.results import HaltedError, Interrupted, Solution, Solved
 # Relative residual of a product with an inverse that rounding may excuse.
 _LEAST_DIGITS = 1e-2
 
-_NO_LEAST_NORM = (
+NO_LEAST_NORM = (
     "`method` must be 'dual' or 'dense' for least_norm=True, which needs all eigenvalues, and neither matrix was "
     "chosen. Raise max_memory, or leave out method='primal'."
 )
@@ -120,10 +120,10 @@ def solve(
         )
     targets = (rtol * A.processes.norms(B)).clamp_min(atol)
     if not least_norm:
-        _refuse_singular(A, damping)
-    task = Task(100.0 * len(B) ** 0.5, CHOLESKY, needs_damping=True)
+        refuse_singular(A, damping)
+    task = Task(100.0 * len(B) ** 0.5, CHOLESKY, needs_damping=True, work=CHOLESKY_WORK)
     if least_norm:
-        task = Task(float("inf"), EIGEN, refusals=(_NO_LEAST_NORM, _NO_LEAST_NORM))
+        task = Task(float("inf"), EIGEN, refusals=(NO_LEAST_NORM, NO_LEAST_NORM))
     start = None if x0 is None else _right_hand_sides(A, x0)[1]
     if start is not None and start.shape != B.shape:
         raise ValueError(
@@ -132,9 +132,9 @@ def solve(
     report = None if callback is None else _reporting(callback, vectors)
     iteration = Iteration(report, progressbar, checkpoint)
     chosen = choose(
-        A, task, method, damping, iteration=iteration, maxiter=maxiter, x0=start, precondition=_preconditioner(A, M)
+        A, task, method, damping, iteration=iteration, maxiter=maxiter, x0=start, precondition=preconditioner_of(A, M)
     )
-    if least_norm and _least(chosen.total) == 0:
+    if least_norm and least(chosen.total) == 0:
         return _solution(chosen.solve_least_norm(B, targets), vectors, chosen.name)
     try:
         return _solution(chosen.solve(B, targets), vectors, chosen.name)
@@ -185,7 +185,7 @@ def inv(op: Any, damping: float, *, method: str = "auto", rtol: float = 1e-5, ma
     True
     """
     A, damping = as_operator(op), as_damping(damping)
-    _refuse_singular(A, damping)
+    refuse_singular(A, damping)
     task = Task(300.0, CHOLESKY, needs_damping=True)
     chosen = choose(A, task, method, damping, maxiter=maxiter, precondition=jacobi)
     return Inverse(chosen, A.shift + damping, rtol)
@@ -368,7 +368,7 @@ class Inverse(TorchLinearOperator):
         return trace
 
 
-def _preconditioner(A: TorchLinearOperator, M: Any) -> Callable[..., Callable[[Tensor], Tensor]] | None:
+def preconditioner_of(A: TorchLinearOperator, M: Any) -> Callable[..., Callable[[Tensor], Tensor]] | None:
     """Return what makes the preconditioner for an operator and its damping; None if there is none."""
     if M is None:
         return None
@@ -387,7 +387,7 @@ def _preconditioner(A: TorchLinearOperator, M: Any) -> Callable[..., Callable[[T
     return make
 
 
-def _refuse_singular(A: TorchLinearOperator, damping: float) -> None:
+def refuse_singular(A: TorchLinearOperator, damping: float) -> None:
     """Raise ValueError if F + λI is singular because G has too few rows."""
     if damping > 0 or A.score_matrix is None:
         return
@@ -397,7 +397,7 @@ def _refuse_singular(A: TorchLinearOperator, damping: float) -> None:
         raise ValueError(SINGULAR.format(f"its rank is at most {rows + regular} of {D}"))
 
 
-def _least(damping: Any) -> float:
+def least(damping: Any) -> float:
     """Return the smallest entry of a damping, a number or (D,)."""
     return float(damping.min()) if isinstance(damping, Tensor) else float(damping)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from math import sqrt
 from typing import Any, NamedTuple
 
@@ -53,6 +53,9 @@ class Scores(TorchLinearOperator):
     def __init__(self) -> None:
         parameters = self.parameters
         super().__init__((parameters.numel,) * 2, parameters.dtype, parameters.device)
+
+    is_listed = False
+    """Whether the rows are those of an array, so that listing them costs nothing."""
 
     is_divided = False
     """Whether vectors (D,) are divided among processes."""
@@ -155,6 +158,11 @@ class Scores(TorchLinearOperator):
             they fit into the memory that is left.
         """
         raise NotImplementedError
+
+    def blocks_of_gram(self, other: Scores, step: int) -> Iterator[Tensor]:
+        """List G Hᵀ in blocks (b, rows of H), b ≤ `step` or that of one batch."""
+        for start in range(0, self.num_rows, step):
+            yield other._mul(self.block(start, min(start + step, self.num_rows)))
 
     def has_columns_of(self, other: Scores) -> bool:
         """Whether the columns belong to parameters of the same names and shapes."""
@@ -270,11 +278,12 @@ class Scores(TorchLinearOperator):
         if other is not None:
             if not isinstance(other, Scores):
                 raise TypeError(f"`other` must be a score matrix, got {type(other).__name__}. Pass `op.scores`.")
-            self._check_same_parameters(other)
+            self.check_same_parameters(other)
         with _torch.full_precision():
             return _arrays.to_numpy(self.gram_tensor(other))
 
-    def _check_same_parameters(self, other: Scores) -> None:
+    def check_same_parameters(self, other: Scores) -> None:
+        """Raise ValueError if the columns of another score matrix are not of the same parameters and precision."""
         if not self.has_columns_of(other):
             texts = []
             for G in (self, other):
@@ -323,6 +332,8 @@ def clipped(start: int, stop: int, rows: int) -> tuple[int, int]:
 
 def by_rows(G: Scores, H: Scores, scale: Tensor | None = None) -> Tensor:
     """Return G diag(scale) Hᵀ by products with blocks of the rows of G, none of which may be cached."""
+    if H.is_listed and not G.is_listed:
+        return by_rows(H, G, scale).T
     R, D = G.shape
     step = max(1, _BLOCK_BYTES // max(1, D * torch.finfo(G.torch_dtype).bits // 8))
     blocks = [torch.empty(0, H.num_rows, dtype=G.torch_dtype, device=G.device)]

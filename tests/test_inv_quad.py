@@ -1,0 +1,195 @@
+"""Q (F + λI)⁻¹ Tᵀ against dense algebra, by every method."""
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from models import ARCHITECTURES, LOSSES, make_case
+from torch import nn
+
+import fisherops as fo
+from fisherops import linalg
+from fisherops.linalg import dense
+
+KINDS = {
+    "mc": fo.FisherMCLinearOperator,
+    "exact": fo.FisherLinearOperator,
+    "empirical": fo.EmpiricalFisherLinearOperator,
+}
+METHODS = ["auto", "dual", "dense", "primal"]
+TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4}
+
+
+def reference(op, q, t, damping):
+    A = op.todense().astype(float) + damping * np.eye(op.shape[0])
+    return q.astype(float) @ np.linalg.solve(A, t.astype(float).T)
+
+
+def problem(dtype=torch.float64, **options):
+    """Return an operator of 40 examples in two batches, and empirical scores of these and of 20 others."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).to(dtype)
+    X, y = torch.randn(60, 6, dtype=dtype), torch.randint(3, (60,))
+    train = [(X[:20], y[:20]), (X[20:40], y[20:40])]
+    op = fo.FisherMCLinearOperator(net, nn.CrossEntropyLoss(), data=train, **options)
+    return op, op.scores.on((X[40:], y[40:]), kind="empirical"), op.scores.on(train, kind="empirical")
+
+
+@settings(max_examples=40)
+@given(
+    st.builds(
+        make_case,
+        architecture=st.sampled_from(ARCHITECTURES),
+        loss=st.sampled_from(sorted(LOSSES)),
+        sizes=st.lists(st.integers(1, 4), min_size=2, max_size=3),
+        dtype=st.sampled_from([torch.float32, torch.float64]),
+        seed=st.integers(0, 10**6),
+    ),
+    st.sampled_from(sorted(KINDS)),
+    st.sampled_from(sorted([*KINDS, "outputs"])),
+    st.sampled_from(["auto", "scores", "factors", "linearization", "none"]),
+    st.sampled_from(METHODS),
+)
+def test_it_is_that_of_dense_algebra(case, kind, other, cache, method):
+    op = KINDS[kind](case.model, case.loss, data=case.data[:1], cache=cache)
+    Q, G = op.scores.on(case.data[1:], kind=other, cache=cache), op.scores
+    damping = max(0.1 * float(np.linalg.norm(op.todense(), 2)), 1e-3)
+    tolerance = TOLERANCES[case.dtype]
+    for rows, others in ((Q, None), (Q, G), (G, Q)):
+        found = linalg.inv_quad(op, rows, others, damping=damping, method=method, rtol=tolerance / 10, maxiter=1000)
+        q, t = rows.rows(), (rows if others is None else others).rows()
+        expected = reference(op, q, t, damping)
+        assert found.converged or case.dtype == torch.float32
+        scale = np.linalg.norm(q.astype(float), 2) * np.linalg.norm(t.astype(float), 2) / damping
+        assert np.abs(found.value - expected).max(initial=0) <= tolerance * scale
+        if others is None:
+            np.testing.assert_array_equal(found.value, found.value.T)
+            alone = linalg.inv_quad(op, Q, damping=damping, method=method, rtol=tolerance / 10, diagonal=True)
+            assert np.abs(alone.value - np.diag(expected)).max(initial=0) <= tolerance * scale
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", ["plain", "vector", "composite", "submatrix"])
+def test_operators_and_arrays(name, method, dtype):
+    op, test, train = problem(dtype)
+    other = fo.FisherLinearOperator(
+        nn.Linear(op.shape[0] - 1, 1).to(dtype),
+        nn.MSELoss(),
+        data=(torch.randn(5, op.shape[0] - 1).to(dtype), torch.randn(5, 1).to(dtype)),
+    )
+    A = {
+        "plain": op,
+        "vector": op.damped(np.linspace(0.1, 1, op.shape[0])),
+        "composite": 2 * op.damped(0.1) + other,
+        "submatrix": op.submatrix(slice(0, 48)),
+    }[name]
+    q, t = (rows.rows()[:, : A.shape[0]] for rows in (test, train))
+    tolerance = TOLERANCES[dtype]
+    for Q, T in [(q, t), (t, q)] if name == "submatrix" else [(test, train), (train, test), (test, t), (q, train)]:
+        found = linalg.inv_quad(A, Q, T, damping=0.05, method=method, rtol=tolerance / 10)
+        expected = reference(A, *((q, t) if len(found.value) == len(q) else (t, q)), 0.05)
+        assert found.converged
+        np.testing.assert_allclose(found.value, expected, atol=tolerance * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("method", ["dual", "dense"])
+def test_least_norm_is_the_pseudoinverse(method):
+    op, test, train = problem()
+    found = linalg.inv_quad(op, test, train, damping=0, least_norm=True, method=method)
+    F = op.todense()
+    expected = test.rows() @ np.linalg.pinv(F, rcond=1e-12, hermitian=True) @ train.rows().T
+    np.testing.assert_allclose(found.value, expected, atol=1e-8 * np.abs(expected).max())
+
+
+def test_values_fall_as_the_damping_grows():
+    op, test, _ = problem()
+    values = [linalg.inv_quad(op, test, damping=d, diagonal=True).value for d in (1e-3, 1e-2, 1e-1, 1.0)]
+    assert (np.diff(values, axis=0) < 0).all()
+
+
+def test_one_factorization_serves_all_calls_until_the_model_changes(monkeypatch):
+    op, test, train = problem()
+    count = []
+    original = dense.cholesky_in_place
+    monkeypatch.setattr(dense, "cholesky_in_place", lambda matrix: count.append(1) or original(matrix))
+    for _ in range(2):
+        linalg.inv_quad(op, test, train, damping=0.1, method="dual")
+        linalg.inv_quad(op, train, damping=0.1, method="dual", diagonal=True)
+    assert len(count) == 1
+    with torch.no_grad():
+        next(iter(op.scores.parameters.tensors.values())).add_(0.1)
+    found = linalg.inv_quad(op, test, damping=0.1, method="dual")
+    assert len(count) == 2
+    np.testing.assert_allclose(found.value, reference(op, test.rows(), test.rows(), 0.1), rtol=1e-9)
+    linalg.inv_quad(op, test, damping=0.2, method="dual")
+    assert len(count) == 3
+
+
+@pytest.mark.parametrize("method", ["dual", "primal"])
+def test_blocks_that_fit_into_memory_give_the_same(method, monkeypatch, tmp_path):
+    op, test, train = problem()
+    whole = linalg.inv_quad(op, test, train, damping=0.1, method=method, rtol=1e-10).value
+    module = sys.modules["fisherops.linalg.inv_quad"]
+    original = module._Problem
+
+    class Small(original):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            self._memory = 7 * (24 * 40 if method == "dual" else 10 * op.shape[0] * 8)
+
+    monkeypatch.setattr(module, "_Problem", Small)
+    checkpoint = tmp_path / "state" if method == "primal" else None
+    for _ in range(2):
+        found = linalg.inv_quad(op, test, train, damping=0.1, method=method, rtol=1e-10, checkpoint=checkpoint)
+        np.testing.assert_allclose(found.value, whole, rtol=1e-7, atol=1e-9 * np.abs(whole).max())
+    if checkpoint is not None:
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["state", "state-1", "state-2"]
+
+
+def test_arrays_come_in_the_library_that_is_asked_for():
+    op, test, _ = problem()
+    q = torch.from_numpy(test.rows())
+    assert isinstance(linalg.inv_quad(op, q, damping=0.1).value, torch.Tensor)
+    assert isinstance(linalg.inv_quad(op, test, damping=0.1, like=q).value, torch.Tensor)
+    forms = linalg.inv_quad(op, test, damping=0.1)
+    np.testing.assert_array_equal(np.asarray(forms), forms.value)
+
+
+def test_no_rows():
+    op, _, train = problem()
+    nothing = np.zeros((0, op.shape[0]))
+    for method in METHODS:
+        assert linalg.inv_quad(op, nothing, train, damping=0.1, method=method).value.shape == (0, 40)
+        assert linalg.inv_quad(op, nothing, damping=0.1, method=method, diagonal=True).value.shape == (0,)
+
+
+def test_bad_input():
+    op, test, train = problem()
+    D = op.shape[0]
+    elsewhere = fo.FisherMCLinearOperator(
+        nn.Linear(6, 3).double(), nn.CrossEntropyLoss(), data=(torch.randn(4, 6).double(), torch.randint(3, (4,)))
+    )
+    bad = [
+        (ValueError, "`Q` must belong to the operator's problem", {"Q": elsewhere.scores}),
+        (ValueError, "`T` must belong to the operator's problem", {"T": elsewhere.scores}),
+        (ValueError, "`Q` must have shape .k, 83.", {"Q": np.ones((2, D - 1))}),
+        (ValueError, "`T` must be finite, got NaN", {"T": np.full((2, D), np.nan)}),
+        (TypeError, "`Q` must be a score matrix or an array", {"Q": "rows"}),
+        (TypeError, "`Q` must be real", {"Q": np.ones((2, D), complex)}),
+        (ValueError, "`damping` must be at least 0", {"damping": -1.0}),
+        (ValueError, "`damping` must be positive, because F is singular", {"damping": 0.0}),
+        (ValueError, "`rtol` must be at least 0 and below 1", {"rtol": 2.0}),
+        (ValueError, "`T` must be None for diagonal=True", {"diagonal": True}),
+        (ValueError, "`method` must be 'dual' or 'dense' for least_norm", {"method": "primal", "least_norm": True}),
+    ]
+    for error, match, changes in bad:
+        options = {"Q": test, "T": train, "damping": 0.1, **changes}
+        with pytest.raises(error, match=match):
+            linalg.inv_quad(op, options.pop("Q"), options.pop("T"), **options)
+    small, test, _ = problem(max_memory=20_000)
+    with pytest.raises(ValueError, match="`max_memory` must leave .* bytes for method='dual'.* or 'primal'"):
+        linalg.inv_quad(small, test, damping=0.1, method="dual")
