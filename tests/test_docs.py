@@ -36,6 +36,7 @@ DOCTESTED = [
     "fisherops.linalg.eigen",
     "fisherops.linalg.estimates",
     "fisherops.linalg.inv_quad",
+    "fisherops.linalg.sample",
     "fisherops.linalg.solve",
     "fisherops.operators",
     "fisherops.optim",

@@ -17,6 +17,7 @@ from fisherops.linalg.inv_quad import inv_quad
 from fisherops.linalg.results import (
     Bounds,
     Density,
+    Draws,
     Eigenpairs,
     Estimate,
     Interrupted,
@@ -24,11 +25,13 @@ from fisherops.linalg.results import (
     LogDeterminant,
     Solution,
 )
+from fisherops.linalg.sample import sample
 from fisherops.linalg.solve import Inverse, inv, natural_gradient, solve
 
 __all__ = [
     "Bounds",
     "Density",
+    "Draws",
     "Eigenpairs",
     "Estimate",
     "Interrupted",
@@ -45,6 +48,7 @@ __all__ = [
     "inv",
     "inv_quad",
     "natural_gradient",
+    "sample",
     "slogdet",
     "solve",
     "spectral_density",

@@ -202,6 +202,14 @@ class Dense:
             )
         self._L = L
 
+    def draw(self, Z: Tensor) -> Tensor:
+        """Return draws of covariance (F + total · I)⁻¹ from standard normal rows (K, D)."""
+        return self._raised_half(Z.double()).to(Z.dtype)
+
+    def draw_of_itself(self, Z: Tensor) -> Tensor:
+        """Return draws of covariance F + total · I from standard normal rows (K, D)."""
+        return (Z.double() @ self._factor().T).to(Z.dtype)
+
     def inverse_diagonal(self) -> Tensor:
         """Return the diagonal of (F + total · I)⁻¹ in float64, (D,)."""
         return torch.cholesky_inverse(self._factor()).diagonal()

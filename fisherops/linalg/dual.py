@@ -40,6 +40,19 @@ class Dual(Dense):
 
     # ---- Rows of other score matrices ---------------------------------------------------------------
 
+    @property
+    def rows(self) -> int:
+        """Number of rows of G."""
+        rows: int = self._G.num_rows
+        return rows
+
+    def draw(self, Z: Tensor, E: Tensor | None = None) -> Tensor:
+        """Return draws of covariance (F + total · I)⁻¹ from standard normal rows (K, D) and (K, R)."""
+        assert E is not None
+        W = Z / self.added**0.5
+        drawn: Tensor = W - self._raised(Dense._direct(self, self._lowered(W) + E))
+        return drawn
+
     def direct(self, V: Tensor) -> Tensor:
         """Multiply rows (K, D) by (F + total · I)⁻¹, without refinement."""
         return self._direct(V)
@@ -179,6 +192,11 @@ class _Scaled(Dense):
 class ScaledDense(_Scaled):
     """S F S, (D, D)."""
 
+    def draw(self, Z: Tensor) -> Tensor:
+        """Return draws as those of S (S F S + I)⁻¹ S."""
+        drawn: Tensor = super().draw(Z) * self._s.to(Z.dtype)
+        return drawn
+
     def matrix(self) -> Tensor:
         """Return S F S in float64."""
         return super().matrix().mul_(self._s).mul_(self._s[:, None])
@@ -191,6 +209,11 @@ class ScaledDual(_Scaled, Dual):
         super().__init__(op, shift, damping)
         self._factors = self._s.to(op.torch_dtype)
         self._G = SelectedScores(self._G, factors=self._factors)
+
+    def draw(self, Z: Tensor, E: Tensor | None = None) -> Tensor:
+        """Return draws as those of S (S F S + I)⁻¹ S."""
+        drawn: Tensor = super().draw(Z, E) * self._factors
+        return drawn
 
     def _columns_of(self, rows: Scores) -> Scores:
         return SelectedScores(rows, factors=self._factors)

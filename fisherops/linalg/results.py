@@ -94,6 +94,32 @@ class InverseForms:
 
 
 @dataclass(frozen=True)
+class Draws:
+    """Random vectors; ``numpy.asarray(draws)`` is the array.
+
+    Attributes
+    ----------
+    value : array
+        (size, D), or (D,) for one; in the compute precision.
+    error : float
+        Relative change of a draw by the last five steps of Lanczos' method, the largest; 0 for the other methods, which
+        are exact to rounding.
+    converged : bool
+        Whether the error is within `rtol`.
+    method : str
+        "dual", "dense" or "primal".
+    """
+
+    value: Any
+    error: float
+    converged: bool
+    method: str
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
+        return np.array(self.value, dtype=dtype) if copy else np.asarray(self.value, dtype=dtype)
+
+
+@dataclass(frozen=True)
 class Estimate:
     """A number and its standard error; ``float(estimate)`` is the number.
 
