@@ -38,6 +38,18 @@ class _Suite:
         return peer.FisherMCLinearOperator(*self.arguments, check_deterministic=False).to_scipy()
 
 
+class Influence(_Suite):
+    """Exact influence of all training examples on a hundred others, everything counted."""
+
+    queries = 100
+
+    def time_inv_quad(self, network):
+        op, (X, y) = self.operator(), self.arguments[3][0]
+        train = op.scores.on((X, y), kind="empirical")
+        test = op.scores.on((X[: self.queries], y[: self.queries]), kind="empirical")
+        fo.linalg.inv_quad(op, test, train, damping=1e-2)
+
+
 class TopTen(_Suite):
     """The top ten eigenpairs."""
 
