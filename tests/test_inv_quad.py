@@ -1,6 +1,7 @@
 """Q (F + λI)⁻¹ Tᵀ against dense algebra, by every method."""
 
 import sys
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -193,3 +194,24 @@ def test_bad_input():
     small, test, _ = problem(max_memory=20_000)
     with pytest.raises(ValueError, match="`max_memory` must leave .* bytes for method='dual'.* or 'primal'"):
         linalg.inv_quad(small, test, damping=0.1, method="dual")
+
+
+def test_interrupted_conjugate_gradients_raise_what_python_does(tmp_path):
+    """The blocks that are done are in their files."""
+    op, Q, _ = problem()
+    calls = []
+
+    def interrupt(*arguments):
+        calls.append(1)
+        if len(calls) > 3:
+            raise KeyboardInterrupt
+        return product(*arguments)
+
+    product = op.score_matrix.product
+    with mock.patch.object(op.score_matrix, "product", interrupt), pytest.raises(KeyboardInterrupt):
+        linalg.inv_quad(op, Q, damping=1e-3, method="primal", rtol=1e-10, checkpoint=tmp_path / "state")
+    assert list(tmp_path.iterdir())
+    found = linalg.inv_quad(op, Q, damping=1e-3, method="primal", rtol=1e-10, checkpoint=tmp_path / "state")
+    assert found.converged
+    expected = linalg.inv_quad(op, Q, damping=1e-3, method="dense")
+    np.testing.assert_allclose(found.value, expected.value, rtol=1e-6, atol=1e-9)

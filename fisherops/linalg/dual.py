@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fisherops._linop import TorchLinearOperator, check_later, identity
+from fisherops._linop import TorchLinearOperator, check_later, check_result, identity
 from fisherops.linalg.dense import Dense, top_of_matrix
 from fisherops.linalg.results import Mean, Pairs, Solved
 from fisherops.scores.protocol import Scores

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from fisherops import _arrays
-from fisherops._linop import TorchLinearOperator, as_damping, check_result
+from fisherops._linop import TorchLinearOperator, as_damping, check_result, outside_of_autocast
 from fisherops._memory import as_bytes
 from fisherops.linalg.dense import times
 from fisherops.linalg.dual import Dual
 from fisherops.linalg.iteration import Iteration
-from fisherops.linalg.methods import CHOLESKY, CHOLESKY_WORK, EIGEN, Task, as_operator, choose, outside_of_autocast
+from fisherops.linalg.methods import CHOLESKY, CHOLESKY_WORK, EIGEN, Task, as_operator, choose
 from fisherops.linalg.primal import Primal, random_signs
-from fisherops.linalg.results import InverseForms
+from fisherops.linalg.results import HaltedError, InverseForms
 from fisherops.linalg.solve import NO_LEAST_NORM, least, preconditioner_of, refuse_singular
 from fisherops.scores.given import GivenRows
 from fisherops.scores.protocol import Scores
@@ -162,7 +162,10 @@ def inv_quad(
     problem = _Problem(A, chosen, first, second, diagonal, rtol)
     found = problem.by_gram() if isinstance(chosen, Dual) and not least_norm else None
     if found is None or not found.converged:
-        found = problem.by_solutions(least_norm)
+        try:
+            found = problem.by_solutions(least_norm)
+        except HaltedError:
+            raise KeyboardInterrupt from None  # the blocks that are done are in the files of `checkpoint`
     value, residual, converged = found
     value = value.T if swapped else value
     return InverseForms(leave(check_result(value.to(A.torch_dtype))), residual, converged, chosen.name)

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from fisherops import _arrays, _philox
 from fisherops._checks import integer
-from fisherops._linop import TorchLinearOperator, as_damping, check_result
+from fisherops._linop import TorchLinearOperator, as_damping, check_result, outside_of_autocast
 from fisherops.linalg.dense import times
 from fisherops.linalg.dual import Dual
 from fisherops.linalg.lanczos import Krylov
-from fisherops.linalg.methods import CHOLESKY, Task, as_operator, choose, outside_of_autocast
+from fisherops.linalg.methods import CHOLESKY, Task, as_operator, choose
 from fisherops.linalg.primal import Primal, random_vector
 from fisherops.linalg.results import Draws
 from fisherops.linalg.solve import least, refuse_singular
