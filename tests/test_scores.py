@@ -498,3 +498,28 @@ def test_a_parameter_with_dense_rows_and_a_block_is_listed_in_linear_time(monkey
         squares = batch.row_squares()
     torch.testing.assert_close(squares, whole.double().square().sum(1), rtol=1e-6, atol=0)
     assert copied <= 2 * dense.numel()
+
+
+@pytest.mark.parametrize(("T", "has_rows"), [(2, False), (40, True)])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("sizes", [(5,), (3, 4)])
+def test_gram_matrices_of_sequences_go_by_pairs_or_rows(T, has_rows, bias, sizes):
+    """Whichever takes fewer operations, with the bias of a layer, within one batch and between two."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 16, bias=bias), nn.Tanh(), nn.Linear(16, 12, bias=bias)).double()
+
+    def call(X):
+        return model(X).transpose(1, 2)
+
+    data = [(torch.randn(n, T + k, 12, dtype=torch.float64), torch.zeros(n, T + k).long()) for k, n in enumerate(sizes)]
+    op = fo.FisherMCLinearOperator(
+        call, nn.CrossEntropyLoss(), list(model.parameters()), data, rows="datum", cache="factors", max_memory="1GiB"
+    )
+    with mock.patch("fisherops.scores.build.rows_are_better", return_value=False):
+        batches = op.scores.materialized()
+    found = [c for batch in batches for _, c in batch.blocks if isinstance(c, Factors) and c.shape[2] > 1]
+    assert {left.prefers_rows(right) for left in found for right in found if left.shape == right.shape} == {has_rows}
+    G = op.scores.rows()
+    assert_same(op.scores.gram(), G @ G.T, torch.float64)
+    scale = torch.rand(G.shape[1], dtype=torch.float64)
+    assert_same(op.scores.gram_tensor(scale=scale), G * scale.numpy() @ G.T, torch.float64)

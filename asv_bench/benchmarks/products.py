@@ -303,3 +303,57 @@ class Noticing(_Suite):
                 _ = self.op.version
 
         return ratio(look, lambda: self.op @ self.v, self.pairs) / self.looks
+
+
+class SmallBatches:
+    """The MLP with many small batches beside one large batch, and beside plain backward passes."""
+
+    timeout = 600
+    pairs = 5
+    N = 4096
+    params = ([1, 8],)
+    param_names = ("examples in a batch",)
+
+    def setup(self, size):
+        self.net = nn.Sequential(nn.Linear(20, 30), nn.Tanh(), nn.Linear(30, 30), nn.Tanh(), nn.Linear(30, 5))
+        X, y = torch.randn(self.N, 20), torch.randint(5, (self.N,))
+        self.batches = [(X[n : n + size], y[n : n + size]) for n in range(0, self.N, size)]
+        self.whole = self._operator([(X, y)])
+        self.v = torch.randn(self.whole.shape[1])
+
+    def _operator(self, data):
+        return fo.FisherMCLinearOperator(self.net, nn.CrossEntropyLoss(), data=data, check_deterministic=False)
+
+    def track_products_beside_one_batch(self, size):
+        op = self._operator(self.batches)
+        return ratio(lambda: op @ self.v, lambda: self.whole @ self.v, self.pairs)
+
+    def track_first_product_beside_backward_passes(self, size):
+        loss, own = nn.CrossEntropyLoss(), self.batches[:256]
+        params = list(self.net.parameters())
+
+        def passes():
+            for X, y in own:
+                torch.autograd.grad(loss(self.net(X), y), params)
+
+        return ratio(lambda: self._operator(own) @ self.v, passes, min(2, self.pairs))
+
+
+class Steps:
+    """Natural-gradient steps of a network 784-512-512-1 with squared loss, in gradients."""
+
+    timeout = 600
+    pairs = 5
+    params = ([256, 512, 1024],)
+    param_names = ("examples",)
+
+    def setup(self, examples):
+        net = nn.Sequential(nn.Linear(784, 512), nn.Tanh(), nn.Linear(512, 512), nn.Tanh(), nn.Linear(512, 1))
+        batch, loss = (torch.randn(examples, 784), torch.randn(examples, 1)), nn.MSELoss()
+        optimizer = fo.optim.NaturalGradient(net, loss, lr=0.1, damping=0.1)
+        self.step = lambda: optimizer.step(batch)
+        self.gradient = lambda: torch.autograd.grad(loss(net(batch[0]), batch[1]), list(net.parameters()))
+        self.step()
+
+    def track_gradients(self, examples):
+        return ratio(self.step, self.gradient, self.pairs)

@@ -222,7 +222,7 @@ class MaterializedBatch:
             weight: bias
             for weight, bias in self.layers.items()
             if other.layers.get(weight) == bias
-            and _same(left[weight], right[weight])
+            and _are_alike(left[weight], right[weight])
             and factors[weight] is not None
             and factors[weight] == factors[bias]
         }
@@ -250,20 +250,20 @@ class MaterializedBatch:
         return total
 
     def _gram_of_rows(self, name: str, other: MaterializedBatch, scale: Tensor | None = None) -> Tensor:
-        result = self._dense.new_zeros(self.count, other.count)
+        result, is_symmetric = self._dense.new_zeros(self.count, other.count), self is other and scale is None
         start, stop = self._parameters[name]
         step = max(1, _BLOCK_BYTES // (max(self.vectors, other.vectors) * (stop - start) * self._dense.itemsize))
         for n in range(0, self.size, step):
             rows = self.rows_of(name, n, min(n + step, self.size))
             if scale is not None:
                 rows *= scale[start:stop]
-            for m in range(0, other.size, step):
+            mine = slice(n * self.vectors, n * self.vectors + len(rows))
+            for m in range(n if is_symmetric else 0, other.size, step):
                 own = other.rows_of(name, m, min(m + step, other.size))
-                at = (
-                    slice(n * self.vectors, n * self.vectors + len(rows)),
-                    slice(m * other.vectors, m * other.vectors + len(own)),
-                )
-                result[at] = times_transposed(rows, own)
+                theirs = slice(m * other.vectors, m * other.vectors + len(own))
+                result[mine, theirs] = times_transposed(rows, own)
+                if is_symmetric and m > n:
+                    result[theirs, mine] = result[mine, theirs].T
         return result
 
     @property
@@ -498,9 +498,14 @@ def _constant(scale: Tensor | None, span: Span) -> float | None:
     return float(low) if low == high else None
 
 
-def _same(mine: Sequence[Block], theirs: Sequence[Block]) -> bool:
-    """Whether two weights with one dense use each are used alike."""
-    return mine[0][0].same(theirs[0][0]) and mine[0][1].shape == theirs[0][1].shape  # type: ignore[attr-defined]
+def _are_alike(mine: Sequence[Block], theirs: Sequence[Block]) -> bool:
+    """Whether two weights with one dense use each are used alike, and multiplied by pairs of positions."""
+    (derived, columns), (other, their_columns) = mine[0], theirs[0]
+    assert isinstance(derived, Strided)
+    if not isinstance(columns, Factors) or not isinstance(their_columns, Factors):
+        return False
+    is_same = derived.same(other) and columns.shape == their_columns.shape
+    return is_same and not columns.prefers_rows(their_columns)
 
 
 def _gram_of_blocks(mine: Sequence[Block], theirs: Sequence[Block], bias: bool) -> Tensor | None:

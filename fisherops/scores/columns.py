@@ -235,9 +235,14 @@ class Factors(Columns):
         if isinstance(other, Table):
             own = other.gram(self)
             return None if own is None else own.T
-        if not isinstance(other, Factors) or other.shape != self.shape:
+        if not isinstance(other, Factors) or other.shape != self.shape or self.prefers_rows(other):
             return None
         return self.gram_with(other, bias=False)
+
+    def prefers_rows(self, other: Factors) -> bool:
+        """Whether products of rows, which are made a block at a time, take fewer flops than pairs of positions."""
+        (_, o, i), q, p, T, S = self.shape, self._q, other._q, self._T, other._T
+        return o * i * (q * p + q * T / other.count + p * S / self.count) < T * S * (i + q * p * o)
 
     def gram_with(self, other: Factors, bias: bool) -> Tensor:
         """Multiply with the transpose, those of a bias that is added to the outputs counted too: its rows are Σ b."""
