@@ -172,6 +172,18 @@ def other_data(group, cache, other_cache, split):
     return dense, Q.datum, differences
 
 
+def damped_inverses(group, method):
+    op = operator(group)
+    X, y = everything()
+    Q = op.scores.on(fo.distributed.shard((X[:9], y[:9]), group, order="strided", batch_size=2), kind="empirical")
+    rows, A = Q.rows(), op.todense() + 1e-2 * np.eye(op.shape[0])
+    expected = rows @ np.linalg.solve(A, rows.T)
+    whole = linalg.inv_quad(op, Q, damping=1e-2, method=method, rtol=1e-10)
+    diagonal = linalg.inv_quad(op, Q, damping=1e-2, method=method, rtol=1e-10, diagonal=True)
+    draws = linalg.sample(op, 4, damping=1e-2, method=method, rng=7)
+    return whole.value - expected, diagonal.value - expected.diagonal(), draws.value
+
+
 def progress(group):
     """Return what passes over the operator's data, and over other data, show."""
     shown = []

@@ -123,10 +123,12 @@ def test_what_several_processes_share_has_all_that_a_score_matrix_offers():
     # What a wrapper asks of the score matrix of one rank, and not what others ask of a score matrix.
     of_one_rank = {
         "reader", "problem", "counts", "check", "is_current", "is_cached", "materialized",
-        "sum_of_squares", "sum_of_diagonals", "sum_of_gradients", "sum_of_moments", "sum_of_squared_norms",
+        "sum_of_squares", "sum_of_diagonals", "sum_of_gradients", "sum_of_moments", "sum_of_squared_norms", "find",
     }  # fmt: skip
-    offered = {name for name in vars(ScoreMatrix) if not name.startswith("_")} - of_one_rank
+    inherited = {"to", "blocks_of_gram"}  # is refused, and goes by rows and products
+    offered = {name for name in vars(ScoreMatrix) if not name.startswith("_")} - of_one_rank - inherited
     assert offered <= set(vars(DistributedScores))
+    assert inherited <= set(dir(DistributedScores))
 
 
 @pytest.mark.parametrize(
@@ -160,6 +162,15 @@ def test_other_data_are_divided_too(two, cache, other_cache, split):
         np.testing.assert_allclose(dense, expected[datum], rtol=1e-10, atol=1e-14)
         for difference in differences:
             np.testing.assert_allclose(difference, 0, atol=1e-11)
+
+
+@pytest.mark.parametrize("method", ["dual", "dense", "primal"])
+def test_damped_inverses_and_draws(two, method):
+    results = two.results("damped_inverses", method)
+    for whole, diagonal, draws in results:
+        np.testing.assert_allclose(whole, 0, atol=1e-7)
+        np.testing.assert_allclose(diagonal, 0, atol=1e-7)
+        np.testing.assert_array_equal(draws, results[0][2])
 
 
 def test_there_may_be_no_other_data(two):
