@@ -40,8 +40,8 @@ class NaturalGradient(torch.optim.Optimizer):
 
     g is the gradient of the loss of a batch and F its Fisher matrix. One forward pass gives the loss, g and the score
     matrix G, F = GᵀG. What is learned about the model on the first batch is used for all others; batches may have other
-    sizes. The system is solved as in `linalg.solve`: by the Gram matrix of the rows of G, by F itself, or by conjugate
-    gradients, whichever is the cheapest.
+    sizes. The system is solved as in `fisherops.linalg.solve`: by the Gram matrix of the rows of G, by F itself, or by
+    conjugate gradients, whichever is the cheapest.
 
     For least squares with ``kind="exact"`` this is the Gauss-Newton method, and that of Levenberg and Marquardt with
     ``damping="auto"``.
@@ -52,7 +52,7 @@ class NaturalGradient(torch.optim.Optimizer):
         The model, whose parameters that require gradients are optimized; or parameters or groups of them as for any
         optimizer of PyTorch, with `model_func`.
     loss_func : nn.Module, Likelihood, mapping, tuple or None
-        The loss, as for `FisherMCLinearOperator`.
+        The loss, as for `fisherops.FisherMCLinearOperator`.
     model_func : callable, optional
         ``model_func(X)`` returns the outputs. Default: the model.
     lr : float
@@ -68,17 +68,17 @@ class NaturalGradient(torch.optim.Optimizer):
         μ in [0, 1): s = η (F + λI)⁻¹ g + μ λ (F + λI)⁻¹ s', with the previous step s', which is so kept outside of the
         range of the new rows [1]_. Default: 0.
     mc_samples, seed : int
-        As for `FisherMCLinearOperator`, for kind "mc"; each step has draws of its own.
+        As for `fisherops.FisherMCLinearOperator`, for kind "mc"; each step has draws of its own.
     rows : {"term", "datum"}
-        As for `FisherMCLinearOperator`, for the kinds "mc" and "empirical". Default: "term".
+        As for `fisherops.FisherMCLinearOperator`, for the kinds "mc" and "empirical". Default: "term".
     trust : float, optional
         Largest length √(sᵀ F s) of a step. Longer ones are shortened. Default: no bound.
     dtype : dtype, optional
         Compute precision. Default: that of the parameters.
     max_memory : int or str, optional
-        Memory for the rows of a batch, as for `FisherMCLinearOperator`.
+        Memory for the rows of a batch, as for `fisherops.FisherMCLinearOperator`.
     method : {"auto", "dual", "dense", "primal"}
-        How the system is solved, see `linalg.solve`. Default: "auto".
+        How the system is solved, see `fisherops.linalg.solve`. Default: "auto".
 
     Raises
     ------
@@ -87,7 +87,7 @@ class NaturalGradient(torch.optim.Optimizer):
 
     Notes
     -----
-    The damping, the previous step and the number of steps are part of the `state_dict`. ``p.grad`` is neither read nor
+    The damping, the previous step and the number of steps are part of ``state_dict()``. ``p.grad`` is neither read nor
     written. The model must be deterministic: layers such as Dropout and BatchNorm in training mode are refused.
 
     References
