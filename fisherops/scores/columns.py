@@ -110,8 +110,8 @@ def rows_are_better(form: str, rows: int, factors: int, T: int, q: int) -> bool:
     """Whether to hold dense rows of a use instead of factors, to be small ("factors") or fast ("auto").
 
     A matrix product does several multiplications in the time that one element takes from memory, so products with
-    factors may take longer. In "auto" rows may take up to 1.5 times the memory of the factors, or half as many times
-    as they are faster.
+    factors may take longer. In "auto" rows may take up to 1.5 times the memory of the factors, or as many times as they
+    are faster.
 
     Parameters
     ----------
@@ -125,7 +125,7 @@ def rows_are_better(form: str, rows: int, factors: int, T: int, q: int) -> bool:
     faster = T / (8 * q)
     if form == "uses":
         return False
-    return rows <= factors or (form == "auto" and faster > 1 and rows <= max(1.5, faster / 2) * factors)
+    return rows <= factors or (form == "auto" and faster > 1 and rows <= max(1.5, faster) * factors)
 
 
 class Rows(Columns):
