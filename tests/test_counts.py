@@ -38,7 +38,7 @@ COUNTS = {
     "calls of eigsh": (390, 250, 6),
     "functions of eigsh": (124, 70, 6),
     "files of eigsh": (21, 10, 6),
-    "lines of the core": (8900, 2500, 4),
+    "lines of the core": (8910, 2500, 4),
     "lines of the package": (24330, 9200, 7),
     "methods of the largest class": (48, 20, 4),
     "lines of the largest file": (720, 350, 7),
