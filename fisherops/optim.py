@@ -13,6 +13,7 @@ from fisherops import _arrays, linalg
 from fisherops._checks import integer
 from fisherops._data import Batch
 from fisherops.fisher import FisherOperator
+from fisherops.linalg.dense import cholesky_in_place
 from fisherops.operators import EmpiricalFisherLinearOperator, FisherLinearOperator, FisherMCLinearOperator
 from fisherops.problem import Evaluation
 from fisherops.score_matrix import ScoreMatrix
@@ -33,6 +34,10 @@ _START = 1e-2
 # which it is factorized in float64.
 _MOST_ROWS = 4096
 _ROUNDING = 1e-3
+
+
+# What a copy of an optimizer takes over besides groups and states.
+_OWN = ("_schedule", "_is_adaptive", "_trust", "_loss_func", "_model_func", "_method", "_kind", "_seed", "_options")
 
 
 class NaturalGradient(torch.optim.Optimizer):
@@ -146,8 +151,7 @@ class NaturalGradient(torch.optim.Optimizer):
             raise ValueError(f"`method` must be 'auto', 'dual', 'dense' or 'primal', got {method!r}.")
         self._trust = inf if trust is None else _positive("trust", trust)
         self._loss_func, self._model_func, self._method = loss_func, model_func, method
-        self._by_coordinates = kind == "exact" and method in ("auto", "dual")
-        self._kind, self._seed, self._max_memory = kind, integer("seed", seed, -(2**63), 2**63), max_memory
+        self._kind, self._seed = kind, integer("seed", seed, -(2**63), 2**63)
         self._options: dict[str, Any] = {"dtype": dtype, "max_memory": max_memory}
         if kind == "mc":
             self._options["mc_samples"] = mc_samples
@@ -156,6 +160,15 @@ class NaturalGradient(torch.optim.Optimizer):
         self._scores: Any = None
         super().__init__(params_or_model, {"lr": _positive("lr", lr)})
         self.param_groups[0].update(damping=first, momentum=float(momentum), steps=0)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of parameters; the next step is made with the score matrix of all of them."""
+        super().add_param_group(param_group)
+        self._scores = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # PyTorch copies groups and states alone; what was learned about the model is found again.
+        return super().__getstate__() | {name: getattr(self, name) for name in _OWN} | {"_scores": None}
 
     # ---- A step -----------------------------------------------------------------------------------
 
@@ -187,8 +200,8 @@ class NaturalGradient(torch.optim.Optimizer):
         state = self.param_groups[0]
         if self._schedule is not None:
             state["damping"] = _positive("damping(k)", self._schedule(state["steps"]))
-        loss, U, G = self._evaluated(batch)
-        s, predicted = self._step_of(G, U)
+        loss, gradient, G = self._evaluated(batch)
+        s, predicted = self._step_of(G, gradient)
         if not s.isfinite().all():
             raise FloatingPointError(
                 "the step contains NaN or infinity. The parameters are those before it: take a larger `damping`."
@@ -203,13 +216,14 @@ class NaturalGradient(torch.optim.Optimizer):
         """Return the loss of a batch, its gradient, and G, by one forward pass."""
         G, found = self._scores_of(batch), []
         is_late = G.reader.finds_c_late
+        by_coordinates = self._kind == "exact" and self._method in ("auto", "dual")
 
         def see(batch: Batch, evaluation: Evaluation, factor_of: FactorOf) -> None:
             with torch.enable_grad():
                 value = _value(self._loss_func, evaluation.output, batch.y)
                 if not isinstance(value, Tensor) or value.ndim:
                     raise ValueError("`loss_func` must return a scalar. Use reduction='mean' or 'sum'.")
-                W = _coordinates(evaluation, factor_of) if self._by_coordinates else None
+                W = _coordinates(evaluation, factor_of) if by_coordinates else None
                 g = _flat_gradient(value, list(evaluation.graph[1].values())) if W is None else W
             loss = value.detach()
             if not (loss.isfinite() and g.isfinite().all()):
@@ -224,8 +238,8 @@ class NaturalGradient(torch.optim.Optimizer):
         ((loss, g, W),) = found
         if W is None:
             return loss, _Gradient(g, None), G
-        if is_late:  # G and W were found for c = 1, and G was divided by √c afterwards
-            W = W / float(G.reader.divisor()) ** 0.5
+        # If c was found late, W is that for c = 1, and G was divided by √c afterwards.
+        W = W / float(G.reader.divisor()) ** 0.5 if is_late else W
         return loss, _Gradient(None, W.reshape(1, -1)), G
 
     def _scores_of(self, batch: Any) -> Any:
@@ -243,7 +257,9 @@ class NaturalGradient(torch.optim.Optimizer):
             self._structure = self._scores.problem.version.structure
             return self._scores
         problem = self._scores.problem
-        G = self._scores.on([batch], reduction=self._scores.reductions[0], **seed, max_memory=self._max_memory)
+        G = self._scores.on(
+            [batch], reduction=self._scores.reductions[0], **seed, max_memory=self._options["max_memory"]
+        )
         problem.look()
         if problem.version.structure != self._structure:
             G.check()
@@ -267,8 +283,7 @@ class NaturalGradient(torch.optim.Optimizer):
             direction, kept = x[:, 0], None if previous is None else damping * x[:, 1]
         rates = {id(p): float(group["lr"]) for group in self.param_groups for p in group["params"]}
         pieces = zip(direction.split([p.numel() for p in tensors]), tensors, strict=True)
-        s = torch.cat([rates[id(p)] * piece for piece, p in pieces])
-        s = s if kept is None else s + momentum * kept
+        s = torch.cat([rates[id(p)] * piece for piece, p in pieces]) + (0 if kept is None else momentum * kept)
         if not self._is_adaptive and self._trust == inf:
             return s, 0.0
         Gs = G._mul(s[None])
@@ -287,7 +302,11 @@ class NaturalGradient(torch.optim.Optimizer):
         torch._foreach_sub_(tensors, steps)
         state = self.param_groups[0]
         if self._is_adaptive:
-            actual = float(loss) - self._loss_at(G)
+            try:
+                actual = float(loss) - self._loss_at(G)
+            except BaseException:
+                torch._foreach_copy_(tensors, copies)
+                raise
             if not actual >= 0:
                 torch._foreach_copy_(tensors, copies)
                 state["damping"] *= _FACTOR**2
@@ -300,12 +319,10 @@ class NaturalGradient(torch.optim.Optimizer):
 
     def _loss_at(self, G: ScoreMatrix) -> float:
         """Return the loss at the present parameters."""
-        problem, losses = G.problem, []
         with G.reader.reading("loss") as batches:
-            for own in batches:
-                output = problem.call(problem.parameters.point(), own.X)
-                losses.append(float(_value(self._loss_func, output, own.y)))
-        return losses[0]
+            (batch,) = batches
+            output = G.problem.call(G.parameters.point(), batch.X)
+            return float(_value(self._loss_func, output, batch.y))
 
 
 class _Gradient(NamedTuple):
@@ -334,8 +351,8 @@ def _by_rows(G: ScoreMatrix, w: Tensor, previous: Tensor | None, damping: float)
     K = K.to(wide)
     K.diagonal().add_(damping)
     b = w if previous is None else torch.cat([w, G._mul(previous[None])])
-    factor, failed = torch.linalg.cholesky_ex(K)
-    if failed:
+    factor, is_found = cholesky_in_place(K)
+    if not is_found:
         raise FloatingPointError(
             "the Gram matrix of the rows with the damping is not positive definite in the compute precision. The "
             "parameters are those before the step: take a larger `damping`, or dtype='float64'."
@@ -347,9 +364,8 @@ def _by_rows(G: ScoreMatrix, w: Tensor, previous: Tensor | None, damping: float)
 
 def _flat_gradient(value: Tensor, leaves: list[Tensor]) -> Tensor:
     """Return the gradient by all parameters, (D,); zero for those that are not used."""
-    found = torch.autograd.grad(value, leaves, retain_graph=True, allow_unused=True)
-    pieces = [torch.zeros_like(leaf) if g is None else g for leaf, g in zip(leaves, found, strict=True)]
-    return torch.cat([piece.reshape(-1) for piece in pieces])
+    found = torch.autograd.grad(value, leaves, retain_graph=True, allow_unused=True, materialize_grads=True)
+    return torch.cat([g.reshape(-1) for g in found])
 
 
 def _value(loss_func: Any, output: Any, y: Any) -> Any:

@@ -3,6 +3,7 @@
 import copy
 import gc
 import itertools
+import pickle
 import re
 
 import numpy as np
@@ -163,6 +164,35 @@ def test_a_run_resumes_from_its_state(damping):
     torch.testing.assert_close(flat(twin), flat(model), rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("way", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_copies_make_the_same_steps(way):
+    model, batch = regression()
+    optimizer = NaturalGradient(model, nn.MSELoss(), lr=0.3, damping=0.1, momentum=0.5, trust=1.0)
+    optimizer.step(batch)
+    twin = way(optimizer)
+    for own in (optimizer, twin):
+        own.step(batch)
+    steps = [[p.detach() for p in own.param_groups[0]["params"]] for own in (optimizer, twin)]
+    for p, q in zip(*steps, strict=True):
+        assert p is not q
+        torch.testing.assert_close(p, q)
+
+
+def test_groups_may_be_added_between_steps():
+    model, batch = regression()
+    first, second = list(model[0].parameters()), list(model[2].parameters())
+    optimizer = NaturalGradient(second, nn.MSELoss(), model_func=model, lr=0.1, damping=0.1)
+    before = flat(model)
+    optimizer.step(batch)
+    assert torch.equal(before[:24], flat(model)[:24])
+    optimizer.add_param_group({"params": first})
+    F = torch.from_numpy(fo.FisherLinearOperator(model, nn.MSELoss(), data=[batch]).todense())
+    x = torch.linalg.solve(F + 0.1 * torch.eye(len(F), dtype=F.dtype), gradient_of(model, nn.MSELoss(), batch))
+    before = flat(model)
+    optimizer.step(batch)
+    torch.testing.assert_close(before - flat(model), 0.1 * x, rtol=1e-6, atol=1e-9)
+
+
 def test_what_is_learned_stays():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)).double()
@@ -189,6 +219,23 @@ def test_layers_that_are_random_are_refused():
     before = flat(model)
     with pytest.raises((ValueError, RuntimeError), match="Dropout"):
         optimizer.step(batch)
+    assert torch.equal(before, flat(model))
+
+
+def test_an_interrupt_while_the_step_is_judged_takes_it_back():
+    model, batch = regression()
+    optimizer = NaturalGradient(model, nn.MSELoss())
+    optimizer.step(batch)
+    before, calls = flat(model), []
+
+    def interrupt(*_):
+        if not torch.equal(before, flat(model)):
+            calls.append(1)
+            raise KeyboardInterrupt
+
+    with model.register_forward_hook(interrupt), pytest.raises(KeyboardInterrupt):
+        optimizer.step(batch)
+    assert calls == [1]
     assert torch.equal(before, flat(model))
 
 
