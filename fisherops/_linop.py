@@ -20,9 +20,7 @@ from torch import Tensor
 
 from fisherops import _arrays, _torch
 from fisherops._processes import ONE, Processes
-from fisherops._torch import opaque as opaque
-from fisherops._torch import outside_of_autocast as outside_of_autocast
-from fisherops._torch import quiet as quiet
+from fisherops._torch import opaque
 
 # Shapes that products take: with one vector, with a matrix, with either.
 _SHAPES = {True: "({0},) or ({0}, 1)", False: "({0}, K)", None: "({0},) or ({0}, K)"}

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from fisherops import _arrays
-from fisherops._linop import TorchLinearOperator, add_shift, opaque
+from fisherops._linop import TorchLinearOperator, add_shift
 from fisherops._processes import Processes
+from fisherops._torch import opaque
 from fisherops.scores import Kind
 from fisherops.scores.protocol import Scores
 from fisherops.scores.selected import SelectedScores, selected

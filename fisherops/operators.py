@@ -13,7 +13,8 @@ from torch import Tensor
 from fisherops import _arrays
 from fisherops._checks import integer
 from fisherops._data import Data, place_alone
-from fisherops._linop import Vectors, opaque
+from fisherops._linop import Vectors
+from fisherops._torch import opaque
 from fisherops.fisher import FisherOperator
 from fisherops.parallel.fsdp import ShardedScores, group_for, make_problem, scores_of
 from fisherops.parallel.scores import DistributedScores

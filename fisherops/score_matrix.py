@@ -16,10 +16,11 @@ from fisherops import _torch
 from fisherops._checks import noting
 from fisherops._data import Batch
 from fisherops._fingerprint import checksum_of
-from fisherops._linop import check_result, identity, opaque
+from fisherops._linop import check_result, identity
 from fisherops._matmul import symmetrized
 from fisherops._memory import as_bytes, as_folder, is_memory_error
 from fisherops._sums import CompensatedSum
+from fisherops._torch import opaque
 from fisherops.problem import Evaluation, Parameters
 from fisherops.scores import (
     CACHES,

@@ -13,7 +13,8 @@ from scipy.sparse.linalg import LinearOperator, cg, eigsh
 from torch import Tensor
 
 from fisherops._checks import integer
-from fisherops._linop import TorchLinearOperator, as_damping, as_torch_operator, check_result, outside_of_autocast
+from fisherops._linop import TorchLinearOperator, as_damping, as_torch_operator, check_result
+from fisherops._torch import outside_of_autocast
 from fisherops.approximate.assembly import scores_of
 from fisherops.approximate.exact import diagonal, layers
 from fisherops.approximate.factored import ekfac, kfac, kronecker

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fisherops._linop import check_result, outside_of_autocast
+from fisherops._linop import check_result
+from fisherops._torch import outside_of_autocast
 from fisherops.approximate.assembly import assembled, place_of, scores_of, shifted
 from fisherops.approximate.sites import Adding, Names, groups_of
 from fisherops.approximate.structured import LowRank, Place, StructuredOperator, dense, diagonal_matrix

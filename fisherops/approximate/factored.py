@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fisherops._linop import check_result, outside_of_autocast
+from fisherops._linop import check_result
+from fisherops._torch import outside_of_autocast
 from fisherops.approximate.assembly import scores_of, shifted
 from fisherops.approximate.model import Model, Part
 from fisherops.approximate.structured import Eigen, Kronecker, StructuredOperator, from_left, from_right
@@ -81,7 +82,7 @@ def kfac(op: Any, sharing: str = "expand", *, separate_bias: bool = False) -> St
     """
     G, shift = scores_of(op)
     model = _modelled(G, sharing, separate_bias)
-    return shifted(model.operator(_kronecker), shift)
+    return shifted(model.operator(map(_kronecker, model.parts)), shift)
 
 
 @outside_of_autocast
@@ -129,14 +130,9 @@ def ekfac(op: Any, sharing: str = "expand", *, separate_bias: bool = False) -> S
     model = _modelled(G, sharing, separate_bias)
     bases = [_kronecker(part).eigen for part in model.parts]
     sums = model.over_parts(lambda number, part, batch, found: _squares(part, bases[number], batch, found))
-
-    def form(part: Part) -> StructuredOperator:
-        number = next(k for k, own in enumerate(model.parts) if own is part)
-        basis = bases[number]
-        values = sums.get(Key(number, "values", True), torch.zeros_like(basis.values))
-        return Eigen(basis.left, basis.right, check_result(values))
-
-    K = model.operator(form)
+    values = [sums.get(Key(number, "values", True), torch.zeros_like(own.values)) for number, own in enumerate(bases)]
+    pairs = zip(bases, values, strict=True)
+    K = model.operator(Eigen(own.left, own.right, check_result(corrected)) for own, corrected in pairs)
     factored = {part.label for part in model.parts}
     K.plan = {
         label: f"{text}, eigenvalues corrected" if label in factored else text for label, text in model.plan.items()
@@ -198,7 +194,7 @@ def kronecker(op: Any, *, separate_bias: bool = False, tol: float | None = None)
         for of_left in (True, False):
             for part in model.parts:
                 _normalize(part, of_left)
-            sums = model.over_parts(_contracting(of_left))
+            sums = model.over_parts(partial(_contracted, of_left))
             for number, part in enumerate(model.parts):
                 value = sums.get(Key(number, "values", True))
                 if value is None:
@@ -210,7 +206,7 @@ def kronecker(op: Any, *, separate_bias: bool = False, tol: float | None = None)
                 gains[number] = float(value.double().norm())
         if bool((gains - before <= tol * gains).all()):
             break
-    K = model.operator(_kronecker)
+    K = model.operator(map(_kronecker, model.parts))
     K.plan = {
         label: text.replace("Kronecker product", "nearest Kronecker product") for label, text in model.plan.items()
     }
@@ -264,11 +260,7 @@ def _normalize(part: Part, of_left: bool) -> None:
     part.left, part.right = (part.left, x) if of_left else (x, part.right)
 
 
-def _contracting(of_left: bool) -> Callable[[int, Part, MaterializedBatch, Any], Tensor | None]:
-    return lambda _, part, batch, found: _contracted(part, of_left, batch, found)
-
-
-def _contracted(part: Part, of_left: bool, batch: MaterializedBatch, found: Any) -> Tensor | None:
+def _contracted(of_left: bool, _: int, part: Part, batch: MaterializedBatch, found: Any) -> Tensor | None:
     """Return Σ G R Gᵀ, (g, o, o), or Σ Gᵀ L G, (g, i, i), of the rows G; large ones as diagonals."""
     factors = part.piece.factors(found)
     if factors is not None and factors[0].shape[1] == 1:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from fisherops._checks import integer
-from fisherops._linop import as_damping, check_result, outside_of_autocast
+from fisherops._linop import as_damping, check_result
+from fisherops._torch import outside_of_autocast
 from fisherops.approximate.assembly import scores_of, shifted
 from fisherops.approximate.structured import LowRank, StructuredOperator
 from fisherops.scores.protocol import Scores
@@ -95,7 +96,7 @@ def nystrom(
     sketch: _Sketch = _Pivots(G, generator) if has_gram else _Normal(G, generator)
     wanted = min(least, rank or _FIRST)
     while True:
-        sketch.grow(wanted, least)
+        sketch.grow(wanted)
         if rank is not None or wanted == least:
             break
         if tol is not None and sketch.error() <= tol:
@@ -122,7 +123,7 @@ class _Sketch(Protocol):
 
     name: str
 
-    def grow(self, rank: int, least: int) -> None:
+    def grow(self, rank: int) -> None:
         """Add vectors until there are `rank` of them."""
 
     def shrink(self, tol: float) -> None:
@@ -153,7 +154,7 @@ class _Pivots:
         self._chosen: list[int] = []
         self._is_complete = False
 
-    def grow(self, rank: int, least: int) -> None:  # noqa: ARG002
+    def grow(self, rank: int) -> None:
         while len(self._chosen) < rank and not self._is_complete:
             weights = self._diagonal.cpu()
             weights[self._chosen] = 0
@@ -223,7 +224,7 @@ class _Normal:
         self._Z = signs.to(G.device, G.torch_dtype)
         self._FZ = G.product(self._Z)
 
-    def grow(self, rank: int, least: int) -> None:  # noqa: ARG002
+    def grow(self, rank: int) -> None:
         count = rank - len(self._U)
         omega = torch.randn(count, self._G.shape[1], generator=self._generator, dtype=torch.float64)
         new = self._G._mul(omega.to(self._G.device, self._G.torch_dtype)).double()

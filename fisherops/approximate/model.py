@@ -72,9 +72,10 @@ class Model:
     def _moments(self, batches: Iterable[MaterializedBatch]) -> Sums:
         return moments(batches, self.names, self.reduces, LARGEST_BLOCK)
 
-    def operator(self, form: Callable[[Part], StructuredOperator]) -> StructuredOperator:
-        """Return the approximation whose blocks with factors have a form."""
-        return assembled(self.G, [*((part.place, form(part)) for part in self.parts), *self._rest], self.plan)
+    def operator(self, blocks: Iterable[StructuredOperator]) -> StructuredOperator:
+        """Return the approximation from a block for each part, and those without factors."""
+        places = [part.place for part in self.parts]
+        return assembled(self.G, [*zip(places, blocks, strict=True), *self._rest], self.plan)
 
     def over_parts(self, update: Callable[[int, Part, MaterializedBatch, Any], Tensor | None]) -> Sums:
         """Return sums over batches, by the number of each part."""

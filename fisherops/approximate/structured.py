@@ -21,8 +21,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fisherops._linop import TorchLinearOperator, add_shift, as_damping, check_result, opaque
+from fisherops import _arrays
+from fisherops._linop import TorchLinearOperator, add_shift, as_damping, check_result
 from fisherops._matmul import times_transposed
+from fisherops._torch import opaque
 
 Function = Callable[[Tensor], Tensor]
 Place = slice | Tensor | tuple[tuple[int, int, int], ...]
@@ -179,12 +181,12 @@ class StructuredOperator(TorchLinearOperator):
     @opaque
     def diagonal(self) -> np.ndarray[Any, Any]:
         """Return the diagonal as a NumPy array of shape (D,)."""
-        return check_result(self.diagonal_tensor()).cpu().numpy()
+        return _arrays.to_numpy(check_result(self.diagonal_tensor()))
 
     @opaque
     def eigvalsh(self) -> np.ndarray[Any, Any]:
         """Return all eigenvalues as a NumPy array of shape (D,), in ascending order."""
-        return check_result(self.spectrum().sort().values).cpu().numpy()
+        return _arrays.to_numpy(check_result(self.spectrum().sort().values))
 
     def _positive(self, damping: Any) -> float:
         """Return λ, by which the matrix must be regular."""

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from fisherops import _arrays
 from fisherops._checks import warn
-from fisherops._linop import TorchLinearOperator, outside_of_autocast
+from fisherops._linop import TorchLinearOperator
+from fisherops._torch import outside_of_autocast
 from fisherops.linalg.dense import Dense
 from fisherops.linalg.methods import choose_root, summands
 from fisherops.linalg.results import Bounds

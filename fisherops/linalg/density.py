@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from fisherops import _arrays
-from fisherops._linop import outside_of_autocast
+from fisherops._torch import outside_of_autocast
 from fisherops.linalg.lanczos import Matrix
 from fisherops.linalg.methods import EIGENVALUES, EXACT, Task, as_operator, choose
 from fisherops.linalg.results import Density

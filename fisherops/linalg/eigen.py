@@ -10,7 +10,8 @@ from torch import Tensor
 
 from fisherops import _arrays
 from fisherops._checks import integer
-from fisherops._linop import TorchLinearOperator, check_result, outside_of_autocast
+from fisherops._linop import TorchLinearOperator, check_result
+from fisherops._torch import outside_of_autocast
 from fisherops.linalg.iteration import Iteration
 from fisherops.linalg.methods import (
     EIGEN,

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from fisherops._checks import integer
-from fisherops._linop import TorchLinearOperator, as_damping, outside_of_autocast
+from fisherops._linop import TorchLinearOperator, as_damping
+from fisherops._torch import outside_of_autocast
 from fisherops.linalg.eigen import leave_for
 from fisherops.linalg.methods import (
     CHOLESKY,

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from fisherops import _arrays
-from fisherops._linop import TorchLinearOperator, as_damping, check_result, outside_of_autocast
+from fisherops._linop import TorchLinearOperator, as_damping, check_result
 from fisherops._memory import as_bytes
+from fisherops._torch import outside_of_autocast
 from fisherops.linalg.dense import times
 from fisherops.linalg.dual import Dual
 from fisherops.linalg.iteration import Iteration
@@ -289,4 +290,4 @@ def _as_rows(A: TorchLinearOperator, given: Any, name: str) -> Scores:
 def _leave(like: Any, Q: Any) -> Any:
     """Return how results become arrays of the library of `like`, or of Q if that is an array."""
     template = like if like is not None else Q if _arrays.is_array(Q) and not isinstance(Q, Scores) else None
-    return _arrays.leave_like(template) if template is not None else lambda t: t.cpu().numpy()
+    return _arrays.leave_like(template) if template is not None else _arrays.to_numpy

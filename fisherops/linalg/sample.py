@@ -10,7 +10,8 @@ from torch import Tensor
 
 from fisherops import _arrays, _philox
 from fisherops._checks import integer
-from fisherops._linop import TorchLinearOperator, as_damping, check_result, outside_of_autocast
+from fisherops._linop import TorchLinearOperator, as_damping, check_result
+from fisherops._torch import outside_of_autocast
 from fisherops.linalg.dense import times
 from fisherops.linalg.dual import Dual
 from fisherops.linalg.lanczos import Krylov
@@ -119,7 +120,7 @@ def sample(
         X = chosen.draw(Z, normal(count, chosen.rows, seed, _OF_ROWS, A))
     else:
         X = chosen.draw(Z) if inverse else chosen.draw_of_itself(Z)
-    leave = _arrays.leave_like(like) if like is not None else lambda t: t.cpu().numpy()
+    leave = _arrays.leave_like(like) if like is not None else _arrays.to_numpy
     value = leave(check_result(X[0] if size is None else X))
     return Draws(value, error, error <= rtol, chosen.name)
 

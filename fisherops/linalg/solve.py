@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from fisherops import _arrays
-from fisherops._linop import TorchLinearOperator, Vectors, as_damping, outside_of_autocast, quiet
+from fisherops._linop import TorchLinearOperator, Vectors, as_damping
+from fisherops._torch import outside_of_autocast, quiet
 from fisherops.linalg.dense import SINGULAR
 from fisherops.linalg.iteration import Iteration
 from fisherops.linalg.methods import CHOLESKY, CHOLESKY_WORK, EIGEN, Method, Task, as_operator, choose

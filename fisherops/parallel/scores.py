@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from fisherops._fingerprint import checksum_of, fingerprint
-from fisherops._linop import check_result, opaque
+from fisherops._linop import check_result
 from fisherops._matmul import symmetrized
 from fisherops._processes import Processes
+from fisherops._torch import opaque
 from fisherops.parallel.group import Group, checksum
 from fisherops.parallel.shard import with_indices
 from fisherops.problem import Parameters

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from fisherops import _arrays, _torch
-from fisherops._linop import TorchLinearOperator, Transposed, check_result, opaque
+from fisherops._linop import TorchLinearOperator, Transposed, check_result
 from fisherops._matmul import symmetrized
+from fisherops._torch import opaque
 from fisherops.problem import Parameters
 from fisherops.scores.batch import MaterializedBatch
 from fisherops.scores.kinds import Kind
