@@ -336,3 +336,15 @@ def test_nan_and_infinity_do_not_leave_score_matrices(fault, name):
     for cache in ("auto", "none"):
         with pytest.raises(FloatingPointError, match=NOT_FINITE):
             (ESCAPES | ESCAPES_OF_NAN)[name](faulty(fault, cache))
+
+
+@pytest.mark.parametrize("method", ["auto", "dense", "dual", "primal"])
+def test_eigenvectors_of_more_eigenvalues_than_the_rank_are_orthonormal(method):
+    torch.manual_seed(0)
+    model = nn.Linear(20, 3).double()
+    data = torch.randn(1, 20, dtype=torch.float64), torch.randint(3, (1,))
+    op = fo.EmpiricalFisherLinearOperator(model, nn.CrossEntropyLoss(), data=data)
+    found = linalg.eigsh(op, k=3, method=method)
+    V = np.asarray(found.eigenvectors)
+    np.testing.assert_allclose(V.T @ V, np.eye(3), atol=1e-10)
+    np.testing.assert_allclose(op @ V, V * np.asarray(found.eigenvalues), atol=1e-10 * op.trace())

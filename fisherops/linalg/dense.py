@@ -295,9 +295,12 @@ def top_of_matrix(matrix: Tensor, k: int, tol: float) -> tuple[Tensor, Tensor]:
     """
     n = len(matrix)
     if 8 * k < n:
-        generator = torch.Generator("cpu").manual_seed(0)
-        v0 = torch.randn(n, generator=generator, dtype=torch.float64, device="cpu").to(matrix)
-        lanczos = Lanczos(matrix.mv, lambda _: torch.zeros_like(v0), v0, max(2 * k + 1, 20), k, maxiter=n, tol=tol)
+
+        def random(seed: int) -> Tensor:
+            generator = torch.Generator("cpu").manual_seed(seed)
+            return torch.randn(n, generator=generator, dtype=torch.float64, device="cpu").to(matrix)
+
+        lanczos = Lanczos(matrix.mv, random, random(0), max(2 * k + 1, 20), k, maxiter=n, tol=tol)
         space = lanczos.start()
         while (following := lanczos.step(space)) is not None:
             space = following
