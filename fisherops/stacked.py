@@ -146,8 +146,11 @@ class StackedScores(Scores):
         if kept is not None and len(self._stacked) > 1:
             kept = None  # batches do not tell which part they belong to
         total: Sums = {}
-        for alpha, G in self._stacked:
+        for number, (alpha, G) in enumerate(self._stacked):
             for key, value in G.over_uses(sums_of, kept).items():
+                if key.lists_rows:
+                    total[key._replace(of=(*key.of, number))] = value * sqrt(alpha)  # type: ignore[misc]
+                    continue
                 own = value * alpha if key.is_of_rows else value
                 total[key] = own if key not in total else total[key] + own
         return total

@@ -345,6 +345,17 @@ def test_multiples_sums_dampings_and_submatrices(op, build):
         assert_same(build(part).todense(), build(op).todense()[start:, start:], F64, operations=10**6)
 
 
+def test_layers_of_sums_and_multiples_with_few_rows_are_theirs():
+    torch.manual_seed(0)
+    model, loss = nn.Linear(4, 3).double(), nn.CrossEntropyLoss(reduction="sum")
+    data = [(torch.randn(n, 4, dtype=torch.float64), torch.randint(3, (n,))) for n in (4, 4, 3)]
+    A, B, C = (fo.EmpiricalFisherLinearOperator(model, loss, data=own) for own in data)
+    for op in (2 * A, A + B, A + C, A + A, 2 * A.damped(0.1) + 3 * C):
+        K = approximate.layers(op)
+        assert set(K.plan.values()) == {"exact block, by its Gram matrix"}
+        np.testing.assert_allclose(K.todense(), op.todense(), atol=1e-12 * op.trace())
+
+
 def test_layers_take_the_smaller_form():
     few, many = network(n=5, kind=fo.EmpiricalFisherLinearOperator), network(n=60)
     assert "exact block, by its Gram matrix" in set(approximate.layers(few).plan.values())

@@ -76,7 +76,7 @@ def layers(op: Any) -> StructuredOperator:
                     else:
                         rows.setdefault(group, []).append(block)
         for group, blocks in rows.items():
-            total.add(Key((group, G.processes.rank), "rows", False), torch.cat(blocks))
+            total.add(Key((group, G.processes.rank), "rows", False, lists_rows=True), torch.cat(blocks))
         return total.value()
 
     found = G.over_uses(sums_of, kept)
@@ -84,7 +84,7 @@ def layers(op: Any) -> StructuredOperator:
     plan: dict[str, str] = {}
     for group, own in index.items():
         block = found.get(Key(group, "block", True))
-        of_group = [v for key, v in found.items() if key.role == "rows" and key.of[0] == group]  # type: ignore[index]
+        of_group = [v for key, v in found.items() if key.lists_rows and key.of[0] == group]  # type: ignore[index]
         if block is None:
             rows = torch.cat(of_group) if of_group else torch.zeros(0, len(own), dtype=G.torch_dtype, device=G.device)
             plan[", ".join(group)] = "exact block, by its Gram matrix"

@@ -27,6 +27,9 @@ class Key(NamedTuple):
     role: str
     is_of_rows: bool
     """Whether it is proportional to GᵀG, and not made of the data alone."""
+    lists_rows: bool = False
+    """Whether it is rows of G themselves, which are not added to those of another G: `of` is then a tuple, to which
+    the number of the G is appended."""
 
 
 Sums = dict[Key, Tensor]
