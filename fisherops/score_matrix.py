@@ -481,10 +481,26 @@ class ScoreMatrix(Scores):
             yield _gram_of_batches([batch], theirs, None)
 
     def materialized(self) -> list[MaterializedBatch] | None:
-        """Return all batches, always in the same order, if the rows of each are cached."""
-        if not self.plan.holds_rows:
-            return None
-        return self._over("rows", list[MaterializedBatch])
+        """Return all batches, always in the same order, by their rows: cached, or made if they fit into what is left.
+
+        Rows take as many backward passes as a datum has rows, where products with every row take as many as a batch has.
+        """
+        plan = self.plan
+        if plan.holds_rows:
+            return self._over("rows", list[MaterializedBatch])
+
+        def made(batches: Iterable[BatchScores]) -> list[MaterializedBatch] | None:
+            found: list[MaterializedBatch] = []
+            left, fits = self.max_memory - plan.nbytes, True
+            for batch in batches:
+                own = batch.materialized(left) if fits and isinstance(batch, LazyBatch) else batch
+                fits = fits and isinstance(own, MaterializedBatch) and own.nbytes <= left
+                if fits and isinstance(own, MaterializedBatch):
+                    found.append(own)
+                    left -= own.nbytes
+            return found if fits else None
+
+        return self._over("rows", made)
 
     def over_uses(self, sums_of: SumsOfUses, kept: list[MaterializedBatch] | None = None) -> Sums:
         """Return sums over batches with the factors of every contraction; those cached otherwise are built again."""
@@ -516,7 +532,8 @@ class ScoreMatrix(Scores):
             c = float(reader.divisor())
             for uses in kept or ():
                 uses.scale(c**-0.5)
-            sums = {key: value / c if key.is_of_rows else value for key, value in sums.items()}
+            powers = {key: 1 if key.is_of_rows else 0.5 if key.lists_rows else 0 for key in sums}
+            sums = {key: value / c ** powers[key] for key, value in sums.items()}
         return sums
 
     # ---- Passes over the batches --------------------------------------------------------------

@@ -624,6 +624,22 @@ def test_graphs_are_not_kept_with_rows(cache, kept):
     assert (graphs() > before) == kept
 
 
+@pytest.mark.parametrize("kind", [fo.FisherLinearOperator, fo.FisherMCLinearOperator])
+@pytest.mark.parametrize("cache", ["auto", "linearization"])
+def test_many_vectors_of_each_datum_never_list_dense_rows(monkeypatch, kind, cache):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 20)).double()
+    data = [(torch.randn(n, 6, dtype=torch.float64), torch.randint(20, (n,))) for n in (5, 3)]
+    options = {"mc_samples": 40} if kind is fo.FisherMCLinearOperator else {}
+    op, known = (kind(model, nn.CrossEntropyLoss(), data=data, cache=cache, **options) for cache in (cache, "factors"))
+    assert "linearization" in str(op.plan)
+    monkeypatch.setattr("fisherops.scores.lazy.list_rows", mock.Mock(side_effect=AssertionError("dense rows")))
+    monkeypatch.setattr("fisherops.scores.lazy._PART_BYTES", 2**15)  # some vectors at a time
+    v = np.ones(op.shape[1])
+    for quantity in ("op.trace()", "op.diagonal()", "op.scores.row_norms()", "op.scores.gram()", "op @ v"):
+        assert_same(*(eval(quantity, {"op": one, "v": v}) for one in (op, known)), dtype="float64")
+
+
 def test_products_with_many_columns():
     case = make_case("dense", "ce", sizes=(40, 20))
     plain = fo.FisherMCLinearOperator(case.model, case.loss, data=case.data, cache="none")

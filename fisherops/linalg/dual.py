@@ -144,7 +144,7 @@ class Dual(Dense):
         another one; all rows take one.
         """
         size, R = self._G.cache_size, self._G.shape[0]
-        if size.holds_rows or self._G.is_divided or 8 * R * (self.dim + 6 * R) > size.memory_left:
+        if self._G.is_cached or self._G.is_divided or 8 * R * (self.dim + 6 * R) > size.memory_left:
             return None
         rows: Tensor = self._G.square_root(triangular=False)
         return rows if len(rows) else None

@@ -75,6 +75,9 @@ class EvaluatedProblem(Protocol):
     def isolated(self) -> AbstractContextManager[None]:
         """Evaluate inside as if nothing else ran in the process."""
 
+    def evaluate(self, X: Any, point: Mapping[str, Tensor]) -> Evaluation:
+        """Evaluate the model on the inputs of a batch with a graph."""
+
     def call(self, point: Mapping[str, Tensor], X: Any) -> Any:
         """Return the model's output at a point."""
 
@@ -246,6 +249,10 @@ class Evaluation:
             recorder.settle()
             self.uses = [(use, recorder.owners(use)) for use in recorder.uses if use.source is not None]
             self.missed = dict.fromkeys(missed, "used past the calls of torch that are seen")
+
+    def recorded(self) -> Evaluation:
+        """Return this evaluation, or the same with the uses of parameters recorded if they were not."""
+        return self if self.records else self.problem.evaluate(self.X, self.point)
 
     @property
     def graph(self) -> tuple[Tensor, dict[str, Tensor]]:

@@ -152,7 +152,7 @@ class Cache:
 
     def forget(self, reason: str) -> None:
         """Keep nothing."""
-        self.plan.entries = [Entry(entry.size, "none", 0, reason) for entry in self.plan.entries]
+        self.plan.forget(reason)
         self._batches = [None] * len(self._batches)
         if self._spill is not None:
             self._spill.close()
@@ -210,7 +210,7 @@ class Cache:
         if held.nbytes <= left or self._spill is None:
             return self._note(held, size, held.description, held.nbytes, reason)
         file = self._spill.write(held)
-        self.plan.entries.append(Entry(size, f"{held.description} in a file", 0, reason, file.size))
+        self.plan.add(Entry(size, f"{held.description} in a file", 0, reason, file.size))
         self._batches.append(file)
         return held
 
@@ -232,7 +232,7 @@ class Cache:
         return self._note(scores, factor_of.size, "none", 0, reason)
 
     def _note(self, scores: BatchScores, size: int, form: str, nbytes: int, reason: str) -> BatchScores:
-        self.plan.entries.append(Entry(size, form, nbytes, reason))
+        self.plan.add(Entry(size, form, nbytes, reason))
         self._batches.append(scores if form != "none" else None)
         return scores
 

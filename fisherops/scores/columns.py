@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from typing import Any, Self
 
 import torch
@@ -266,7 +265,10 @@ class Factors(Columns):
         if self._T > 1:
             return super().col_squares()
         (A, a), (B, b) = _in_range(self._A), _in_range(self._B)
-        squares = B.square().sum(0).view(*self.shape[:2], -1)
+        squares = B[0].square()
+        for of_vector in B[1:]:
+            squares.addcmul_(of_vector, of_vector)
+        squares = squares.view(*self.shape[:2], -1)
         if self.shape[0] == 1:
             norms = times_transposed(squares[0], A[0].square().T)[None]
         else:
@@ -274,13 +276,12 @@ class Factors(Columns):
         return _times_power(norms, 2 * (a + b))
 
     def row_squares(self) -> Tensor:
-        _, o, i = self.shape
+        g, o, i = self.shape
         if self._T == 1:
-            norm = partial(torch.linalg.vector_norm, dim=-1, dtype=torch.float64)  # which casts all that it is given
-            step = max(1, _FILLING // (self.shape[0] * (i + self._q * o)))
-            pieces = zip(*(x[:, 0].split(step) for x in self.by_datum()), strict=True)
-            return torch.cat([torch.einsum("ng,nqg->nq", norm(a).square(), norm(b).square()) for a, b in pieces])
-        if self._T > 1 and self._T * (i + self._q * o) > self._q * o * i:
+            a = _square_norms(self._A.view(-1, i), 1).view(g, -1)
+            b = _square_norms(self._B.view(-1, o, self.count), 1).view(self._q, g, -1)
+            return torch.einsum("gn,qgn->nq", a, b)
+        if self._T * (i + self._q * o) > self._q * o * i:
             return super().row_squares()
         A, B = self.by_datum()
         norms = [_squares_of_pairs(torch.einsum("ntgi,nsgi->ntgs", a, a), b) for a, b in _by_pairs(A, B)]
@@ -442,6 +443,13 @@ def _squares_of_pairs(inputs: Tensor, B: Tensor) -> Tensor:
     return (inputs.unsqueeze(2) * outputs).sum((1, 3, 4)).clamp_min_(0)
 
 
+def _square_norms(x: Tensor, axis: int) -> Tensor:
+    """Return squared norms along an axis in float64, in pieces along the first, because torch casts all it is given."""
+    step = max(1, _FILLING // max(1, x[:1].numel()))
+    norms = [torch.linalg.vector_norm(piece, dim=axis, dtype=torch.float64) for piece in x.split(step)]
+    return torch.cat(norms).square_()
+
+
 def owned(t: Tensor) -> Tensor:
     """Return a tensor as contiguous, without the rest of a larger one that it may be a view of."""
     t = t.contiguous()
@@ -460,7 +468,7 @@ def summed(terms: Iterator[Tensor]) -> Tensor:
 
 def _in_range(x: Tensor) -> tuple[Tensor, int]:
     """Return x / 2ᵉ and e, which is 0 unless squares of x could leave the range of its precision."""
-    largest = float(x.abs().max()) if x.numel() else 0.0
+    largest = max(map(abs, torch.stack(x.aminmax()).tolist())) if x.numel() else 0.0
     if largest == 0 or not math.isfinite(largest) or 2.0**-_SAFE <= largest <= 2.0**_SAFE:
         return x, 0
     exponent = math.frexp(largest)[1]

@@ -8,13 +8,18 @@ import torch
 from torch import Tensor
 
 from fisherops._linop import identity
+from fisherops.likelihoods.factors import DenseFactor
 from fisherops.problem.evaluation import Evaluation
+from fisherops.scores.batch import MaterializedBatch
 from fisherops.scores.build import CannotHoldError, RowsBuilder
 from fisherops.scores.kinds import FactorOf, Kind, Sampler
 from fisherops.scores.rows import list_rows
 
 # Bytes of the columns of G from which GᵀG is found at once.
 _FEW_BYTES = 2**26
+
+# Bytes of the factors that are made at once where none are kept.
+_PART_BYTES = 2**26
 
 
 class LazyBatch:
@@ -72,19 +77,49 @@ class LazyBatch:
     def diagonal(self) -> Tensor:
         """Return the squared norms of the columns, (D,)."""
         D = self._evaluation.problem.parameters.numel
-        few = self.count // self._factor_of.size >= D  # one product with J for each column
-        if not few and self._evaluation.reached and not self._evaluation.custom_functions:
-            try:
-                # As many backward passes as a datum has rows, where `rows` may need one for each row of the batch.
-                builder = RowsBuilder(self._evaluation, self.factor, self._factor_of.size)
-                if builder.nbytes("factors") <= 2 * self._evaluation.saved_bytes():
-                    return builder.build("factors")[0].diagonal()
-            except CannotHoldError:
-                pass
-        if few or self.count >= D:
+        zeros = self._evaluation.outputs.new_zeros(D)
+        if self.count // self._factor_of.size >= D:  # one product with J for each column
             return torch.cat([self.apply(units).square().sum(1) for units in self._units()])
-        blocks = (rows.square().sum(0) for rows in self.rows())
-        return sum(blocks, self._evaluation.outputs.new_zeros(D))
+        try:
+            return sum((part.diagonal() for part in self._parts()), zeros)
+        except CannotHoldError:
+            pass
+        if self.count >= D:
+            return torch.cat([self.apply(units).square().sum(1) for units in self._units()])
+        return sum((rows.square().sum(0) for rows in self.rows()), zeros)
+
+    def _parts(self) -> Iterator[MaterializedBatch]:
+        """List G with some of the vectors of S at a time, as factors.
+
+        That takes as many backward passes as a datum has rows, and no memory for rows of all parameters.
+
+        Raises
+        ------
+        CannotHoldError
+            If rows do not belong to data, or those for one vector take much memory.
+        """
+        evaluation, rank = self._evaluation.recorded(), self.factor.rank
+        limit = max(_PART_BYTES, 2 * evaluation.saved_bytes())
+        step = limit // max(1, self._builder(evaluation, 0, 1).nbytes("factors"))
+        if not step:
+            raise CannotHoldError("rows for one vector take much memory")
+        for start in range(0, rank, step):
+            yield self._builder(evaluation, start, min(start + step, rank)).build("factors")[0]
+
+    def materialized(self, limit: int) -> MaterializedBatch | None:
+        """Return the batch by its rows, as factors, None if they take more bytes than a limit or cannot be held."""
+        try:
+            builder = self._builder(self._evaluation.recorded(), 0, self.factor.rank)
+            return builder.build("factors")[0] if builder.nbytes("factors") <= limit else None
+        except CannotHoldError:
+            return None
+
+    def _builder(self, evaluation: Evaluation, start: int, stop: int) -> RowsBuilder:
+        """Return what builds the rows for some vectors of each block of S."""
+        if not evaluation.reached or evaluation.custom_functions:
+            raise CannotHoldError("rows of this batch are not looked for")
+        part = DenseFactor(self.factor.vectors(start, stop, evaluation.outputs))
+        return RowsBuilder(evaluation, part, self._factor_of.size)
 
     def gram_of_columns(self) -> Tensor | None:
         """Return GᵀG, (D, D), from the columns of G if they are few numbers; None if they are not."""
@@ -113,7 +148,12 @@ class LazyBatch:
 
     def row_squares(self) -> Tensor:
         """Return the squared norms of the rows, (rows,) in float64."""
-        return torch.cat([torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).square() for rows in self.rows()])
+        blocks = self.factor.blocks
+        try:
+            return torch.cat([part.row_squares().view(blocks, -1) for part in self._parts()], 1).flatten()
+        except CannotHoldError:
+            rows = (torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64) for rows in self.rows())
+            return torch.cat([norms.square() for norms in rows])
 
     def square_norm(self) -> Tensor:
         """Return the squared Frobenius norm in float64."""

@@ -33,16 +33,21 @@ class Plan:
     cache: str
     max_memory: int
     entries: list[Entry] = field(default_factory=list)
+    nbytes: int = 0
+    """Bytes kept in memory: counted entry by entry, because every batch asks how many are left."""
+    file_size: int = 0
+    """Bytes kept in files."""
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes kept in memory."""
-        return sum(entry.nbytes for entry in self.entries)
+    def add(self, entry: Entry) -> None:
+        """Note the choice for the next batch."""
+        self.entries.append(entry)
+        self.nbytes += entry.nbytes
+        self.file_size += entry.file_size
 
-    @property
-    def file_size(self) -> int:
-        """Bytes kept in files."""
-        return sum(entry.file_size for entry in self.entries)
+    def forget(self, reason: str) -> None:
+        """Note that nothing is kept."""
+        self.entries = [Entry(entry.size, "none", 0, reason) for entry in self.entries]
+        self.nbytes = self.file_size = 0
 
     @property
     def holds_rows(self) -> bool:
