@@ -483,7 +483,7 @@ class ScoreMatrix(Scores):
     def materialized(self) -> list[MaterializedBatch] | None:
         """Return all batches, always in the same order, by their rows: cached, or made if they fit into what is left.
 
-        Rows take as many backward passes as a datum has rows, where products with every row take as many as a batch has.
+        They take as many backward passes as a datum has rows; products with every row take as many as a batch has.
         """
         plan = self.plan
         if plan.holds_rows:

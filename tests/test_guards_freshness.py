@@ -4,6 +4,7 @@ import copy
 import pickle
 import re
 import threading
+import types
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -1179,3 +1180,60 @@ def test_evaluations_of_two_threads_do_not_overlap():
     assert not barriers, "the evaluations must have waited"
     for product in products:
         np.testing.assert_array_equal(product, expected)
+
+
+# ---- What a model reads that is no tensor ---------------------------------------------------------
+
+
+SETTINGS = {"gain": 1.0, "terms": [1.0, 0.5]}
+
+
+class Configured(nn.Module):
+    """It reads a configuration, an array of NumPy, and global mappings."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 3).double()
+        self.config = types.SimpleNamespace(gain=1.0, inner={"gain": 1.0})
+        self.table = np.ones(4)
+
+    def forward(self, X):
+        gain = self.config.gain * self.config.inner["gain"] * float(self.table[2]) * SETTINGS["gain"]
+        return self.layer(X) * gain * sum(term for term in SETTINGS["terms"])
+
+
+class Doubled(Configured):
+    """The same with twice the outputs."""
+
+    def forward(self, X):
+        return 2 * super().forward(X)
+
+
+CHANGES = {
+    "attribute of an object": lambda model, patch: setattr(model.config, "gain", 2.0),
+    "mapping of an object": lambda model, patch: model.config.inner.update(gain=2.0),
+    "array": lambda model, patch: model.table.__setitem__(2, 2.0),
+    "global mapping": lambda model, patch: patch.setitem(SETTINGS, "gain", 2.0),
+    "list in a global mapping": lambda model, patch: patch.setitem(SETTINGS, "terms", [2.0, 1.0]),
+    "class": lambda model, patch: setattr(model, "__class__", Doubled),
+    "method of the class": lambda model, patch: patch.setattr(Configured, "forward", Doubled.plain),
+}
+Doubled.plain = lambda self, X: 2 * self.layer(X) * sum(SETTINGS["terms"])
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("as_callable", [False, True])
+def test_settings_are_followed(monkeypatch, change, as_callable):
+    torch.manual_seed(0)
+    model, data = Configured(), (torch.randn(8, 4, dtype=torch.float64), torch.randint(3, (8,)))
+
+    def make():
+        if as_callable:
+            return fo.FisherLinearOperator(lambda X: model(X), nn.CrossEntropyLoss(), list(model.parameters()), data)
+        return fo.FisherLinearOperator(model, nn.CrossEntropyLoss(), data=data)
+
+    op = make()
+    before = op.trace()
+    CHANGES[change](model, monkeypatch)
+    assert op.trace() == pytest.approx(make().trace(), rel=1e-12)
+    assert op.trace() != pytest.approx(before, rel=1e-2)

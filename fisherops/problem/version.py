@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dis
 import functools
 import operator
 import threading
@@ -11,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -30,6 +32,9 @@ BOOKKEEPING = {
 
 # Longer lists and mappings are data sets or tables, not settings that an evaluation reads.
 LONG = 1000
+
+# Attributes of objects that are no modules, such as configurations: what else they hold may be a whole program.
+_SETTINGS = (int, float, complex, str, bytes, dict, list, set, tuple, Tensor, np.ndarray, torch.dtype, type(None))
 
 # Reads torch's counter of changes in place.
 _COUNTER = operator.attrgetter("_version")
@@ -126,6 +131,8 @@ class _Watch:
         self._empty: list[Any] = []
         self.tensors: list[Tensor] = []
         structure: list[Any] = []
+        arrays: list[Tensor] = []  # of NumPy, by tensors that share their memory
+        held: list[Any] = []
         seen: set[int] = set()
         waiting = list(self._roots())
         self._count = roots = len(waiting)
@@ -136,24 +143,30 @@ class _Watch:
             if isinstance(x, Tensor):
                 self.tensors.append(x)
                 continue
+            if isinstance(x, np.ndarray):
+                arrays += _shared(x)
+                continue
             if isinstance(x, dict | list | set) and not x:
                 self._empty.append(x)  # most mappings of modules, which are looked at fastest so
                 continue
             if isinstance(x, nn.Module):
-                structure += [x, x.training, *x._modules.values(), *x._forward_hooks, *x._forward_pre_hooks]
-            for reader in _readers(x, number < roots):
+                structure += [x, type(x), x.training, *x._modules.values(), *x._forward_hooks, *x._forward_pre_hooks]
+            for reader, follows in _readers(x, number < roots):
                 self._readers.append(reader)
-                waiting += reader()
+                found = list(reader())
+                held += found
+                waiting += found if follows is None else filter(follows, found)
             if isinstance(x, nn.Module):
                 own = vars(x)
                 seen |= {id(own[name]) for name in BOOKKEEPING if name in own}
-        self._held, self._seen = waiting, seen
+        self._held, self._seen = waiting + held, seen
         self._ids = self._read()
         self._marks = self._read_marks()
         self.tensor_ids = set(map(id, self.tensors))
-        few = sum(t.numel() for t in self.tensors) <= _FEW_ENTRIES
+        contents = self.tensors + arrays
+        few = sum(t.numel() for t in contents) <= _FEW_ENTRIES
         views: dict[Any, list[Tensor]] = {}
-        for t in self.tensors:
+        for t in contents:
             view = _torch.memory_of(t, _FEW_ENTRIES if few else _SAMPLE)
             if view is not None:
                 views.setdefault((view.dtype, view.device), []).append(view)
@@ -211,36 +224,73 @@ class _Watch:
         self.renew()
 
 
-def _readers(x: Any, root: bool) -> Iterator[Callable[[], Iterable[Any]]]:
-    """Return functions that list what an object holds at present, as far as evaluations may read it."""
+Reader = Callable[[], Iterable[Any]]
+Follows = Callable[[Any], bool]
+
+
+def _readers(x: Any, root: bool) -> Iterator[tuple[Reader, Follows | None]]:
+    """Return functions that list what an object holds at present, as far as evaluations may read it.
+
+    Each comes with a function that says which of these objects are looked into; None means all.
+    """
     if isinstance(x, dict | list | set | tuple | frozenset):
         if len(x) <= LONG:
-            yield x.values if isinstance(x, dict) else x.__iter__
+            yield x.values if isinstance(x, dict) else x.__iter__, None
     elif isinstance(x, types.FunctionType):
         if not (x.__module__ or "").startswith("torch."):
-            yield functools.partial(_captured, x, root)
+            yield functools.partial(_captured, x), None
+            own, names = x.__globals__, _names_of_globals(x.__code__)
+            module = None if root else x.__module__
+            yield lambda: map(own.get, names), functools.partial(_is_setting, module=module)
     elif isinstance(x, types.MethodType):
-        yield lambda: (x.__self__, x.__func__)
+        yield lambda: (x.__self__, x.__func__), None
         yield from _readers(x.__self__, True)
     elif isinstance(x, functools.partial):
-        yield lambda: (x.func, *x.args, *x.keywords.values())
+        yield lambda: (x.func, *x.args, *x.keywords.values()), None
     elif isinstance(x, nn.Module | Likelihood) or (root and hasattr(x, "__dict__") and not isinstance(x, type)):
-        yield vars(x).values
+        yield vars(x).values, None
+        if isinstance(x, nn.Module) and not type(x).__module__.startswith("torch."):
+            yield lambda: (type(x), type(x).forward), None
+    elif _has_settings(x):
+        yield vars(x).values, lambda y: isinstance(y, _SETTINGS)
 
 
-def _captured(function: types.FunctionType, root: bool) -> list[Any]:
-    """List what a function reads beside its arguments: captured variables, defaults, and globals that are data."""
+def _is_setting(x: Any, module: str | None) -> bool:
+    """Whether a global variable of a function is looked into; other functions only if they are of a module."""
+    if isinstance(x, types.FunctionType):
+        return module is None or x.__module__ == module
+    return isinstance(x, nn.Module | Tensor | np.ndarray | dict | list) or _has_settings(x)
+
+
+def _has_settings(x: Any) -> bool:
+    """Whether an object is one of the user's that may configure a model: no class, no part of Python or torch."""
+    if isinstance(x, type | types.ModuleType | types.FunctionType) or not hasattr(x, "__dict__"):
+        return False
+    return type(x).__module__.partition(".")[0] not in ("torch", "logging")
+
+
+def _shared(x: np.ndarray[Any, Any]) -> list[Tensor]:
+    """Return a tensor that shares the memory of an array, or none if it cannot change or torch has no such dtype."""
+    try:
+        return [torch.from_numpy(x)] if x.flags.writeable else []
+    except (TypeError, ValueError):  # other dtypes, negative strides
+        return []
+
+
+def _captured(function: types.FunctionType) -> list[Any]:
+    """List the captured variables and the defaults of a function."""
     found: list[Any] = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
     for cell in function.__closure__ or ():
         try:
             found.append(cell.cell_contents)
         except ValueError:  # not assigned yet
             found.append(None)
-    own = function.__globals__
-    for name in function.__code__.co_names:
-        x = own.get(name)
-        if isinstance(x, Tensor | nn.Module | int | float) or (
-            isinstance(x, types.FunctionType) and (root or x.__module__ == function.__module__)
-        ):
-            found.append(x)
     return found
+
+
+@functools.lru_cache(1000)
+def _names_of_globals(code: types.CodeType) -> tuple[str, ...]:
+    """Name the global variables that a function reads, and those in it."""
+    own = [x.argval for x in dis.get_instructions(code) if x.opname in ("LOAD_GLOBAL", "LOAD_NAME")]
+    inner = [name for part in code.co_consts if isinstance(part, types.CodeType) for name in _names_of_globals(part)]
+    return tuple(dict.fromkeys(own + inner))
