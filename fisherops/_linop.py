@@ -355,11 +355,12 @@ class TorchLinearOperator(LinearOperator):
 
     def _times(self, V: Tensor) -> Tensor:
         """Multiply with vectors (K, N) of any dtype, as a part of another operator."""
+        if len(V) == 0:
+            dtype = torch.promote_types(self.torch_dtype, V.dtype) if V.is_complex() else self.torch_dtype
+            return torch.zeros(0, self.shape[0], dtype=dtype, device=self.device)
         if V.is_complex() and not self.torch_dtype.is_complex:
             real, imaginary = self._times(torch.cat([V.real, V.imag])).split(len(V))
             return torch.complex(real.contiguous(), imaginary.contiguous())
-        if len(V) == 0:
-            return torch.zeros(0, self.shape[0], dtype=self.torch_dtype, device=self.device)
         return self._mul(self._narrowed(V)).to(self.torch_dtype)
 
     def _narrowed(self, V: Tensor) -> Tensor:

@@ -22,7 +22,8 @@ from torch.distributions import Distribution
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 # Torch's random state, forward-mode level and kernel flags belong to the process, not to a thread.
-_LOCK = threading.RLock()
+EVALUATION = threading.RLock()
+"""What a thread holds while it evaluates a model."""
 _depth = 0  # of `isolated`, by the thread that has the lock
 
 
@@ -208,7 +209,7 @@ def isolated(device: torch.device) -> Iterator[None]:
     not reach in; other threads wait.
     """
     global _depth
-    with _LOCK:
+    with EVALUATION:
         if _depth:
             with own_precision(device):  # what is evaluated inside may have entered other contexts
                 yield

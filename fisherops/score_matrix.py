@@ -552,6 +552,10 @@ class ScoreMatrix(Scores):
         version = self.problem.look()
         cache = self._cache if read is None and self._version == version else None
         batches = None if cache is None else cache.in_order()
+        if batches is not None and cache is not None and not cache.plan.holds_rows:
+            # Linearizations may evaluate the model again.
+            with torch.no_grad(), self.problem.isolated():
+                return function(batches)
         if batches is not None:
             # Nothing of the process is touched: no lock, no random numbers.
             if not _torch.needs_own_precision(self.device):

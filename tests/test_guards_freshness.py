@@ -3,6 +3,7 @@
 import copy
 import pickle
 import re
+import sys
 import threading
 import types
 from concurrent.futures import ThreadPoolExecutor
@@ -1237,3 +1238,29 @@ def test_settings_are_followed(monkeypatch, change, as_callable):
     CHANGES[change](model, monkeypatch)
     assert op.trace() == pytest.approx(make().trace(), rel=1e-12)
     assert op.trace() != pytest.approx(before, rel=1e-2)
+
+
+def test_threads_share_a_linearization():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    X, y = torch.randn(12, 4, dtype=torch.float64), torch.randint(3, (12,))
+    batches = list(zip(X.split(3), y.split(3), strict=True))
+    op = fo.FisherLinearOperator(model, nn.CrossEntropyLoss(), data=batches, cache="linearization")
+    v = np.ones(op.shape[1])
+    product, rows, parameters = op @ v, op.scores.rows(), list(model.parameters())
+
+    def work(number):
+        for _ in range(5):
+            if number % 2:
+                np.testing.assert_allclose(op @ v, product, rtol=1e-10)
+            else:
+                np.testing.assert_allclose(op.scores.rows(), rows, rtol=1e-10, atol=1e-14)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(work, range(4)))
+    finally:
+        sys.setswitchinterval(interval)
+    assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))

@@ -348,3 +348,12 @@ def test_eigenvectors_of_more_eigenvalues_than_the_rank_are_orthonormal(method):
     V = np.asarray(found.eigenvectors)
     np.testing.assert_allclose(V.T @ V, np.eye(3), atol=1e-10)
     np.testing.assert_allclose(op @ V, V * np.asarray(found.eigenvalues), atol=1e-10 * op.trace())
+
+
+@pytest.mark.parametrize("size", [1e-15, 1e-20, 1e-24])
+def test_gram_matrices_of_tiny_inputs_beside_a_bias(size):
+    torch.manual_seed(0)
+    model, X, y = nn.Linear(4, 3), torch.randn(5, 4), torch.randint(3, (5,))
+    op = fo.FisherLinearOperator(model, nn.CrossEntropyLoss(), data=(size * X, y), cache="factors")
+    G = np.asarray(op.scores.todense(), dtype=float)
+    np.testing.assert_allclose(op.scores.gram(), G @ G.T, atol=1e-5 * np.abs(G @ G.T).max())

@@ -85,8 +85,15 @@ class Version:
 
     def look(self) -> int:
         """Return the number, after one look at everything."""
+        model, loss = self._watches
         with _LOCK:
-            model, loss = self._watches
+            try:
+                if not (self._stepped or model.changed() or loss.changed()):
+                    return self.number
+            except RuntimeError:  # another thread puts things in place for an evaluation
+                pass
+        # What differs may be such things, so the evaluation is waited for.
+        with _torch.EVALUATION, _LOCK:
             if model.changed() or self._stepped:
                 before, self._stepped = model.structure, False
                 model.renew()

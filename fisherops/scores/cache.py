@@ -109,6 +109,8 @@ class Cache:
             try:
                 evaluation.choose_mode()
             except ModesError as error:
+                if cache == "linearization" and not error.disagrees:
+                    raise NotImplementedError(f"{error} Or use cache='auto', which keeps rows.") from None
                 if cache != "auto" or error.disagrees:
                     raise
                 # Neither rows by datum nor products with J: what is left is right, and slow.

@@ -249,6 +249,9 @@ class Factors(Columns):
             (_in_range(x), _in_range(y)) for x, y in (self.by_datum(), other.by_datum())
         )
 
+        if bias and a + c < 0:  # beside the 1 of the bias small inputs need no digits, and its power would overflow
+            (A, a), (C, c) = (self.by_datum()[0], 0), (other.by_datum()[0], 0)
+
         def of_group(g: int) -> Tensor:
             def inputs(mine: slice, theirs: slice) -> Tensor:
                 products = times_transposed(_flat(A[mine, :, g]), _flat(C[theirs, :, g]))

@@ -37,22 +37,21 @@ class Plan:
     """Bytes kept in memory: counted entry by entry, because every batch asks how many are left."""
     file_size: int = 0
     """Bytes kept in files."""
+    holds_rows: bool = True
+    """Whether rows of G are kept, dense or as factors, for every batch."""
 
     def add(self, entry: Entry) -> None:
         """Note the choice for the next batch."""
         self.entries.append(entry)
         self.nbytes += entry.nbytes
         self.file_size += entry.file_size
+        self.holds_rows = self.holds_rows and entry.form not in ("none", "linearization")
 
     def forget(self, reason: str) -> None:
         """Note that nothing is kept."""
         self.entries = [Entry(entry.size, "none", 0, reason) for entry in self.entries]
         self.nbytes = self.file_size = 0
-
-    @property
-    def holds_rows(self) -> bool:
-        """Whether rows of G are kept, dense or as factors, for every batch."""
-        return all(entry.form not in ("none", "linearization") for entry in self.entries)
+        self.holds_rows = not self.entries
 
     def __str__(self) -> str:
         lines = [
