@@ -15,11 +15,11 @@ from fisherops.scores.build import CannotHoldError, RowsBuilder
 from fisherops.scores.kinds import FactorOf, Kind, Sampler
 from fisherops.scores.rows import list_rows
 
-# Bytes of the columns of G from which GᵀG is found at once.
+# Bytes of the columns of G from which GᵀG is found at once, and of the factors of one vector of each term.
 _FEW_BYTES = 2**26
 
-# Bytes of the factors that are made at once where none are kept.
-_PART_BYTES = 2**26
+# Bytes of the factors that are made at once where none are kept: making them takes about four times as much.
+_PART_BYTES = 2**20
 
 
 class LazyBatch:
@@ -99,10 +99,10 @@ class LazyBatch:
             If rows do not belong to data, or those for one vector take much memory.
         """
         evaluation, rank = self._evaluation.recorded(), self.factor.rank
-        limit = max(_PART_BYTES, 2 * evaluation.saved_bytes())
-        step = limit // max(1, self._builder(evaluation, 0, 1).nbytes("factors"))
-        if not step:
+        nbytes = self._builder(evaluation, 0, 1).nbytes("factors")
+        if nbytes > max(_FEW_BYTES, 2 * evaluation.saved_bytes()):
             raise CannotHoldError("rows for one vector take much memory")
+        step = max(1, _PART_BYTES // max(1, nbytes))
         for start in range(0, rank, step):
             yield self._builder(evaluation, start, min(start + step, rank)).build("factors")[0]
 
