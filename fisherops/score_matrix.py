@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any, TypeVar
 
@@ -16,8 +16,7 @@ from fisherops import _torch
 from fisherops._checks import noting
 from fisherops._data import Batch
 from fisherops._fingerprint import checksum_of
-from fisherops._linop import check_result, identity
-from fisherops._matmul import symmetrized
+from fisherops._linop import check_result
 from fisherops._memory import as_bytes, as_folder, is_memory_error
 from fisherops._sums import CompensatedSum
 from fisherops._torch import opaque
@@ -27,13 +26,14 @@ from fisherops.scores import (
     BatchScores,
     Cache,
     Kind,
-    LazyBatch,
     MaterializedBatch,
     Plan,
     compute,
 )
+from fisherops.scores.batch import gram_of_batches
 from fisherops.scores.cache import uses_of
 from fisherops.scores.kinds import FactorOf, kind_of
+from fisherops.scores.lazy import rows_or_columns, squares_of
 from fisherops.scores.protocol import CacheSize, Scores, Sums, SumsOfUses, by_rows, clipped
 from fisherops.scores.reader import Reader, as_weights
 
@@ -44,9 +44,6 @@ _FEW_COLUMNS = 8
 # Entries of each vector that are copied at once into another order of memory.
 _PIECE = 2**12
 
-# Rows that are summed in the compute precision without compensation.
-_ROWS_PER_SUM = 4096
-
 NO_ORDER = (
     "the batches come in another order in every pass and are not all kept, so the rows of the score matrix have no "
     "order: pass data in a fixed order, or a larger max_memory."
@@ -55,7 +52,172 @@ NO_ORDER = (
 Result = TypeVar("Result")
 
 
-class ScoreMatrix(Scores):
+class BatchedScores(Scores):
+    """A score matrix whose rows are those of batches, one after the other."""
+
+    # ---- What a subclass says -----------------------------------------------------------------
+
+    def _over(self, description: str, function: Callable[[Any], Result]) -> Result:
+        """Return ``function(batches)`` for all batches of G, which it must go through to the end."""
+        raise NotImplementedError
+
+    def _over_in_order(self, description: str, function: Callable[[Any], Result]) -> Result:
+        """As `_over`, with batches that come in the same order every time, as the rows of G do."""
+        self.require_order()
+        return self._over(description, function)
+
+    def materialized(self) -> list[MaterializedBatch] | None:
+        """Return all batches, always in the same order, if the rows of each are cached."""
+        raise NotImplementedError
+
+    # ---- Products -----------------------------------------------------------------------------
+
+    def product(self, V: Tensor) -> Tensor:
+        """Multiply GᵀG: (K, D) → (K, D)."""
+        return self._over("product", partial(_sum_of_products, V))
+
+    def _mul(self, V: Tensor) -> Tensor:
+        def product(batches: Iterable[BatchScores]) -> Tensor:
+            own = [
+                torch.cat([batch.apply(part) for part in V.contiguous().split(batch.columns)]).T for batch in batches
+            ]
+            return torch.cat(own).T if own else V.new_empty(len(V), 0)
+
+        return self._over_in_order("scores", product)
+
+    def _mul_t(self, W: Tensor) -> Tensor:
+        total = CompensatedSum(W.new_empty(len(W), self.parameters.numel))
+
+        def product(batches: Iterable[BatchScores]) -> Tensor:
+            first = 0
+            for batch in batches:
+                own = W[:, first : first + batch.count]
+                first += batch.count
+                parts = [batch.apply_t(part.contiguous()) for part in own.split(batch.columns)]
+                total.add(torch.cat(parts) if len(parts) > 1 else parts[0])
+            return total.value()
+
+        return self._over_in_order("transposed scores", product)
+
+    # ---- What F = GᵀG asks --------------------------------------------------------------------
+
+    def dense(self) -> Tensor:
+        """Return GᵀG as a matrix (D, D), from the rows."""
+        return check_result(self.sum_of_squares())
+
+    def sum_of_squares(self) -> Tensor:
+        """Return GᵀG as `dense` does, finite or not."""
+        D = self.parameters.numel
+
+        def dense(batches: Iterable[BatchScores]) -> Tensor:
+            return self._sum((part for batch in batches for part in squares_of(batch)), D, D)
+
+        with _torch.full_precision():
+            return self._over("dense", dense)
+
+    def col_squares(self) -> Tensor:
+        """Return the squared norms of the columns, (D,): the diagonal of F."""
+        return check_result(self.sum_of_diagonals())
+
+    def sum_of_diagonals(self) -> Tensor:
+        """Return the squared norms of the columns as `col_squares` does, finite or not."""
+        D = self.parameters.numel
+        return self._over("diagonal", lambda batches: self._sum((batch.diagonal() for batch in batches), D))
+
+    def square_norm(self) -> float:
+        """Return the squared Frobenius norm, which is the trace of F, by the rows or columns, whichever is cheaper."""
+        return float(check_result(self.sum_of_squared_norms()))
+
+    def sum_of_squared_norms(self) -> Tensor:
+        """Return the squared Frobenius norm in float64, finite or not."""
+        squares = partial(self._sum, dtype=torch.float64)
+        return self._over("trace", lambda batches: squares(batch.square_norm() for batch in batches))
+
+    def square_root(self, triangular: bool) -> Tensor:
+        """Return B in float64 with BᵀB = F: the rows of G that are not zero, or the triangle R of G = QR.
+
+        Products with B keep the digits that F loses, because the condition number of F is the square of that of B.
+
+        Parameters
+        ----------
+        triangular : bool
+            Whether to return at most D rows. The rows of G are then joined to R a block at a time.
+
+        Returns
+        -------
+        torch.Tensor
+            (n, D).
+        """
+        D = self.parameters.numel
+
+        def root(batches: Iterable[BatchScores]) -> Tensor:
+            blocks, rows = [torch.empty(0, D, dtype=torch.float64, device=self.device)], 0
+            for batch in batches:
+                for block in rows_or_columns(batch, D, self.torch_dtype, self.device):
+                    block = check_result(block)[(block != 0).any(1)]
+                    blocks.append(block.double())
+                    rows += len(block)
+                    if triangular and rows > 2 * D:
+                        blocks = [torch.linalg.qr(torch.cat(blocks), mode="r")[1]]
+                        rows = len(blocks[0])
+            return torch.cat(blocks)
+
+        B = self._over("square root", root)
+        return torch.linalg.qr(B, mode="r")[1] if triangular and len(B) > D else B
+
+    # ---- Its rows -----------------------------------------------------------------------------
+
+    def block(self, start: int, stop: int) -> Tensor:
+        """Return some rows, (stop − start, D)."""
+
+        def rows(batches: Iterable[BatchScores]) -> Tensor:
+            result = torch.empty(stop - start, self.parameters.numel, dtype=self.torch_dtype, device=self.device)
+            first = 0
+            for batch in batches:
+                low, high = clipped(start - first, stop - first, batch.count)
+                if low < high:
+                    own = result[first + low - start : first + high - start]
+                    deque(batch.rows(low, high, out=own), 0)
+                first += batch.count
+            return result
+
+        return self._over_in_order("rows", rows)
+
+    def row_squares(self) -> Tensor:
+        """Return the squared norms of the rows, (rows,) in float64."""
+        empty = torch.empty(0, dtype=torch.float64, device=self.device)
+        return self._over_in_order(
+            "norms of the rows", lambda batches: torch.cat([empty, *(batch.row_squares() for batch in batches)])
+        )
+
+    def cross(self, other: Scores, scale: Tensor | None = None) -> Tensor:
+        """Multiply G diag(scale) Hᵀ: (rows, rows of H), from the rows of both if they are cached."""
+        if isinstance(other, BatchedScores) and self.parameters.spans == other.parameters.spans:
+            mine = self.materialized()
+            theirs = mine if other is self else other.materialized()
+            if mine and theirs:
+                return gram_of_batches(mine, theirs, scale)
+        return by_rows(self, other, scale)
+
+    def blocks_of_gram(self, other: Scores, step: int) -> Iterator[Tensor]:
+        """List G Hᵀ in blocks (b, rows of H) of one batch each, from the rows of both if they are cached."""
+        mine = self.materialized()
+        theirs = other.materialized() if isinstance(other, BatchedScores) and self.has_columns_of(other) else None
+        if not mine or not theirs:
+            yield from super().blocks_of_gram(other, step)
+            return
+        for batch in mine:
+            yield gram_of_batches([batch], theirs, None)
+
+    def _sum(self, terms: Iterable[Tensor], *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """Sum over batches."""
+        total = CompensatedSum(torch.empty(shape, dtype=dtype or self.torch_dtype, device=self.device))
+        for term in terms:
+            total.add(term)
+        return total.value()
+
+
+class ScoreMatrix(BatchedScores):
     """The score matrix G of a Fisher, F = GᵀG: one row for each vector of each loss term, √(w/c) · gᵀJ.
 
     Made by ``op.scores``. Rows are ordered by batch, datum, term and vector; with ``rows="datum"`` by batch, datum and
@@ -288,100 +450,7 @@ class ScoreMatrix(Scores):
         # Graphs cannot be copied; what is cached is found again. SciPy has a state of its own from 1.18 on.
         return {**super().__getstate__(), "_cache": None, "_version": -1}
 
-    # ---- Products -----------------------------------------------------------------------------
-
-    def product(self, V: Tensor) -> Tensor:
-        """Multiply GᵀG: (K, D) → (K, D)."""
-        return self._over("product", partial(_sum_of_products, V))
-
-    def _mul(self, V: Tensor) -> Tensor:
-        def product(batches: Iterable[BatchScores]) -> Tensor:
-            own = [
-                torch.cat([batch.apply(part) for part in V.contiguous().split(batch.columns)]).T for batch in batches
-            ]
-            return torch.cat(own).T if own else V.new_empty(len(V), 0)
-
-        return self._over_in_order("scores", product)
-
-    def _mul_t(self, W: Tensor) -> Tensor:
-        total = CompensatedSum(W.new_empty(len(W), self.parameters.numel))
-
-        def product(batches: Iterable[BatchScores]) -> Tensor:
-            first = 0
-            for batch in batches:
-                own = W[:, first : first + batch.count]
-                first += batch.count
-                parts = [batch.apply_t(part.contiguous()) for part in own.split(batch.columns)]
-                total.add(torch.cat(parts) if len(parts) > 1 else parts[0])
-            return total.value()
-
-        return self._over_in_order("transposed scores", product)
-
-    # ---- What F = GᵀG asks --------------------------------------------------------------------
-
-    def dense(self) -> Tensor:
-        """Return GᵀG as a matrix (D, D), from the rows."""
-        return check_result(self.sum_of_squares())
-
-    def sum_of_squares(self) -> Tensor:
-        """Return GᵀG as `dense` does, finite or not."""
-        D = self.parameters.numel
-
-        def dense(batches: Iterable[BatchScores]) -> Tensor:
-            return self._sum((part for batch in batches for part in _squares(batch)), D, D)
-
-        with _torch.full_precision():
-            return self._over("dense", dense)
-
-    def col_squares(self) -> Tensor:
-        """Return the squared norms of the columns, (D,): the diagonal of F."""
-        return check_result(self.sum_of_diagonals())
-
-    def sum_of_diagonals(self) -> Tensor:
-        """Return the squared norms of the columns as `col_squares` does, finite or not."""
-        D = self.parameters.numel
-        return self._over("diagonal", lambda batches: self._sum((batch.diagonal() for batch in batches), D))
-
-    def square_norm(self) -> float:
-        """Return the squared Frobenius norm, which is the trace of F, by the rows or columns, whichever is cheaper."""
-        return float(check_result(self.sum_of_squared_norms()))
-
-    def sum_of_squared_norms(self) -> Tensor:
-        """Return the squared Frobenius norm in float64, finite or not."""
-        squares = partial(self._sum, dtype=torch.float64)
-        return self._over("trace", lambda batches: squares(batch.square_norm() for batch in batches))
-
-    def square_root(self, triangular: bool) -> Tensor:
-        """Return B in float64 with BᵀB = F: the rows of G that are not zero, or the triangle R of G = QR.
-
-        Products with B keep the digits that F loses, because the condition number of F is the square of that of B.
-
-        Parameters
-        ----------
-        triangular : bool
-            Whether to return at most D rows. The rows of G are then joined to R a block at a time.
-
-        Returns
-        -------
-        torch.Tensor
-            (n, D).
-        """
-        D = self.parameters.numel
-
-        def root(batches: Iterable[BatchScores]) -> Tensor:
-            blocks, rows = [torch.empty(0, D, dtype=torch.float64, device=self.device)], 0
-            for batch in batches:
-                for block in _rows_or_columns(batch, D, self.torch_dtype, self.device):
-                    block = check_result(block)[(block != 0).any(1)]
-                    blocks.append(block.double())
-                    rows += len(block)
-                    if triangular and rows > 2 * D:
-                        blocks = [torch.linalg.qr(torch.cat(blocks), mode="r")[1]]
-                        rows = len(blocks[0])
-            return torch.cat(blocks)
-
-        B = self._over("square root", root)
-        return torch.linalg.qr(B, mode="r")[1] if triangular and len(B) > D else B
+    # ---- Sums over the data ---------------------------------------------------------------------
 
     def gradient(self) -> Tensor:
         """Return the gradient of the loss over all data, (D,)."""
@@ -437,48 +506,6 @@ class ScoreMatrix(Scores):
                 )
             index.append(own.repeat_interleave(count // len(own)))
         return torch.cat(index).numpy()
-
-    def block(self, start: int, stop: int) -> Tensor:
-        """Return some rows, (stop − start, D)."""
-
-        def rows(batches: Iterable[BatchScores]) -> Tensor:
-            result = torch.empty(stop - start, self.parameters.numel, dtype=self.torch_dtype, device=self.device)
-            first = 0
-            for batch in batches:
-                low, high = clipped(start - first, stop - first, batch.count)
-                if low < high:
-                    own = result[first + low - start : first + high - start]
-                    deque(batch.rows(low, high, out=own), 0)
-                first += batch.count
-            return result
-
-        return self._over_in_order("rows", rows)
-
-    def row_squares(self) -> Tensor:
-        """Return the squared norms of the rows, (rows,) in float64."""
-        empty = torch.empty(0, dtype=torch.float64, device=self.device)
-        return self._over_in_order(
-            "norms of the rows", lambda batches: torch.cat([empty, *(batch.row_squares() for batch in batches)])
-        )
-
-    def cross(self, other: Scores, scale: Tensor | None = None) -> Tensor:
-        """Multiply G diag(scale) Hᵀ: (rows, rows of H), from the rows of both if they are cached."""
-        if isinstance(other, ScoreMatrix) and self.parameters.spans == other.parameters.spans:
-            mine = self.materialized()
-            theirs = mine if other is self else other.materialized()
-            if mine and theirs:
-                return _gram_of_batches(mine, theirs, scale)
-        return by_rows(self, other, scale)
-
-    def blocks_of_gram(self, other: Scores, step: int) -> Iterator[Tensor]:
-        """List G Hᵀ in blocks (b, rows of H) of one batch each, from the rows of both if they are cached."""
-        mine = self.materialized()
-        theirs = other.materialized() if isinstance(other, ScoreMatrix) and self.has_columns_of(other) else None
-        if not mine or not theirs:
-            yield from super().blocks_of_gram(other, step)
-            return
-        for batch in mine:
-            yield _gram_of_batches([batch], theirs, None)
 
     def materialized(self) -> list[MaterializedBatch] | None:
         """Return all batches, always in the same order, by their rows: cached, or made if they fit into what is left.
@@ -574,11 +601,6 @@ class ScoreMatrix(Scores):
                 deque(self._filled(items, None, version), 0)
         return self._over(description, function)
 
-    def _over_in_order(self, description: str, function: Callable[[Any], Result]) -> Result:
-        """As `_over`, with batches that come in the same order every time, as the rows of G do."""
-        self.require_order()
-        return self._over(description, function)
-
     def require_order(self) -> None:
         """Raise ValueError if the rows have no order."""
         if not self.rows_have_order:
@@ -638,60 +660,10 @@ class ScoreMatrix(Scores):
         if not given:
             yield from cache.in_order() or ()
 
-    def _sum(self, terms: Iterable[Tensor], *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        """Sum over batches."""
-        total = CompensatedSum(torch.empty(shape, dtype=dtype or self.torch_dtype, device=self.device))
-        for term in terms:
-            total.add(term)
-        return total.value()
-
 
 def column_step(V: Tensor) -> int:
     """Return how many of the vectors (K, D) are multiplied together: few, whose memory is used again for the next."""
     return max(_FEW_COLUMNS, _CHUNK_BYTES // (V.shape[1] * V.itemsize))
-
-
-def _gram_of_batches(
-    mine: Sequence[MaterializedBatch], theirs: Sequence[MaterializedBatch], scale: Tensor | None
-) -> Tensor:
-    """Return G diag(scale) Hᵀ from the rows of all batches; the same batches make a symmetric matrix."""
-    is_symmetric = mine is theirs
-    if len(mine) == len(theirs) == 1:
-        whole = mine[0].gram(theirs[0], scale)
-        return symmetrized(whole) if is_symmetric else whole
-    heights, widths = ([batch.count for batch in of] for of in (mine, theirs))
-    result = mine[0].empty(sum(heights), sum(widths))
-    blocks = [rows.split(widths, 1) for rows in result.split(heights)]
-    for k, other in enumerate(theirs):
-        for j, batch in enumerate(mine):
-            if is_symmetric and j > k:
-                break
-            block = batch.gram(other, scale)
-            if is_symmetric and j == k:
-                block = symmetrized(block)
-            blocks[j][k].copy_(block)
-            if is_symmetric and j < k:
-                blocks[k][j].copy_(block.T)
-    return result
-
-
-def _squares(batch: BatchScores) -> Iterator[Tensor]:
-    """Return matrices (D, D) whose sum is GᵀG of a batch."""
-    whole = batch.gram_of_columns() if isinstance(batch, LazyBatch) else None
-    if whole is not None:
-        yield whole
-        return
-    for rows in batch.rows():
-        yield from (block.T @ block for block in rows.split(_ROWS_PER_SUM))
-
-
-def _rows_or_columns(batch: BatchScores, D: int, dtype: torch.dtype, device: torch.device) -> Iterator[Tensor]:
-    """List G of a batch in blocks of rows (r, D): by its D columns if there are fewer of them than rows."""
-    if batch.count < D:
-        for rows in batch.rows():
-            yield from rows.split(_ROWS_PER_SUM)
-    else:
-        yield torch.cat([batch.apply(units) for units in identity(D, dtype, device, batch.columns)]).T
 
 
 def _sum_of_products(V: Tensor, batches: Iterable[BatchScores]) -> Tensor:

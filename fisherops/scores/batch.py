@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fisherops._matmul import takes_onednn, times_transposed
+from fisherops._matmul import symmetrized, takes_onednn, times_transposed
 from fisherops._sums import CompensatedSum
 from fisherops._torch import block_bytes
 from fisherops.problem.calls import Use
@@ -488,6 +488,30 @@ class MaterializedBatch:
     def empty(self, *shape: int) -> Tensor:
         """Return an uninitialized buffer with the dtype and device of the rows."""
         return self._dense.new_empty(shape)
+
+
+def gram_of_batches(
+    mine: Sequence[MaterializedBatch], theirs: Sequence[MaterializedBatch], scale: Tensor | None
+) -> Tensor:
+    """Return G diag(scale) Hᵀ from the rows of all batches; the same batches make a symmetric matrix."""
+    is_symmetric = mine is theirs
+    if len(mine) == len(theirs) == 1:
+        whole = mine[0].gram(theirs[0], scale)
+        return symmetrized(whole) if is_symmetric else whole
+    heights, widths = ([batch.count for batch in of] for of in (mine, theirs))
+    result = mine[0].empty(sum(heights), sum(widths))
+    blocks = [rows.split(widths, 1) for rows in result.split(heights)]
+    for k, other in enumerate(theirs):
+        for j, batch in enumerate(mine):
+            if is_symmetric and j > k:
+                break
+            block = batch.gram(other, scale)
+            if is_symmetric and j == k:
+                block = symmetrized(block)
+            blocks[j][k].copy_(block)
+            if is_symmetric and j < k:
+                blocks[k][j].copy_(block.T)
+    return result
 
 
 def _constant(scale: Tensor | None, span: Span) -> float | None:

@@ -15,6 +15,9 @@ from fisherops.scores.build import CannotHoldError, RowsBuilder
 from fisherops.scores.kinds import FactorOf, Kind, Sampler
 from fisherops.scores.rows import list_rows
 
+# Rows that are summed in the compute precision without compensation.
+_ROWS_PER_SUM = 4096
+
 # Bytes of the columns of G from which GᵀG is found at once, and of the factors of one vector of each term.
 _FEW_BYTES = 2**26
 
@@ -161,3 +164,24 @@ class LazyBatch:
         # Some squares may be outside of the range of the precision.
         is_in_range = limits.tiny / limits.eps < total < limits.max
         return total if is_in_range else self.row_squares().sum()
+
+
+def squares_of(batch: MaterializedBatch | LazyBatch) -> Iterator[Tensor]:
+    """Return matrices (D, D) whose sum is GᵀG of a batch."""
+    whole = batch.gram_of_columns() if isinstance(batch, LazyBatch) else None
+    if whole is not None:
+        yield whole
+        return
+    for rows in batch.rows():
+        yield from (block.T @ block for block in rows.split(_ROWS_PER_SUM))
+
+
+def rows_or_columns(
+    batch: MaterializedBatch | LazyBatch, D: int, dtype: torch.dtype, device: torch.device
+) -> Iterator[Tensor]:
+    """List G of a batch in blocks of rows (r, D): by its D columns if there are fewer of them than rows."""
+    if batch.count < D:
+        for rows in batch.rows():
+            yield from rows.split(_ROWS_PER_SUM)
+    else:
+        yield torch.cat([batch.apply(units) for units in identity(D, dtype, device, batch.columns)]).T
