@@ -96,6 +96,7 @@ numpydoc_xref_aliases = {
     "FisherOperator": "fisherops.FisherMCLinearOperator",
     "Likelihood": "fisherops.likelihoods.Likelihood",
     "Plan": "fisherops.scores.Plan",
+    "Projection": "fisherops.scores.Projection",
     "ScoreMatrix": "fisherops.score_matrix.ScoreMatrix",
 } | {
     name: f"fisherops.linalg.{name}"

@@ -34,6 +34,7 @@ from fisherops.scores.batch import gram_of_batches
 from fisherops.scores.cache import uses_of
 from fisherops.scores.kinds import FactorOf, kind_of
 from fisherops.scores.lazy import rows_or_columns, squares_of
+from fisherops.scores.projection import Signs, projected
 from fisherops.scores.protocol import CacheSize, Scores, Sums, SumsOfUses, by_rows, clipped
 from fisherops.scores.reader import Reader, as_weights
 
@@ -189,6 +190,17 @@ class BatchedScores(Scores):
         return self._over_in_order(
             "norms of the rows", lambda batches: torch.cat([empty, *(batch.row_squares() for batch in batches)])
         )
+
+    def projected(self, signs: Signs) -> Tensor:
+        """Multiply with random signs (D, k), from factors where there are some: (rows, k)."""
+        if signs.parameters.shapes != self.parameters.shapes:
+            return super().projected(signs)
+        empty = torch.empty(0, signs.k, dtype=self.torch_dtype, device=self.device)
+
+        def rows(batches: Iterable[BatchScores]) -> Tensor:
+            return torch.cat([empty, *(projected(batch, signs) for batch in batches)])
+
+        return self._over_in_order("projection", rows)
 
     def cross(self, other: Scores, scale: Tensor | None = None) -> Tensor:
         """Multiply G diag(scale) Hᵀ: (rows, rows of H), from the rows of both if they are cached."""

@@ -14,6 +14,7 @@ from fisherops.problem import Parameters
 from fisherops.score_matrix import ScoreMatrix
 from fisherops.scores import Kind
 from fisherops.scores.batch import MaterializedBatch
+from fisherops.scores.projection import Signs
 from fisherops.scores.protocol import CacheSize, Scores, Sums, SumsOfUses, clipped
 
 
@@ -170,6 +171,10 @@ class StackedScores(Scores):
             found.append(rows.mul_(sqrt(alpha)))
             first += G.num_rows
         return torch.cat(found)
+
+    def projected(self, signs: Signs) -> Tensor:
+        """Multiply with random signs (D, k): (rows, k)."""
+        return torch.cat([G.projected(signs).mul_(sqrt(alpha)) for alpha, G in self._stacked])
 
     def row_squares(self) -> Tensor:
         """Return the squared norms of the rows, (rows,) in float64."""

@@ -24,6 +24,7 @@ import fisherops as fo
 from fisherops import linalg
 from fisherops.parallel.group import Group, PendingSum
 from fisherops.score_matrix import ScoreMatrix
+from fisherops.scores.projection import Signs
 
 N, D_IN, C = 37, 5, 3
 
@@ -149,6 +150,11 @@ def rows(group, cache, split):
     return G.shape, dense, G @ v - dense @ v, G.T @ w - dense.T @ w, G.gram() - dense @ dense.T
 
 
+def projecting(G, k, seed):
+    """Return the matrix (D, k) that rows are projected by."""
+    return Signs(G.parameters, k, seed).flat(slice(0, k)).numpy().T / np.sqrt(k)
+
+
 def other_data(group, cache, other_cache, split):
     op = operator(group, cache=cache)
     G, (X, y) = op.scores, everything()
@@ -163,6 +169,7 @@ def other_data(group, cache, other_cache, split):
         G.gram(Q) - rows @ dense.T,
         Q.gram() - dense @ dense.T,
         Q.row_norms() - np.linalg.norm(dense, axis=1),
+        Q.project(9, 2).value - dense @ projecting(Q, 9, 2),
         Q.rows(2, 7) - dense[2:7],
         Q.T @ np.ones(len(dense)) - dense.sum(0),
         part.todense() - op.todense()[np.ix_(INDEX, INDEX)],
@@ -537,7 +544,7 @@ def sharded_other_data(group, kind):
     Q = G.on(fo.distributed.shard(tuple(part[:8] for part in data), group, batch_size=2), kind="empirical")
     w = np.linspace(-1, 1, len(Q.datum))
     product = (Q.T @ w).to_local().numpy(), own_places(group, model)
-    return Q.datum, Q.gram(G), Q.gram(), Q.row_norms(), product, w
+    return Q.datum, Q.gram(G), Q.gram(), Q.row_norms(), product, w, Q.project(9, 2)
 
 
 def sharded_refusals(group):

@@ -72,6 +72,15 @@ def vector_of(op, *shape, seed=0):
 
 
 @on_every_device
+@pytest.mark.parametrize("architecture", ["attention", "convolutional"])
+def test_projections(device, architecture):
+    host = operator("cpu", architecture, cache="factors").scores.project(50, 1)
+    found = operator(device, architecture, cache="factors").scores.project(50, 1)
+    np.testing.assert_allclose(found.value, host.value, atol=1e-12)
+    assert found.error == pytest.approx(host.error, rel=1e-9)
+
+
+@on_every_device
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -394,11 +394,14 @@ def test_other_data_of_sharded_parameters(two, kind):
     model, _, data = sharded_case(kind)
     G = fo.FisherMCLinearOperator(model, torch.nn.CrossEntropyLoss(), data=data, rows="datum").scores
     Q = G.on(tuple(part[:8] for part in data), kind="empirical")
-    for datum, gram, own, norms, (product, places), w in two.results("sharded_other_data", kind):
+    for datum, gram, own, norms, (product, places), w, projection in two.results("sharded_other_data", kind):
         np.testing.assert_array_equal(np.sort(datum), np.arange(8))
         np.testing.assert_allclose(gram, Q.gram(G)[datum], rtol=1e-9, atol=1e-12)
         np.testing.assert_allclose(own, Q.gram()[np.ix_(datum, datum)], rtol=1e-9, atol=1e-12)
         np.testing.assert_allclose(norms, Q.row_norms()[datum], rtol=1e-9)
+        np.testing.assert_allclose(projection.value, Q.project(9, 2).value[datum], rtol=1e-9, atol=1e-12)
+        errors = np.linalg.norm(projection.value @ projection.value.T - own) / np.linalg.norm(own)
+        assert 0.3 < projection.error / errors < 3
         np.testing.assert_allclose(product, (Q.rows()[datum].T @ w)[places], rtol=1e-9, atol=1e-12)
 
 

@@ -22,6 +22,7 @@ from fisherops.problem import Parameters
 from fisherops.score_matrix import NO_ORDER, ScoreMatrix, column_step
 from fisherops.scores import Kind, Plan
 from fisherops.scores.batch import MaterializedBatch
+from fisherops.scores.projection import Signs
 from fisherops.scores.protocol import CacheSize, Key, Scores, Sums, SumsOfUses, by_rows, clipped
 
 # Rows of the Gram matrix that are summed over the ranks at a time.
@@ -302,6 +303,11 @@ class DistributedScores(Scores):
         with self._pass("rows"):
             own = self.local.block(*clipped(start - first, stop - first, rows))
             return torch.cat(self.group.gather(own))
+
+    def projected(self, signs: Signs) -> Tensor:
+        """Multiply with random signs (D, k): (rows, k)."""
+        with self._pass("projection"):
+            return torch.cat(self.group.gather(self.local.projected(signs)))
 
     def row_squares(self) -> Tensor:
         """Return the squared norms of the rows, (rows,) in float64."""

@@ -10,6 +10,7 @@ from fisherops.scores.cache import CACHES, BatchScores, Cache, compute
 from fisherops.scores.kinds import Empirical, Exact, FactorOf, Kind, MonteCarlo
 from fisherops.scores.lazy import LazyBatch
 from fisherops.scores.plan import Plan
+from fisherops.scores.projection import Projection
 from fisherops.scores.store import InOrder
 
 __all__ = [
@@ -26,5 +27,6 @@ __all__ = [
     "MonteCarlo",
     "Plan",
     "PlanWarning",
+    "Projection",
     "compute",
 ]

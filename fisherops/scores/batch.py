@@ -233,7 +233,7 @@ class MaterializedBatch:
         if shared == self._own_spans == other._own_spans and scale is None:
             total += times_transposed(self._dense, other._dense)
         elif shared:
-            total += times_transposed(self._dense_at(shared, scale), other._dense_at(shared))
+            total += times_transposed(self.dense_at(shared, scale), other.dense_at(shared))
         for name, span in self._parameters.items():
             if span in joint or factors[name] == 0:
                 continue
@@ -293,7 +293,7 @@ class MaterializedBatch:
             step = max(1, _CACHED_BYTES // max(1, self._dense.shape[1] * self._dense.itemsize))
             for n in range(0, self.count, step):
                 own = slice(n, n + step)
-                dense = self._dense[own] if alone == self._own_spans else self._dense_at(alone, rows=own)
+                dense = self._dense[own] if alone == self._own_spans else self.dense_at(alone, rows=own)
                 total[own] = torch.linalg.vector_norm(dense, dim=1, dtype=torch.float64).square()
         for name, blocks in by_name.items():
             derived, columns = blocks[0]
@@ -314,7 +314,7 @@ class MaterializedBatch:
         """Return the squared Frobenius norm in float64."""
         return self.row_squares().sum()
 
-    def _dense_at(self, spans: Sequence[Span], scale: Tensor | None = None, rows: slice = slice(None)) -> Tensor:
+    def dense_at(self, spans: Sequence[Span], scale: Tensor | None = None, rows: slice = slice(None)) -> Tensor:
         """Return the dense columns of some parameters, each multiplied by its entry of `scale` (D,), for some rows."""
         starts: dict[Span, int] = {}
         offset = 0
@@ -329,7 +329,7 @@ class MaterializedBatch:
         span, q = self._parameters[name], self.vectors
         rows = self._dense.new_zeros((last - first) * q, span[1] - span[0])
         if span in self._own_spans:
-            rows += self._dense_at([span], rows=slice(first * q, last * q))
+            rows += self.dense_at([span], rows=slice(first * q, last * q))
         for derived, columns in self._by_name().get(name, []):
             rows += derived.pull(columns.rows(first, last).flatten(0, 1))[name]
         return rows
@@ -428,7 +428,7 @@ class MaterializedBatch:
         if not composed:
             return self
         names = {name for derived, _ in composed for name in derived.names}
-        own = {self._parameters[name]: self._dense_at([self._parameters[name]]) for name in self.names_of_dense()}
+        own = {self._parameters[name]: self.dense_at([self._parameters[name]]) for name in self.names_of_dense()}
         for name in names:
             own[self._parameters[name]] = self.rows_of(name, 0, self.size)
         spans = sorted(own)

@@ -124,6 +124,35 @@ class Strided(Derived):
         (a, b), (c, d) = self._range(), other._range()
         return b < c or d < a
 
+    def places(self, length: int) -> list[tuple[Tensor, Tensor]] | None:
+        """Return what indices g, o and i add to the row and column of an element in the parameter as a matrix.
+
+        Parameters
+        ----------
+        length : int
+            Length of the matrix's rows.
+
+        Returns
+        -------
+        list of (torch.Tensor, torch.Tensor) or None
+            For g, o and i, two vectors of integers; None if an axis of the view goes from row to row.
+        """
+        within = [(n - 1) * s for n, s in zip(self._sizes, self._strides, strict=True) if s % length]
+        if self._offset % length + sum(within) >= length:
+            return None
+        axes, found = list(zip(self._sizes, self._strides, strict=True)), []
+        row, column = divmod(int(self._offset), length)
+        for count in self.shape:
+            rows, columns = torch.tensor([row]), torch.tensor([column])
+            while len(rows) < count:
+                n, stride = axes.pop(0)
+                steps = torch.arange(n) * stride
+                along, inside = (steps // length, 0 * steps) if stride % length == 0 else (0 * steps, steps)
+                rows, columns = (rows[:, None] + along).flatten(), (columns[:, None] + inside).flatten()
+            found.append((rows, columns))
+            row = column = 0
+        return found
+
     def _range(self) -> tuple[int, int]:
         first = int(self._offset)
         return first, first + sum((n - 1) * s for n, s in zip(self._sizes, self._strides, strict=True))

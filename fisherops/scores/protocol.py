@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 
 from fisherops import _arrays, _torch
+from fisherops._checks import integer
 from fisherops._linop import TorchLinearOperator, Transposed, check_result
 from fisherops._matmul import symmetrized
 from fisherops._torch import opaque
 from fisherops.problem import Parameters
 from fisherops.scores.batch import MaterializedBatch
 from fisherops.scores.kinds import Kind
+from fisherops.scores.projection import Projection, Signs
 
 
 class Key(NamedTuple):
@@ -37,6 +39,9 @@ SumsOfUses = Callable[[Iterable[MaterializedBatch]], Sums]
 
 # Bytes of the rows that are multiplied at once where they are not cached as such.
 _BLOCK_BYTES = 2**28
+
+# Random vectors by which the error of a projection is measured.
+_PROBES = 8
 
 
 class CacheSize(NamedTuple):
@@ -145,6 +150,11 @@ class Scores(TorchLinearOperator):
     def row_squares(self) -> Tensor:
         """Return the squared norms of the rows, (rows,) in float64."""
         raise NotImplementedError
+
+    def projected(self, signs: Signs) -> Tensor:
+        """Multiply with random signs (D, k): (rows, k)."""
+        blocks = [self._mul(signs.flat(columns)) for columns in signs.blocks(self.parameters.numel)]
+        return torch.cat(blocks).T
 
     def cross(self, other: Scores, scale: Tensor | None = None) -> Tensor:
         """Multiply G diag(scale) Hᵀ, for another score matrix that is not a stack: (rows, rows of H)."""
@@ -285,6 +295,65 @@ class Scores(TorchLinearOperator):
             self.check_same_parameters(other)
         with _torch.full_precision():
             return _arrays.to_numpy(self.gram_tensor(other))
+
+    @opaque
+    def project(self, k: int, seed: int = 0, *, like: Any = None) -> Projection:
+        """Return k random projections of each row, whose inner products estimate the Gram matrix.
+
+        They are found from factors where the rows are cached as such: of a layer with inputs a and gradients b at its
+        outputs, column j is Σ_t (p_jᵀ b_t) (q_jᵀ a_t) / √k with random signs p_j and q_j.
+
+        Parameters
+        ----------
+        k : int
+            Number of projections. The error of the Gram matrix falls as 1/√k.
+        seed : int
+            The signs are a function of the seed and of the shapes and order of the parameters alone. So projections of
+            other data, ``G.on(data).project(k, seed)``, belong to the same space. From 0 to 2⁶⁴ − 1. Default: 0.
+        like : array, optional
+            Array whose library and device the result has. Default: NumPy.
+
+        Returns
+        -------
+        Projection
+            Z, (rows, k), and the relative error of Z Zᵀ.
+
+        Raises
+        ------
+        ValueError
+            If `k` or `seed` is out of range, or the rows have no order.
+
+        Notes
+        -----
+        E[Z Zᵀ] = G Gᵀ. The relative variance of the squared norm of a row is at most 8/k. Signs without structure have
+        2/k, and take as many operations as k products with G.
+
+        References
+        ----------
+        D. Achlioptas, Database-friendly random projections, Journal of Computer and System Sciences 66 (2003) 671–687,
+        doi:10.1016/S0022-0000(03)00025-4. Products of signs: S. Choe et al., What is your data worth to GPT? LLM-scale
+        data valuation with influence functions, arXiv:2405.13954.
+
+        Examples
+        --------
+        >>> import torch, fisherops as fo
+        >>> _ = torch.manual_seed(0)
+        >>> X, y = torch.randn(50, 4), torch.randint(3, (50,))
+        >>> op = fo.EmpiricalFisherLinearOperator(torch.nn.Linear(4, 3), torch.nn.CrossEntropyLoss(), data=(X, y))
+        >>> projection = op.scores.project(4000)
+        >>> projection.value.shape, projection.error < 0.1
+        ((50, 4000), True)
+        """
+        signs = Signs(self.parameters, integer("k", k, 1), integer("seed", seed, 0, 2**64 - 1))
+        leave = _arrays.leave_like(like) if like is not None else _arrays.to_numpy
+        self.require_order()
+        with torch.no_grad(), _torch.full_precision():
+            Z = check_result(self.projected(signs).div_(sqrt(signs.k)))
+            W = signs.probes(_PROBES, len(Z))
+            expected = check_result(self._mul(self._mul_t(W)))
+            difference, size = ((W @ Z) @ Z.T - expected).norm(), expected.norm()
+            error = float(difference / size) if size else 0.0
+        return Projection(leave(Z), error)
 
     def check_same_parameters(self, other: Scores) -> None:
         """Raise ValueError if the columns of another score matrix are not of the same parameters and precision."""
