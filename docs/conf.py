@@ -93,11 +93,12 @@ numpydoc_xref_ignore = "all"
 numpydoc_xref_aliases = {
     "LinearOperator": "scipy.sparse.linalg.LinearOperator",
     "Tensor": "torch.Tensor",
-    "FisherOperator": "fisherops.FisherMCLinearOperator",
+    "FisherOperator": "fisherops.FisherOperator",
     "Likelihood": "fisherops.likelihoods.Likelihood",
     "Plan": "fisherops.scores.Plan",
     "Projection": "fisherops.scores.Projection",
     "ScoreMatrix": "fisherops.score_matrix.ScoreMatrix",
+    "StoredScores": "fisherops.stored.StoredScores",
 } | {
     name: f"fisherops.linalg.{name}"
     for name in (

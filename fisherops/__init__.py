@@ -5,8 +5,10 @@ import time
 _begun = time.perf_counter()
 
 from fisherops import approximate, distributed, linalg, optim
+from fisherops.fisher import FisherOperator
 from fisherops.operators import EmpiricalFisherLinearOperator, FisherLinearOperator, FisherMCLinearOperator
 from fisherops.scores import PlanWarning
+from fisherops.stored import load_scores
 
 __version__ = "0.1.0"
 
@@ -17,10 +19,12 @@ __all__ = [
     "EmpiricalFisherLinearOperator",
     "FisherLinearOperator",
     "FisherMCLinearOperator",
+    "FisherOperator",
     "PlanWarning",
     "__version__",
     "approximate",
     "distributed",
     "linalg",
+    "load_scores",
     "optim",
 ]

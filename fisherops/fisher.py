@@ -27,15 +27,17 @@ class FisherOperator(TorchLinearOperator):
 
     Parameters
     ----------
-    scores : ScoreMatrix or StackedScores
-        G.
+    scores : ScoreMatrix or StoredScores
+        G, such as ``op.scores``, ``G.on(data)`` or ``load_scores(path)``.
     shift : float or torch.Tensor
-        λ ≥ 0, or (D,).
+        λ ≥ 0, or (D,). Default: 0.
     """
 
     score_matrix: Scores
 
     def __init__(self, scores: Scores, shift: float | Tensor = 0.0) -> None:
+        if not isinstance(scores, Scores):
+            raise TypeError(f"`scores` must be a score matrix, got {type(scores).__name__}. Pass `op.scores`.")
         D = scores.parameters.numel
         super().__init__((D, D), scores.torch_dtype, scores.device)
         self.score_matrix, self.shift = scores, shift

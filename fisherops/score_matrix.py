@@ -6,6 +6,7 @@ import copy
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -70,6 +71,10 @@ class BatchedScores(Scores):
     def materialized(self) -> list[MaterializedBatch] | None:
         """Return all batches, always in the same order, if the rows of each are cached."""
         raise NotImplementedError
+
+    def storable(self, folder: Path) -> list[MaterializedBatch]:  # noqa: ARG002
+        """Return all batches without graphs, some of them in files in a folder."""
+        return self.materialized() or []
 
     # ---- Products -----------------------------------------------------------------------------
 
@@ -540,6 +545,14 @@ class ScoreMatrix(BatchedScores):
             return found if fits else None
 
         return self._over("rows", made)
+
+    def storable(self, folder: Path) -> list[MaterializedBatch]:
+        """Return all batches without graphs, those that are not cached in files in a folder."""
+        batches = self.materialized()
+        if batches is None:
+            other = ScoreMatrix(self.reader, cache="factors", max_memory=self.max_memory, spill=folder)
+            batches = other.materialized() or []
+        return [batch.without_graphs() for batch in batches]
 
     def over_uses(self, sums_of: SumsOfUses, kept: list[MaterializedBatch] | None = None) -> Sums:
         """Return sums over batches with the factors of every contraction; those cached otherwise are built again."""

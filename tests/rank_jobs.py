@@ -191,6 +191,13 @@ def damped_inverses(group, method):
     return whole.value - expected, diagonal.value - expected.diagonal(), draws.value
 
 
+def stored(group, cache, folder):
+    G = operator(group, cache=cache).scores
+    G.save(f"{folder}/G.pt")
+    S = fo.load_scores(f"{folder}/G.pt")
+    return G.todense(), S.todense(), S.datum, G.datum, os.listdir(folder)
+
+
 def progress(group):
     """Return what passes over the operator's data, and over other data, show."""
     shown = []

@@ -173,6 +173,14 @@ def test_damped_inverses_and_draws(two, method):
         np.testing.assert_array_equal(draws, results[0][2])
 
 
+@pytest.mark.parametrize("cache", ["auto", "none"])
+def test_the_rows_of_all_ranks_are_saved(two, cache, tmp_path):
+    for G, S, datum, expected, files in two.results("stored", cache, str(tmp_path)):
+        np.testing.assert_allclose(S, G, atol=1e-14)
+        np.testing.assert_array_equal(datum, expected)
+        assert "G.pt" in files
+
+
 def test_there_may_be_no_other_data(two):
     D = alone().shape[0]
     assert two.results("no_other_data") == [((0, D), (0, 0))] * 2

@@ -42,6 +42,7 @@ DOCTESTED = [
     "fisherops.optim",
     "fisherops.score_matrix",
     "fisherops.scores.protocol",
+    "fisherops.stored",
 ]
 TUTORIALS = sorted((ROOT / "docs" / "tutorials").glob("*.py"))
 HOW_TO = ROOT / "docs" / "how-to"

@@ -46,18 +46,18 @@ def test_what_fits_stays_in_memory_and_the_plan_says_so(tmp_path):
     forms = [entry.form for entry in op.plan.entries]
     assert set(forms) == {"dense rows", "dense rows in a file"}
     assert op.plan.nbytes <= 6000
-    files = list(tmp_path.glob("fisherops-*/batch-*.npy"))
+    files = list(tmp_path.glob("fisherops-*/batch-*.pt"))
     assert len(files) == forms.count("dense rows in a file") > 1
     assert sum(file.stat().st_size for file in files) == op.plan.file_size
     assert "in files" in str(op.plan)
 
 
-def test_files_are_numpys_format_and_removed_with_the_operator(tmp_path):
+def test_files_are_pytorchs_format_and_removed_with_the_operator(tmp_path):
     model, op = build(tmp_path)
     op @ np.ones(op.shape[0])
     (folder,) = tmp_path.iterdir()
     for file in folder.iterdir():
-        assert np.load(file).dtype == np.uint8
+        assert torch.load(file, weights_only=True)["version"] == 1
     with torch.no_grad():
         model[0].weight.mul_(2)
     op.trace()  # the rows are made anew, and their files
@@ -73,7 +73,7 @@ def test_a_file_that_is_gone_or_changed_is_an_error_and_can_be_made_anew(tmp_pat
     _, op = build(tmp_path)
     v = np.ones(op.shape[0], "f4")
     expected = op @ v
-    file = next(tmp_path.glob("*/batch-2.npy"))
+    file = next(tmp_path.glob("*/batch-2.pt"))
     file.rename(tmp_path / "elsewhere")
     with pytest.raises(FileNotFoundError, match=r"a file with rows of the score matrix was removed: call `op\.refresh"):
         op @ v
@@ -194,7 +194,7 @@ def test_a_relative_folder_is_that_of_the_time(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "elsewhere")
     v = np.ones(op.shape[0], "f4")
     np.testing.assert_array_equal(op @ v, op @ v)
-    assert list((tmp_path / "files").glob("*/*.npy"))
+    assert list((tmp_path / "files").glob("*/*.pt"))
 
 
 def test_a_fork_does_not_remove_the_files(tmp_path):

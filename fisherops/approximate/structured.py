@@ -7,14 +7,11 @@ their blocks anywhere among the parameters.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
-import tempfile
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from math import inf
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,6 +19,7 @@ import torch
 from torch import Tensor
 
 from fisherops import _arrays
+from fisherops._files import replacing
 from fisherops._linop import TorchLinearOperator, add_shift, as_damping, check_result
 from fisherops._matmul import times_transposed
 from fisherops._torch import opaque
@@ -227,16 +225,8 @@ class StructuredOperator(TorchLinearOperator):
         --------
         fisherops.approximate.load
         """
-        target = Path(path)
-        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                torch.save({"format": _FORMAT, "operator": self._state()}, file)
-            os.replace(temporary, target)
-        except BaseException:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(temporary)
-            raise
+        with replacing(path) as file:
+            torch.save({"format": _FORMAT, "operator": self._state()}, file)
 
     def _state(self) -> dict[str, Any]:
         """Return what the constructor takes, with the class and the plan."""

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -417,6 +418,12 @@ class ShardedScores(DistributedScores):
         own = self.col_squares().sum(dtype=torch.float64)
         with self._step("trace"):
             return float(self.group.sum(own))
+
+    def storable(self, folder: Path) -> list[MaterializedBatch]:
+        raise NotImplementedError(
+            "score matrices of sharded parameters cannot be saved. Save that of the whole model, on a process that has "
+            "the memory for it."
+        )
 
     def gradient(self) -> Tensor:
         raise NotImplementedError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -303,6 +304,17 @@ class DistributedScores(Scores):
         with self._pass("rows"):
             own = self.local.block(*clipped(start - first, stop - first, rows))
             return torch.cat(self.group.gather(own))
+
+    def storable(self, folder: Path) -> list[MaterializedBatch]:
+        """Return the batches of all ranks on the leading one, and no batches on the others."""
+        group, found = self.group, []
+        with self._pass("rows to save"):
+            own = self.local.storable(folder)
+            for source, count in enumerate(group.share(len(own))):
+                for k in range(count):
+                    batch = group.broadcast(own[k] if source == group.rank else None, source)
+                    found += [batch] if group.leads else []
+        return found
 
     def projected(self, signs: Signs) -> Tensor:
         """Multiply with random signs (D, k): (rows, k)."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import operator
+import tempfile
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from math import sqrt
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,6 +22,7 @@ from fisherops.problem import Parameters
 from fisherops.scores.batch import MaterializedBatch
 from fisherops.scores.kinds import Kind
 from fisherops.scores.projection import Projection, Signs
+from fisherops.scores.store import manifest_of, save
 
 
 class Key(NamedTuple):
@@ -65,6 +68,9 @@ class Scores(TorchLinearOperator):
 
     is_listed = False
     """Whether the rows are those of an array, so that listing them costs nothing."""
+
+    is_stored = False
+    """Whether it was read from a file, so that its parameters are those of another time."""
 
     is_divided = False
     """Whether vectors (D,) are divided among processes."""
@@ -355,6 +361,41 @@ class Scores(TorchLinearOperator):
             error = float(difference / size) if size else 0.0
         return Projection(leave(Z), error)
 
+    @opaque
+    def save(self, path: Any) -> None:
+        """Write the rows, as they are cached, to a file that `fisherops.load_scores` opens without the model.
+
+        Rows that are not cached are computed by a pass over the data, and written to a temporary folder first.
+
+        Parameters
+        ----------
+        path : path
+            The file. One that is there is replaced when the new one is complete.
+
+        Raises
+        ------
+        ValueError
+            If the rows have no order.
+        NotImplementedError
+            If it is a sum, a multiple or a submatrix, or the rows cannot be found example by example.
+
+        See Also
+        --------
+        fisherops.load_scores
+        """
+        self.require_order()
+        parent = Path(path).absolute().parent
+        with torch.no_grad(), tempfile.TemporaryDirectory(dir=parent, prefix=".fisherops-") as folder:
+            batches, manifest = self.storable(Path(folder)), manifest_of(self)
+            self.processes.from_leader(lambda: save(path, batches, manifest))
+
+    def storable(self, folder: Path) -> list[MaterializedBatch]:
+        """Return all batches without graphs, some of them in files in a folder; on the leading process at least."""
+        raise NotImplementedError(
+            "a sum, a multiple or a submatrix cannot be saved. Save the score matrices that it is made of, and combine "
+            "the operators `FisherOperator(load_scores(path))` in the same way."
+        )
+
     def check_same_parameters(self, other: Scores) -> None:
         """Raise ValueError if the columns of another score matrix are not of the same parameters and precision."""
         if not self.has_columns_of(other):
@@ -367,6 +408,11 @@ class Scores(TorchLinearOperator):
             raise ValueError(
                 f"the score matrices must have one dtype and device, got {self.torch_dtype} on {self.device} and "
                 f"{other.torch_dtype} on {other.device}."
+            )
+        if (self.is_stored or other.is_stored) and self.parameter_checksum != other.parameter_checksum:
+            raise ValueError(
+                "the score matrices must belong to the same values of the parameters, and those of one from a file are "
+                "others. Load the parameters that the file was saved with, or save the score matrix again."
             )
         if self.processes is not other.processes:
             raise ValueError("the score matrices must have their data divided among the same processes.")

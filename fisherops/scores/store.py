@@ -1,30 +1,155 @@
-"""Rows of G in files, where memory is too small for them."""
+"""Rows of G in files of PyTorch's format: those that memory is too small for, and those that are saved."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import mmap
 import os
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterator
-from itertools import accumulate
+import zipfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from fisherops._packing import from_tensors, to_tensors
+from fisherops._files import replacing
+from fisherops._sums import SegmentSum
+from fisherops.problem.calls import Window
 from fisherops.scores.batch import MaterializedBatch
+from fisherops.scores.columns import Factors, Rows, Table
+from fisherops.scores.convolutions import Convolution
+from fisherops.scores.derived import Strided
+from fisherops.scores.kinds import Empirical, Exact, MonteCarlo, Outputs
 
-# Tensors begin at multiples of this in a file, as the fastest instructions want it.
-_ALIGNMENT = 64
+FORMAT, VERSION = "fisherops score matrix", 1
+
+_CLASSES: dict[str, Any] = {
+    own.__name__: own
+    for own in (
+        MaterializedBatch, Strided, Rows, Factors, Table, Convolution, SegmentSum, Window,
+        MonteCarlo, Exact, Empirical, Outputs,
+    )
+}  # fmt: skip
+"""Classes of objects in files. `VERSION` grows if their attributes change."""
+
+_MUST = "`path` must be a file that `G.save(path)` wrote"
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+# ---- Contents ----------------------------------------------------------------------------------
+
+
+def packed(value: Any) -> Any:
+    """Return an object as tensors, numbers and texts in lists and dicts, which `torch.load` reads without pickled code.
+
+    Objects become their class and attributes, containers their class and items.
+    """
+    name = type(value).__name__
+    if isinstance(value, Tensor):
+        own = value.detach()
+        return own if own.untyped_storage().nbytes() == own.nbytes else own.clone()
+    if _CLASSES.get(name) is type(value):
+        attributes = value._asdict() if isinstance(value, Window) else vars(value)
+        return {"class": name, "items": {key: packed(item) for key, item in attributes.items()}}
+    if isinstance(value, Mapping):
+        return {"class": "dict", "items": [[packed(key), packed(item)] for key, item in value.items()]}
+    if isinstance(value, tuple | frozenset):
+        name = "Size" if isinstance(value, torch.Size) else "tuple" if isinstance(value, tuple) else "frozenset"
+        return {"class": name, "items": [packed(item) for item in value]}
+    return [packed(item) for item in value] if isinstance(value, list) else value
+
+
+def unpacked(value: Any, device: torch.device) -> Any:
+    """Return the object that `packed` took apart, with its tensors on a device."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, list):
+        return [unpacked(item, device) for item in value]
+    if not isinstance(value, dict):
+        return value
+    name, items = value["class"], value["items"]
+    if name not in _CLASSES:
+        own = (unpacked(item, device) for item in items)
+        return {"dict": dict, "Size": torch.Size, "tuple": tuple, "frozenset": frozenset}[name](own)
+    kept = {key: unpacked(item, device) for key, item in items.items()}
+    if issubclass(_CLASSES[name], tuple):
+        return _CLASSES[name](**kept)
+    found = _CLASSES[name].__new__(_CLASSES[name])
+    found.__dict__.update(kept)
+    return found
+
+
+def write(file: IO[bytes], batches: list[MaterializedBatch], **manifest: Any) -> None:
+    """Write batches to a file, with what else is to be known of them."""
+    content = {"batches": [packed(batch) for batch in batches], **{key: packed(x) for key, x in manifest.items()}}
+    torch.save({"format": FORMAT, "version": VERSION, **content}, file)
+
+
+def read(path: Path, verify: bool = False) -> dict[str, Any]:
+    """Return what `write` wrote, with tensors that are read from the file as they are used.
+
+    Parameters
+    ----------
+    path : Path
+    verify : bool
+        Whether all of the file is read and compared with its checksums.
+
+    Raises
+    ------
+    ValueError
+        If the file is damaged, or of another format or version.
+    """
+    wrong = None
+    try:
+        if verify:
+            with zipfile.ZipFile(path) as archive:
+                wrong = archive.testzip()
+        content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # whatever damaged bytes lead to
+        raise ValueError(f"{_MUST}, but it is damaged, or another file ({error}). Save the matrix again.") from None
+    if wrong is not None:
+        raise ValueError(f"{_MUST}, but it is damaged: the checksum of {wrong!r} differs. Save the matrix again.")
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise ValueError(f"{_MUST}, got another file of PyTorch's format. Save the matrix again.")
+    if content["version"] != VERSION:
+        raise ValueError(
+            f"{_MUST} in this version of fisherops, which reads version {VERSION} of the format, got version "
+            f"{content['version']}. Save the matrix again."
+        )
+    return content
+
+
+def manifest_of(G: Any) -> dict[str, Any]:
+    """Return what is to be known of the rows of a score matrix."""
+    try:
+        datum = torch.from_numpy(G.datum)
+    except ValueError:  # of a loader that samples in an order of its own
+        datum = None
+    return {
+        "parameters": dict(G.parameters.shapes),
+        "checksum": G.parameter_checksum,
+        "dtype": str(G.torch_dtype).removeprefix("torch."),
+        "kind": next(iter(G.kinds)),
+        "reductions": G.reductions,
+        "rows": G.num_rows,
+        "datum": datum,
+    }
+
+
+def save(path: Any, batches: list[MaterializedBatch], manifest: dict[str, Any]) -> None:
+    """Write a file whole or not at all."""
+    with replacing(path) as file:
+        write(file, batches, nbytes=sum(batch.nbytes for batch in batches), **manifest)
+
+
+# ---- Files of rows that do not fit in memory -----------------------------------------------------
 
 
 class Store:
@@ -59,32 +184,22 @@ class Store:
         OSError
             If there is no room for them; what was written of them is removed.
         """
-        path = self.folder / f"batch-{self._count}.npy"
+        path = self.folder / f"batch-{self._count}.pt"
         self._count += 1
         held = held.without_graphs()
-        tensors = [t.detach().cpu() for t in to_tensors(held)]
-        ends = list(accumulate(-(-t.nbytes // _ALIGNMENT) * _ALIGNMENT for t in tensors))
-        places = [(start, t.shape, t.dtype) for t, start in zip(tensors, [0, *ends], strict=False)]
-        size = ends[-1]
         try:
             with path.open("wb") as file:
-                header = {"descr": "|u1", "fortran_order": False, "shape": (size,)}
-                np.lib.format.write_array_header_1_0(file, header)
-                start = file.tell()
-                for (place, _, _), t in zip(places, tensors, strict=True):
-                    file.seek(start + place)
-                    file.write(t.reshape(-1).view(torch.uint8).numpy().data)
-                file.truncate(start + size)
+                write(file, [held])
         except OSError as error:
             path.unlink(missing_ok=True)
             why = "do not fit on the disk of" if error.errno in _FULL else "cannot be written to"
             raise type(error)(
                 error.errno,
-                f"the {size} bytes of a batch {why} `spill` ({error.strerror}): make room or choose another folder, "
-                "and multiply again; nothing is lost",
+                f"the {held.nbytes} bytes of a batch {why} `spill` ({error.strerror}): make room or choose another "
+                "folder, and multiply again; nothing is lost",
                 str(self.folder),
             ) from None
-        return StoredBatch(path, start, places, held)
+        return StoredBatch(path, held)
 
 
 def _remove(folder: Path, process: int) -> None:
@@ -98,21 +213,14 @@ class StoredBatch:
     Parameters
     ----------
     path : Path
-        A file in NumPy's format, of bytes.
-    start : int
-        Where they begin.
-    places : list
-        Where each tensor lies in them, its shape and dtype.
+        A file of PyTorch's format.
     held : MaterializedBatch
         What was written.
     """
 
-    def __init__(
-        self, path: Path, start: int, places: list[tuple[int, torch.Size, torch.dtype]], held: MaterializedBatch
-    ) -> None:
-        self._path, self._start, self._places, self._device = path, start, places, held.device
+    def __init__(self, path: Path, held: MaterializedBatch) -> None:
+        self._path, self._device, self.count = path, held.device, held.count
         self._stat = self._look()
-        self.count = held.count
         self.size = self._stat.st_size
         """Bytes of the file."""
 
@@ -127,14 +235,8 @@ class StoredBatch:
         now = self._look()
         if (now.st_size, now.st_mtime_ns) != (self._stat.st_size, self._stat.st_mtime_ns):
             raise self._gone("changed")
-        with self._path.open("rb") as file:  # only while it is used: each map takes a descriptor
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        everything = torch.frombuffer(mapped, dtype=torch.uint8, offset=self._start)
-        tensors: list[Tensor] = []
-        for place, shape, dtype in self._places:
-            own = everything[place : place + shape.numel() * dtype.itemsize]
-            tensors.append(own.view(dtype).view(shape).to(self._device))
-        held: MaterializedBatch = from_tensors(tensors)
+        (batch,) = read(self._path)["batches"]
+        held: MaterializedBatch = unpacked(batch, self._device)
         return held
 
     def read_ahead(self) -> None:
