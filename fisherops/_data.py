@@ -126,7 +126,7 @@ class Data:
         self._said_num_data = None if num_data is None else integer("num_data", num_data, 1)
         self._verify = verify
         self._order = order
-        self._progressbar = progressbar
+        self.progressbar = progressbar
         self._place, self._may_be_empty = place, may_be_empty
         self._first = 0
         self._fingerprints: list[_Fingerprint] = []
@@ -217,7 +217,7 @@ class Data:
             total=total_batches,
             unit="batch",
             leave=False,
-            disable=not self._progressbar,
+            disable=not self.progressbar,
         ) as bar:
             for index, item in enumerate(bar):
                 X, y, size, places = self._unpack(index, item)

@@ -270,6 +270,7 @@ class ScoreMatrix(BatchedScores):
         self._cache: Cache | None = None
         self._version, self._refreshes = -1, 0
         self._index: list[Tensor] = []
+        self.shows_progress = reader.data.progressbar
         self.counts: list[int] | None = None
         """Rows of each batch, after the first pass that computes them; each such pass makes another list."""
         super().__init__()

@@ -1,5 +1,7 @@
 """Score matrices of other data for the same problem, Gram matrices of two, norms and blocks of rows."""
 
+import functools
+import re
 from unittest import mock
 
 import numpy as np
@@ -11,6 +13,7 @@ from models import ARCHITECTURES, LOSSES, make_case
 from tolerances import assert_same
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
+from tqdm import tqdm
 
 import fisherops as fo
 
@@ -113,6 +116,44 @@ def test_rows_by_parameter():
     like = Q.rows(2, 5, like=torch.empty(0))
     assert isinstance(like, torch.Tensor)
     np.testing.assert_array_equal(like, flat)
+
+
+@pytest.mark.parametrize("cache", ["auto", "none"])
+def test_blocks(cache):
+    op, _, X, y = make(cache)
+    G = op.scores
+    blocks = list(G.blocks(5))
+    assert [len(block) for block in blocks] == [5, 5, 2]
+    np.testing.assert_array_equal(np.concatenate(blocks), G.rows())
+    (whole,) = G.blocks(like=torch.empty(0))
+    assert isinstance(whole, torch.Tensor)
+    parts = [block["0.weight"] for block in G.blocks(7, by_parameter=True)]
+    np.testing.assert_array_equal(np.concatenate(parts), G.rows(by_parameter=True)["0.weight"])
+    assert list(G.on((X[:0], y[:0])).blocks()) == []
+    with pytest.raises(ValueError, match="`size` must be at least 1, got 0"):
+        G.blocks(0)
+
+
+@pytest.mark.parametrize("cache", ["auto", "none"])
+def test_progress_of_gram_matrices(cache, capsys, monkeypatch):
+    monkeypatch.setattr("fisherops.scores.cache._MERGED_BYTES", 0)
+    op, _, X, y = make(cache)
+    G, Q = op.scores, op.scores.on((X, y), batch_size=4, cache=cache, progressbar=True)
+    for H, other in ((G, None), (G, Q), (Q, G)):
+        H.gram(other)
+    capsys.readouterr()
+    G.gram(progressbar=True)  # in less than a second
+    assert "Gram" not in capsys.readouterr().err
+    monkeypatch.setattr("fisherops._progress._DELAY", 1e-9)
+    for H, other, options in ((G, None, {"progressbar": True}), (G, Q, {"progressbar": True}), (Q, G, {})):
+        with mock.patch("fisherops._progress.tqdm", functools.partial(tqdm, mininterval=0, miniters=1)):
+            H.gram(other, **options)
+        shown = capsys.readouterr().err
+        done, total = re.findall(r"Gram matrix: 100%.* (\d+)/(\d+) ", shown)[-1]
+        assert done == total
+    G.gram()
+    Q.gram(G, progressbar=False)
+    assert "Gram" not in capsys.readouterr().err
 
 
 def test_reductions_and_options():

@@ -48,7 +48,7 @@ class DistributedScores(Scores):
 
     def __init__(self, local: ScoreMatrix, group: Group, checks: bool = True) -> None:
         self.local, self.group = local, group
-        self.max_memory = local.max_memory
+        self.max_memory, self.shows_progress = local.max_memory, local.shows_progress
         self._number = group.number()
         self._counts: list[int] | None = None
         self._by_rank: list[int] = []

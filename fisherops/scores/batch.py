@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fisherops._matmul import symmetrized, takes_onednn, times_transposed
+from fisherops._progress import BAR
 from fisherops._sums import CompensatedSum
 from fisherops._torch import block_bytes
 from fisherops.problem.calls import Use
@@ -234,7 +235,10 @@ class MaterializedBatch:
             total += times_transposed(self._dense, other._dense)
         elif shared:
             total += times_transposed(self.dense_at(shared, scale), other.dense_at(shared))
+        bar = BAR.get()
         for name, span in self._parameters.items():
+            if bar is not None:
+                bar.update()
             if span in joint or factors[name] == 0:
                 continue
             mine, theirs = left.get(name, []), right.get(name, [])
@@ -270,6 +274,11 @@ class MaterializedBatch:
     def vectors(self) -> int:
         """Rows for each datum, q."""
         return len(self._dense) // self.size
+
+    @property
+    def num_parameters(self) -> int:
+        """Number of parameters, which are the steps of a Gram matrix."""
+        return len(self._parameters)
 
     def numel_of(self, name: str) -> int:
         """Return the elements of a parameter."""
@@ -495,6 +504,10 @@ def gram_of_batches(
 ) -> Tensor:
     """Return G diag(scale) Hᵀ from the rows of all batches; the same batches make a symmetric matrix."""
     is_symmetric = mine is theirs
+    bar = BAR.get()
+    if bar is not None:
+        pairs = len(mine) * (len(mine) + 1) // 2 if is_symmetric else len(mine) * len(theirs)
+        bar.total += pairs * mine[0].num_parameters
     if len(mine) == len(theirs) == 1:
         whole = mine[0].gram(theirs[0], scale)
         return symmetrized(whole) if is_symmetric else whole

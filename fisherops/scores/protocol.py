@@ -17,6 +17,7 @@ from fisherops import _arrays, _torch
 from fisherops._checks import integer
 from fisherops._linop import TorchLinearOperator, Transposed, check_result
 from fisherops._matmul import symmetrized
+from fisherops._progress import BAR, progress
 from fisherops._torch import opaque
 from fisherops.problem import Parameters
 from fisherops.scores.batch import MaterializedBatch
@@ -71,6 +72,9 @@ class Scores(TorchLinearOperator):
 
     is_stored = False
     """Whether it was read from a file, so that its parameters are those of another time."""
+
+    shows_progress = False
+    """Whether progress is shown unless it is asked for."""
 
     is_divided = False
     """Whether vectors (D,) are divided among processes."""
@@ -267,6 +271,45 @@ class Scores(TorchLinearOperator):
             return {name: leave(part.contiguous()) for name, part in self.parameters.split(rows).items()}
         return leave(rows)
 
+    def blocks(self, size: int | None = None, *, by_parameter: bool = False, like: Any = None) -> Iterator[Any]:
+        """List all rows in blocks, as `rows` returns them.
+
+        Rows that are not cached are computed by a pass over the data for each block.
+
+        Parameters
+        ----------
+        size : int, optional
+            Number of rows in a block. Default: as many as take 256 MiB.
+        by_parameter, like
+            See `rows`.
+
+        Yields
+        ------
+        array or dict
+            (size, D); the last block may have fewer rows.
+
+        Examples
+        --------
+        The mean gradient:
+
+        >>> import torch, fisherops as fo
+        >>> _ = torch.manual_seed(0)
+        >>> X, y = torch.randn(50, 4), torch.randint(3, (50,))
+        >>> op = fo.EmpiricalFisherLinearOperator(
+        ...     torch.nn.Linear(4, 3), torch.nn.CrossEntropyLoss(reduction="sum"), data=(X, y)
+        ... )
+        >>> mean = sum(block.sum(0) for block in op.scores.blocks(20)) / 50
+        >>> mean.shape
+        (15,)
+        """
+        step = _rows_of_block(self) if size is None else integer("size", size, 1)
+        self.require_order()
+        rows = self.num_rows
+        return (
+            self.rows(start, min(start + step, rows), by_parameter=by_parameter, like=like)
+            for start in range(0, rows, step)
+        )
+
     @opaque
     def row_norms(self) -> np.ndarray[Any, Any]:
         """Return the Euclidean norms of the rows as a NumPy array of shape (rows,).
@@ -276,7 +319,7 @@ class Scores(TorchLinearOperator):
         return _arrays.to_numpy(check_result(self.row_squares().sqrt().to(self.torch_dtype)))
 
     @opaque
-    def gram(self, other: Any = None) -> np.ndarray[Any, Any]:
+    def gram(self, other: Any = None, *, progressbar: bool | None = None) -> np.ndarray[Any, Any]:
         """Return G Hᵀ as a NumPy array of shape (rows, rows of H), with H another score matrix or G itself.
 
         The nonzero eigenvalues of the Gram matrix G Gᵀ are those of F. Where the rows of both are cached, it is found
@@ -287,6 +330,8 @@ class Scores(TorchLinearOperator):
         other : ScoreMatrix, optional
             H, a score matrix of the same parameters, such as ``G.on(...)`` or the scores of another operator. Default:
             G.
+        progressbar : bool, optional
+            Whether progress is shown on stderr if it takes longer than a second. Default: as for the operator.
 
         Raises
         ------
@@ -299,7 +344,8 @@ class Scores(TorchLinearOperator):
             if not isinstance(other, Scores):
                 raise TypeError(f"`other` must be a score matrix, got {type(other).__name__}. Pass `op.scores`.")
             self.check_same_parameters(other)
-        with _torch.full_precision():
+        is_shown = (self.shows_progress if progressbar is None else progressbar) and self.processes.leads
+        with _torch.full_precision(), progress("Gram matrix", is_shown):
             return _arrays.to_numpy(self.gram_tensor(other))
 
     @opaque
@@ -449,14 +495,24 @@ def clipped(start: int, stop: int, rows: int) -> tuple[int, int]:
     return min(max(start, 0), rows), min(max(stop, 0), rows)
 
 
+def _rows_of_block(G: Scores) -> int:
+    """Return how many rows are listed at once."""
+    itemsize: int = G.dtype.itemsize
+    return max(1, _BLOCK_BYTES // (G.parameters.numel * itemsize))
+
+
 def by_rows(G: Scores, H: Scores, scale: Tensor | None = None) -> Tensor:
     """Return G diag(scale) Hᵀ by products with blocks of the rows of G, none of which may be cached."""
     if H.is_listed and not G.is_listed:
         return by_rows(H, G, scale).T
-    R, D = G.shape
-    step = max(1, _BLOCK_BYTES // max(1, D * torch.finfo(G.torch_dtype).bits // 8))
+    R, step = G.num_rows, _rows_of_block(G)
     blocks = [torch.empty(0, H.num_rows, dtype=G.torch_dtype, device=G.device)]
+    bar = BAR.get()
+    if bar is not None:
+        bar.total += -(-R // step)
     for start in range(0, R, step):
+        if bar is not None:
+            bar.update()
         rows = G.block(start, min(start + step, R))
         blocks.append(H._mul(rows if scale is None else rows * scale))
     result = torch.cat(blocks)
