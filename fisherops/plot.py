@@ -161,6 +161,83 @@ def approximations(table: Sequence[Comparison], *, ax: Axes | None = None) -> Ax
     return ax
 
 
+def influence(
+    scores: npt.ArrayLike,
+    train: npt.ArrayLike,
+    query: npt.ArrayLike,
+    *,
+    labels: tuple[npt.ArrayLike, npt.ArrayLike] | None = None,
+    top: int = 5,
+    ax: Axes | None = None,
+) -> Axes:
+    """Draw images with the most helpful and the most harmful training images for each.
+
+    Parameters
+    ----------
+    scores : array_like
+        (queries, examples), how much the loss of a query grows without a training example, as of
+        `fisherops.linalg.inv_quad`. The largest are of the most helpful examples, the smallest of the most harmful.
+    train, query : array_like
+        Images (examples, ...) and (queries, ...): (height, width), (1 or 3, height, width) or with channels last.
+        Their values are scaled to the range of all images.
+    labels : (array_like, array_like), optional
+        The labels of the training examples and of the queries. Default: none are shown.
+    top : int
+        Number of helpful, and of harmful, examples for each query. Default: 5.
+    ax : matplotlib.axes.Axes, optional
+        Where to draw; None makes a new figure.
+
+    Returns
+    -------
+    matplotlib.axes.Axes
+    """
+    from matplotlib import pyplot as plt
+    from matplotlib.patches import Rectangle
+
+    values, images, asked = np.asarray(scores, dtype=float), np.asarray(train), np.asarray(query)
+    top = min(top, values.shape[1])
+    # In units of an image: its width with a margin, its height with two lines of text, and gaps between groups.
+    width, height, gap = 1.12, 1.45, 0.35
+    starts = [0.0, width + gap, width + 2 * gap + top * width]
+    right, bottom = starts[2] + top * width, len(values) * height
+    if ax is None:
+        _, ax = plt.subplots(figsize=(1.0 * right, 1.0 * bottom + 0.9), layout="constrained")
+    low, high = min(images.min(), asked.min()), max(images.max(), asked.max())
+    scale = high - low or 1.0
+
+    def draw(image: Any, label: Any, text: str, x: float, y: float, color: str) -> None:
+        ax.imshow(_as_picture(image, low, scale), cmap="gray", vmin=0, vmax=1, extent=(x, x + 1, y + 1, y))
+        ax.add_patch(Rectangle((x, y), 1, 1, fill=False, edgecolor=color, linewidth=1.8))
+        parts = [*([] if label is None else [f"label {label}"]), *([text] if text else [])]
+        ax.text(x + 0.5, y + 1.03, "\n".join(parts), ha="center", va="top", fontsize=7.5, color="#404040")
+
+    of_train, of_query = (None, None) if labels is None else map(np.asarray, labels)
+    for row, own in enumerate(values):
+        y, order = row * height, np.argsort(own)
+        draw(asked[row], None if of_query is None else of_query[row], "", 0.0, y, _GREY)
+        for start, chosen, color in ((starts[1], order[::-1][:top], _BLUE), (starts[2], order[:top], _ORANGE)):
+            for k, n in enumerate(chosen):
+                label = None if of_train is None else of_train[n]
+                draw(images[n], label, f"{own[n]:+.2g}", start + k * width, y, color)
+    for x, text, color in zip(
+        starts, ("query", "most helpful", "most harmful"), ("#404040", _BLUE, _ORANGE), strict=True
+    ):
+        ax.text(x, -0.08, text, ha="left", va="bottom", fontsize=10, color=color)
+    ax.set_xlim(-0.05, right)
+    ax.set_ylim(bottom, -0.35)
+    ax.set_aspect("equal")
+    ax.axis("off")
+    return ax
+
+
+def _as_picture(image: Any, low: float, scale: float) -> Any:
+    """Return an image as matplotlib takes it, with values from 0 to 1: (height, width) or (height, width, 3)."""
+    if image.ndim == 3 and image.shape[0] in (1, 3) and image.shape[2] not in (1, 3):
+        image = np.moveaxis(image, 0, -1)
+    scaled = (image - low) / scale
+    return scaled[..., 0] if scaled.ndim == 3 and scaled.shape[2] == 1 else scaled
+
+
 def rank_threshold(eigenvalues: npt.ArrayLike, dim: int, dtype: npt.DTypeLike, rows: int | None = None) -> float:
     """Return the size below which eigenvalues of F count as zero, as in `fisherops.linalg`: λ_max · eps · max(n, √m).
 

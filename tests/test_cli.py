@@ -735,7 +735,7 @@ def test_every_command_writes_to_out(work, capsys, command, files):
 
 def test_help_names_the_defaults_and_what_is_missing(capsys):
     page = (Path(__file__).parent.parent / "docs" / "reference" / "cli.md").read_text(encoding="utf-8")
-    for command in ("spectrum", "density", "solve", "trace"):
+    for command in ("spectrum", "density", "solve", "trace", "influence"):
         with pytest.raises(SystemExit):
             cli.main([command, "--help"])
         text = " ".join(capsys.readouterr().out.split())
@@ -795,3 +795,157 @@ def test_approximate(work, capsys):
     status, _, err = run([*own, "--method", "dual"], capsys)
     assert status == 2
     assert "--method" in err
+
+
+@pytest.fixture
+def asked(work):
+    rng = np.random.default_rng(1)
+    np.savez("query.npz", X=rng.standard_normal((8, 4)), y=rng.integers(3, size=8))
+    return ["influence", *OWN[1:3], "--train", "data.npz", "--query", "query.npz", "--dtype", "float64"]
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("kind", ["exact", "mc", "empirical"])
+def test_influence(asked, capsys, kind, reduction):
+    damping = 0.02 * (20 if reduction == "sum" else 1)
+    options = ["--kind", kind, "--reduction", reduction, "--damping", str(damping), "--batch-size", "7", "--top", "2"]
+    status, out, err = run([*asked, *options, "--json"], capsys)
+    assert (status, err) == (0, "")
+    result = json.loads(out)
+    torch.manual_seed(0)
+    layer, loss = nn.Linear(4, 3).double(), nn.CrossEntropyLoss()
+    rows = []
+    for name in ("data.npz", "query.npz"):
+        with np.load(name) as file:
+            X, y = (torch.from_numpy(file[key]) for key in "Xy")
+        grads = [
+            torch.autograd.grad(loss(layer(x[None]), t[None]), list(layer.parameters()))
+            for x, t in zip(X, y, strict=True)
+        ]
+        rows.append(torch.stack([torch.cat([g.flatten() for g in own]) for own in grads]).numpy())
+        if name == "data.npz":
+            operator = {"exact": fo.FisherLinearOperator, "mc": fo.FisherMCLinearOperator}.get(
+                kind, fo.EmpiricalFisherLinearOperator
+            )
+            F = operator(layer, loss, data=(X, y)).todense()
+    expected = rows[1] @ np.linalg.solve(F + 0.02 * np.eye(15), rows[0].T) / 20
+    with np.load("influence.npz") as file:
+        found = file["influence"]
+    np.testing.assert_allclose(found, expected, atol=1e-9 * np.abs(expected).max())
+    assert (result["queries"], result["examples"], result["damping"]) == (8, 20, damping)
+    for own, ranked in zip(expected, result["ranked"], strict=True):
+        order = np.argsort(own)
+        assert [entry["example"] for entry in ranked["harmful"]] == order[:2].tolist()
+        assert [entry["example"] for entry in ranked["helpful"]] == order[::-1][:2].tolist()
+        np.testing.assert_allclose([entry["score"] for entry in ranked["helpful"]], own[order[::-1][:2]], rtol=1e-6)
+    page = (Path(__file__).parent.parent / "docs" / "reference" / "cli.md").read_text(encoding="utf-8")
+    assert [key for key in result if f"`{key}`" not in page] == []
+    assert not Path("influence.png").exists()  # these are no images
+
+
+def test_influence_predicts_the_loss_without_an_example(asked, capsys):
+    """The regularized fit is a minimum, where the scores of the exact Fisher are derivatives by the weight."""
+    (Path("fitted.py")).write_text(
+        textwrap.dedent("""
+        import numpy as np
+        import torch
+
+        def fit(keep=slice(None)):
+            model = torch.nn.Linear(4, 3, dtype=torch.float64)
+            torch.nn.init.zeros_(model.weight)
+            torch.nn.init.zeros_(model.bias)
+            with np.load("data.npz") as file:
+                X, y = (torch.from_numpy(file[key])[keep] for key in "Xy")
+            optimizer = torch.optim.LBFGS(model.parameters(), max_iter=200, tolerance_grad=1e-12)
+
+            def closure():
+                optimizer.zero_grad()
+                loss = torch.nn.functional.cross_entropy(model(X), y, reduction="sum")
+                loss = loss + sum(p.square().sum() for p in model.parameters())
+                loss.backward()
+                return loss
+
+            optimizer.step(closure)
+            return model
+    """)
+    )
+    asked[2] = "fitted.py:fit"
+    status, _, err = run([*asked, "--kind", "exact", "--reduction", "sum", "--damping", "2"], capsys)
+    assert (status, err) == (0, "")
+    with np.load("influence.npz") as file:
+        found = file["influence"]
+    sys.path.insert(0, str(Path.cwd()))
+    from fitted import fit
+
+    with np.load("query.npz") as file:
+        X, y = (torch.from_numpy(file[key]) for key in "Xy")
+
+    def losses(model):
+        with torch.no_grad():
+            return nn.functional.cross_entropy(model(X), y, reduction="none").numpy()
+
+    whole = losses(fit())
+    true = np.stack([losses(fit(np.delete(np.arange(20), n))) - whole for n in range(20)], 1)
+    assert np.corrcoef(true.ravel(), found.ravel())[0, 1] > 0.98
+    assert 0.7 < (true * found).sum() / (found * found).sum() < 1.4
+    sys.modules.pop("fitted")
+
+
+def test_influence_of_images(asked, capsys):
+    Path("images.py").write_text(
+        textwrap.dedent("""
+        import torch
+
+        def make():
+            torch.manual_seed(0)
+            return torch.nn.Sequential(torch.nn.Conv2d(3, 2, 3), torch.nn.Flatten(), torch.nn.Linear(8, 3))
+    """)
+    )
+    rng = np.random.default_rng(0)
+    for name, count in (("data.npz", 12), ("query.npz", 9)):
+        np.savez(name, X=rng.random((count, 3, 4, 4)), y=rng.integers(3, size=count))
+    asked[2] = "images.py:make"
+    status, out, err = run([*asked, "--out", "new"], capsys)
+    assert (status, err) == (0, "")
+    assert sorted(os.listdir("new")) == ["influence.json", "influence.npz", "influence.png"]
+    assert Path("new/influence.png").read_bytes()[:4] == b"\x89PNG"
+    assert "... and 3 more queries, which are in the file" in out
+    damping = json.loads(Path("new/influence.json").read_text())["damping"]
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location("images_again", "images.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    with np.load("data.npz") as file:
+        op = fo.FisherMCLinearOperator(module.make().double(), nn.CrossEntropyLoss(), data=(file["X"], file["y"]))
+    assert damping == pytest.approx(0.1 * op.trace() / op.shape[0])
+
+
+def test_influence_in_several_processes(asked, work, capsys):
+    assert run([*asked, "--out", "alone"], capsys)[0] == 0
+    process = launch([*asked, "--out", "together", "--batch-size", "3"], work)
+    assert process.returncode == 0, process.stderr
+    with np.load("alone/influence.npz") as one, np.load("together/influence.npz") as two:
+        np.testing.assert_allclose(two["influence"], one["influence"], rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--query", "none.npz"], "--query none.npz does not exist"),
+        (["--train", "none.npz"], "--train none.npz does not exist"),
+        (["--model", ""], "--train and --query were given alone: give --model FILE.py:FACTORY, --train FILE.npz and "),
+        (["--query", "wide.npz"], r"X in wide.npz has shape \(2, 5\), and X in data.npz \(20, 4\): all examples must"),
+        (["--query", "nan.npz"], "X in nan.npz has NaN or infinity in row 1"),
+        (["--damping", "0"], "argument --damping: must be a number above 0, got '0'"),
+        (["--data", "data.npz"], "unrecognized arguments: --data"),
+        (["--top", "0"], "argument --top: must be an integer of at least 1"),
+    ],
+)
+def test_bad_input_of_influence(asked, capsys, options, message):
+    np.savez("wide.npz", X=np.zeros((2, 5)), y=np.zeros(2, int))
+    np.savez("nan.npz", X=np.array([[0.0] * 4, [np.nan] * 4]), y=np.zeros(2, int))
+    status, out, err = run([*asked, *options], capsys)
+    assert (status, out) == (2, "")
+    assert re.search(message, err), err
+    assert not Path("influence.npz").exists()

@@ -86,3 +86,36 @@ def test_density():
     assert ax.get_legend() is not None
     # Every bin and its band are within the picture.
     assert ax.get_ylim()[1] > 12.4
+
+
+@pytest.mark.parametrize("shape", [(4, 5), (1, 4, 5), (3, 4, 5), (4, 5, 3)])
+def test_influential_images_are_those_of_the_largest_and_smallest_scores(shape):
+    rng = np.random.default_rng(0)
+    scores, train, query = rng.standard_normal((2, 7)), rng.random((7, *shape)), rng.random((2, *shape))
+    ax = plot.influence(scores, train, query, labels=(np.arange(7), [8, 9]), top=2)
+    assert len(ax.images) == 2 * (1 + 2 + 2)
+    order = np.argsort(scores, 1)
+    low, high = min(train.min(), query.min()), max(train.max(), query.max())
+
+    def same(drawn, image):
+        image = image[0] if shape[0] == 1 else np.moveaxis(image, 0, -1) if shape[0] == 3 else image
+        np.testing.assert_allclose(drawn.get_array(), (image - low) / (high - low), atol=1e-12)
+
+    for row in range(2):
+        drawn = ax.images[5 * row : 5 * row + 5]
+        chosen = [*order[row, ::-1][:2], *order[row, :2]]
+        for image, expected in zip(drawn, [query[row], *train[chosen]], strict=True):
+            same(image, expected)
+        for n in chosen:
+            assert f"label {n}\n{scores[row, n]:+.2g}" in [text.get_text() for text in ax.texts]
+        assert f"label {8 + row}" in texts(ax)
+    ax.figure.canvas.draw()
+
+
+def test_influential_images_without_labels_and_with_few_examples():
+    _, given = plt.subplots()
+    ax = plot.influence([[0.5, -1.0]], np.zeros((2, 3, 3)), np.zeros((1, 3, 3)), ax=given)
+    assert ax is given
+    assert len(ax.images) == 1 + 2 + 2
+    assert "label" not in texts(ax)
+    ax.figure.canvas.draw()

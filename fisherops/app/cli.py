@@ -1,4 +1,4 @@
-"""The command line: ``python -m fisherops spectrum``, ``density``, ``solve``, ``trace`` and ``approximate``."""
+"""The command line: ``python -m fisherops spectrum``, and so on for the other commands."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from fisherops.fisher import FisherOperator
 from fisherops.scores import CACHES
 
 _SEED = 2147483647
+_SHOWN = 6  # queries that are printed and drawn
 _TITLES = {"mc": "Monte-Carlo Fisher", "exact": "Exact Fisher", "empirical": "Empirical Fisher"}
 _DEMO = (
     "Without --model and --data, the model is a small convolutional network that is trained for a few seconds on "
@@ -52,8 +53,17 @@ class _Outcome(NamedTuple):
     arrays: Mapping[str, Any] | None = None
 
 
+class _Question(NamedTuple):
+    """Data to ask about: this process's batches of the training data and of the queries, and all of them."""
+
+    problem: Problem
+    train: list[Any]
+    query: list[Any]
+
+
 class _Command(NamedTuple):
-    compute: Callable[[FisherOperator, argparse.Namespace, Progress], _Outcome]
+    compute: Callable[..., _Outcome]
+    """Takes the operator, arguments and progress, and a question if there are data to ask about."""
     found: str
     help: str
     files: tuple[str, ...]
@@ -95,17 +105,26 @@ def _run(arguments: argparse.Namespace, group: Any, is_first: bool, progress: Pr
     files = [arguments.out / file for file in command.files]
     problems.check_options(arguments)
     progress.start("importing matplotlib")
-    plot = _import_plot() if files[-1].suffix == ".png" else None
+    plot = _import_plot() if files[-1].suffix == ".png" and not problems.asks(arguments) else None
     if is_first:
         _make_directory(arguments.out)
     problem = launch.load_everywhere(lambda: problems.load_problem(arguments, progress), group)
+    if problem.has_images:
+        plot = _import_plot()
+    elif plot is None:
+        files = [file for file in files if file.suffix != ".png"]
     try:
         progress.start("reading the data")
-        batches, shared = launch.divide(problem, arguments.batch_size, group)
+        batches = launch.divide(problem.X, problem.y, arguments.batch_size, group)
+        question = []
+        if problem.query is not None:
+            query = launch.divide(*problem.query, arguments.batch_size, group)
+            question = [_Question(problem, problems.reported(batches, progress), problems.reported(query, progress))]
+        shared = {} if group is None else {"process_group": group}
         op = problems.make_operator(problem, arguments, batches, progress, **shared)
         progress.start(f"computing the {command.found} of the {op.shape[0]:,} × {op.shape[0]:,} matrix")
         begun = time.perf_counter()
-        outcome = command.compute(op, arguments, progress)
+        outcome = command.compute(op, arguments, progress, *question)
         seconds = time.perf_counter() - begun
         description = _describe(problem, op, arguments)
     except UsageError:
@@ -120,16 +139,18 @@ def _run(arguments: argparse.Namespace, group: Any, is_first: bool, progress: Pr
     size = f"{result['parameters']:,} parameters, {result['examples']:,} examples"
     if is_first:
         with _atomic_files(files) as temporary:
-            temporary[0].write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-            if outcome.draw is not None:
-                from matplotlib import pyplot
+            for path in temporary:
+                if path.suffix == ".json":
+                    path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+                elif path.suffix == ".npz":
+                    np.savez(path, **outcome.arrays or {})
+                elif outcome.draw is not None:
+                    from matplotlib import pyplot
 
-                ax = outcome.draw(plot)
-                ax.set_title(f"{title}\n{size}", fontsize=11)
-                ax.figure.savefig(temporary[1], format="png", dpi=160)
-                pyplot.close(ax.figure)
-            if outcome.arrays is not None:
-                np.savez(temporary[1], **outcome.arrays)
+                    ax = outcome.draw(plot)
+                    ax.set_title(f"{title}\n{size}", fontsize=11)
+                    ax.figure.savefig(path, format="png", dpi=160)
+                    pyplot.close(ax.figure)
     if arguments.json:
         return json.dumps(result, indent=2)
     samples = f"{result['mc_samples']} sample(s) per loss term, " if arguments.kind == "mc" else ""
@@ -287,6 +308,63 @@ def _approximate(op: FisherOperator, arguments: argparse.Namespace, progress: Pr
     return _Outcome(numbers, lines, lambda plot: plot.approximations(found))
 
 
+def _influence(op: FisherOperator, arguments: argparse.Namespace, progress: Progress, question: _Question) -> _Outcome:
+    problem, query = question.problem, question.problem.query
+    assert query is not None
+    damping = arguments.damping or 0.1 * op.trace() / op.shape[0]
+    if damping == 0:
+        raise UsageError("the Fisher of the model on these data is zero: give a --damping")
+    options = {"kind": "empirical", "rows": "datum", "cache": arguments.cache, "max_memory": arguments.max_memory}
+    G: Any = op.scores
+    train, asked = (G.on(batches, **options) for batches in (question.train, question.query))
+    progress.report("gradients")
+    found = linalg.inv_quad(op, asked, train, damping=damping, method=arguments.method, rtol=arguments.rtol)
+    if not found.converged:
+        raise UsageError(
+            f"the residual is {found.residual:.1e} and does not come to --rtol {arguments.rtol:g}: choose a larger "
+            "one, or a larger --damping, or --dtype float64"
+        )
+    # Rows are in the order of the processes, and the loss is divided by c.
+    c, scores = float(getattr(G, "local", G).reader.divisor()), np.empty_like(found.value)
+    scores[np.ix_(asked.datum, train.datum)] = found.value / c
+    few = min(arguments.top, scores.shape[1])
+    ranked, labels = [], [_labels(y) for y in (problem.y, query[1])]
+    lines = [f"λ {damping:.3e}; how much the loss of a query grows, to first order, without a training example:"]
+    for number, own in enumerate(scores):
+        order = np.argsort(own)
+        ranked.append({
+            name: [{"example": int(n), "score": float(own[n])} for n in chosen]
+            for name, chosen in (("helpful", order[::-1][:few]), ("harmful", order[:few]))
+        })  # fmt: skip
+        if number < _SHOWN:
+            for name, entries in ranked[-1].items():
+                text = ", ".join(f"{entry['example']} ({entry['score']:+.2e})" for entry in entries)
+                lines.append(f"query {number:>3}  most {name}: {text}")
+    if len(scores) > _SHOWN:
+        lines.append(f"... and {len(scores) - _SHOWN:,} more queries, which are in the file")
+    numbers = {
+        "queries": len(scores), "damping": damping, "method": found.method, "residual": found.residual,
+        "ranked": ranked,
+    }  # fmt: skip
+    images = [_as_array(X) for X in (problem.X, query[0][:_SHOWN])] if problem.has_images else []
+    shown = None if any(own is None for own in labels) else (labels[0], labels[1])
+
+    def draw(plot: Any) -> Any:
+        return plot.influence(scores[:_SHOWN], *images, labels=shown, top=few)
+
+    return _Outcome(numbers, [*lines, ""], draw if images else None, {"influence": scores})
+
+
+def _labels(y: Any) -> Any:
+    """Return classes (N,), or None if targets are others."""
+    array = _as_array(y)
+    return array if array.ndim == 1 and array.dtype.kind in "biu" else None
+
+
+def _as_array(x: Any) -> np.ndarray[Any, Any]:
+    return x.numpy() if hasattr(x, "numpy") else np.asarray(x)
+
+
 _COMMANDS = {
     "spectrum": _Command(
         _spectrum, "largest eigenvalues", "Compute the largest eigenvalues.", ("spectrum.json", "spectrum.png")
@@ -307,6 +385,11 @@ _COMMANDS = {
         "memory, time, and iterations of conjugate gradients with their inverse.",
         ("approximate.json", "approximate.png"),
     ),
+    "influence": _Command(
+        _influence, "influence scores", "Compute how much the loss of each query grows, to first order, without each "
+        "training example, and draw the most helpful and harmful ones if they are images.",
+        ("influence.json", "influence.npz", "influence.png"),
+    ),
 }  # fmt: skip
 _METHODS = {
     "dual": "from the matrix of scalar products of the rows",
@@ -324,10 +407,12 @@ def _make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
     for name, own in _COMMANDS.items():
         command = commands.add_parser(name, help=own.help, description=f"{own.help} {_DEMO}", epilog=_MISSING)
+        groups: dict[str, Any] = {}
         for title, names, options in _OPTIONS:
-            group = command.add_argument_group(title)
+            if name in names and title not in groups:
+                groups[title] = command.add_argument_group(title)
             for flag, keywords, text in options if name in names else ():
-                group.add_argument(flag, help=text, **keywords)
+                groups[title].add_argument(flag, help=text, **keywords)
     return parser
 
 
@@ -349,6 +434,7 @@ _tolerance = _number(float, lambda value: 0 <= value < 1, "a number from 0 to 1"
 _positive = _number(float, lambda value: 0 < value < float("inf"), "a number above 0")
 _flag = {"action": "store_true"}
 _every = tuple(_COMMANDS)
+_others = tuple(name for name in _COMMANDS if name != "influence")
 _damping = {"type": _positive, "metavar": "λ"}
 # fmt: off
 _OPTIONS: list[tuple[str, tuple[str, ...], list[tuple[str, dict[str, Any], str]]]] = [
@@ -358,7 +444,16 @@ _OPTIONS: list[tuple[str, tuple[str, ...], list[tuple[str, dict[str, Any], str]]
          "in eval mode."),
         ("--weights", {"metavar": "FILE", "type": Path},
          "A state dict, as safetensors or in torch's format (read with weights_only). Default: the model's weights."),
+    ]),
+    ("model and data", _others, [
         ("--data", {"metavar": "FILE.npz", "type": Path}, "Arrays X and y with one row for each example."),
+    ]),
+    ("model and data", ("influence",), [
+        ("--train", {"metavar": "FILE.npz", "type": Path, "dest": "data"},
+         "Arrays X and y of the training data, with one row for each example."),
+        ("--query", {"metavar": "FILE.npz", "type": Path}, "Arrays X and y of the examples to explain the loss of."),
+    ]),
+    ("model and data", _every, [
         ("--loss", {"choices": list(LOSSES)},
          "ce: CrossEntropyLoss; bce: BCEWithLogitsLoss; bce-probabilities: BCELoss; gaussian: GaussianNLLLoss, for "
          "models that return (mean, var); distribution: for models that return a torch.distributions.Distribution; "
@@ -415,6 +510,12 @@ _OPTIONS: list[tuple[str, tuple[str, ...], list[tuple[str, dict[str, Any], str]]
          "Which approximations. Default: all."),
         ("--damping", {**_damping, "nargs": "+"},
          "λ > 0 of the systems that conjugate gradients solve. Default: 1e-4, 1e-6 and 1e-8 times λ_max."),
+    ]),
+    ("influence", ("influence",), [
+        ("--damping", _damping, "λ > 0, in the units of the eigenvalues. Default: 0.1 of their mean."),
+        ("--top", {"type": _integer(1), "default": 5, "metavar": "K"},
+         "Number of the most helpful, and of the most harmful, examples to list. Default: %(default)s."),
+        ("--rtol", {"type": _tolerance, "default": 1e-3}, "Relative error of the scores. Default: %(default)s."),
     ]),
     ("checkpoint", ("spectrum", "solve"), [
         ("--checkpoint", {"type": Path, "metavar": "FILE"},

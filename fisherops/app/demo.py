@@ -9,17 +9,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-_HELD_OUT = 360
+_HELD_OUT, _HARDEST = 360, 6
 _EPOCHS = 20
 _SEED = 0
 
 
 class Demo(NamedTuple):
-    """A trained model, its training data, and its accuracy on the held-out data."""
+    """A trained model, its training data, the held-out data, and the accuracy on these."""
 
     model: nn.Module
     X: Tensor
     y: Tensor
+    held_out: tuple[Tensor, Tensor]
     held_out_accuracy: float
 
 
@@ -70,4 +71,12 @@ def train(report: Callable[[str], None]) -> Demo:
             accuracy = (model(X_test).argmax(1) == y_test).float().mean().item()
     finally:
         torch.set_num_threads(threads)
-    return Demo(model, X, y, accuracy)
+    return Demo(model, X, y, (X_test, y_test), accuracy)
+
+
+def hardest(model: nn.Module, X: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the examples with the largest losses, in their order."""
+    with torch.no_grad():
+        losses = nn.functional.cross_entropy(model(X), y, reduction="none")
+    chosen = losses.topk(_HARDEST).indices
+    return X[chosen], y[chosen]

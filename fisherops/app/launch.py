@@ -37,7 +37,8 @@ def load_everywhere(load: Callable[[], Problem], group: Any) -> Problem:
     try:
         problem = load()
         tensors = [*problem.model.named_parameters(), *problem.model.named_buffers()]
-        found = [(name, t.shape, t.dtype) for name, t in tensors], problem.X.shape, problem.y.shape
+        shapes = [a.shape for a in (problem.X, problem.y, *(problem.query or ()))]
+        found = [(name, t.shape, t.dtype) for name, t in tensors], shapes
     except UsageError as error:
         found = str(error)
     answers: list[Any] = [None] * dist.get_world_size(group)
@@ -53,9 +54,9 @@ def load_everywhere(load: Callable[[], Problem], group: Any) -> Problem:
     return problem
 
 
-def divide(problem: Problem, batch_size: int, group: Any) -> tuple[list[Any], dict[str, Any]]:
-    """Return this process's batches, and the options of an operator whose data are shared with other processes."""
-    X, y, B = problem.X, problem.y, batch_size
+def divide(X: Any, y: Any, batch_size: int, group: Any) -> list[Any]:
+    """Return this process's batches."""
     if group is None:
-        return [(X[i : i + B], y[i : i + B]) for i in range(0, len(y), B)], {}
-    return shard((X, y), group, batch_size=B), {"process_group": group}
+        return [(X[i : i + batch_size], y[i : i + batch_size]) for i in range(0, len(y), batch_size)]
+    batches: list[Any] = shard((X, y), group, batch_size=batch_size)
+    return batches

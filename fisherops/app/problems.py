@@ -48,7 +48,7 @@ class UsageError(Exception):
 
 
 class Problem(NamedTuple):
-    """A model with its data and loss."""
+    """A model with its data and loss, and perhaps data to ask about."""
 
     model: nn.Module
     X: Any
@@ -56,57 +56,83 @@ class Problem(NamedTuple):
     loss: str
     title: str
     held_out_accuracy: float | None
+    query: tuple[Any, Any] | None = None
+
+    @property
+    def has_images(self) -> bool:
+        """Whether the examples, and those to ask about, are images (1 or 3, height, width) or with channels last."""
+        arrays = () if self.query is None else (self.X, self.query[0])
+        return bool(arrays) and all(X.ndim == 4 and ({1, 3} & {X.shape[1], X.shape[3]}) for X in arrays)
 
 
 def load_problem(arguments: argparse.Namespace, progress: Progress) -> Problem:
     """Return the model and data that the options name, or the demonstration if they name none."""
-    if not (arguments.model or arguments.data or arguments.weights):
+    files = {"--train": arguments.data, "--query": arguments.query} if asks(arguments) else {"--data": arguments.data}
+    if not (arguments.model or any(files.values()) or arguments.weights):
         return _demo(arguments, progress)
-    if not arguments.model or not arguments.data:
-        given = "--model" if arguments.model else "--data" if arguments.data else "--weights"
-        raise UsageError(f"{given} was given alone: give both --model FILE.py:FACTORY and --data FILE.npz")
+    if not arguments.model or not all(files.values()):
+        given = {"--model": arguments.model, **files, "--weights": arguments.weights}
+        names = [name for name, value in given.items() if value]
+        needed = ["--model FILE.py:FACTORY", *(f"{name} FILE.npz" for name in files)]
+        raise UsageError(
+            f"{' and '.join(names)} {'was' if len(names) == 1 else 'were'} given alone: give "
+            f"{'both ' if len(needed) == 2 else ''}{', '.join(needed[:-1])} and {needed[-1]}"
+        )
     progress.start("loading the model and the data")
     loss = arguments.loss or "ce"
-    X, y = _load_data(arguments.data, loss)
+    (X, y), *others = (_load_data(path, loss, name) for name, path in files.items())
+    for other, _ in others:
+        if other.shape[1:] != X.shape[1:]:
+            raise UsageError(
+                f"X in {arguments.query} has shape {other.shape}, and X in {arguments.data} {X.shape}: all examples "
+                "must have one shape"
+            )
     model = _load_model(arguments.model)
     if arguments.weights:
         _load_weights(model, arguments.weights)
-    return Problem(model.eval(), X, y, loss, arguments.model, None)
+    return Problem(model.eval(), X, y, loss, arguments.model, None, *others)
+
+
+def asks(arguments: argparse.Namespace) -> bool:
+    """Return whether a command asks about other data than those of the Fisher matrix."""
+    return hasattr(arguments, "query")
 
 
 def _demo(arguments: argparse.Namespace, progress: Progress) -> Problem:
     if arguments.loss not in (None, "ce"):
-        raise UsageError(f"--loss {arguments.loss} needs --model and --data; the digits are classified with ce")
+        data = "--train" if asks(arguments) else "--data"
+        raise UsageError(f"--loss {arguments.loss} needs --model and {data}; the digits are classified with ce")
     from fisherops.app import demo
 
     progress.start("training a small convolutional network on scikit-learn's digits")
     try:
-        model, X, y, accuracy = demo.train(progress.report)
+        model, X, y, held_out, accuracy = demo.train(progress.report)
     except ImportError:
         raise UsageError(f"scikit-learn is needed for the digits and is not installed: {INSTALL}") from None
-    return Problem(model, X, y, "ce", "convolutional network on scikit-learn's digits", accuracy)
+    query = demo.hardest(model, *held_out) if asks(arguments) else None
+    return Problem(model, X, y, "ce", "convolutional network on scikit-learn's digits", accuracy, query)
 
 
 # ---- Data, model and weights ---------------------------------------------------------------------------
 
 
-def _load_data(path: Path, loss: str) -> tuple[Any, Any]:
+def _load_data(path: Path, loss: str, option: str) -> tuple[Any, Any]:
     try:
         file = np.load(path, allow_pickle=False)
         if not isinstance(file, np.lib.npyio.NpzFile):
-            raise UsageError(f"--data {path} is one array, not an archive: write numpy.savez(FILE, X=..., y=...)")
+            raise UsageError(f"{option} {path} is one array, not an archive: write numpy.savez(FILE, X=..., y=...)")
         with file:
             missing = {"X", "y"} - set(file.files)
             if missing:
                 raise UsageError(
-                    f"--data {path} has the arrays {sorted(file.files)}: X and y are needed, "
+                    f"{option} {path} has the arrays {sorted(file.files)}: X and y are needed, "
                     "write numpy.savez(FILE, X=..., y=...)"
                 )
             X, y = file["X"], file["y"]
     except FileNotFoundError:
-        raise UsageError(f"--data {path} does not exist: give an .npz file with arrays X and y") from None
+        raise UsageError(f"{option} {path} does not exist: give an .npz file with arrays X and y") from None
     except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise UsageError(f"--data {path} cannot be read as .npz: {error}") from None
+        raise UsageError(f"{option} {path} cannot be read as .npz: {error}") from None
     for name, array in (("X", X), ("y", y)):
         if array.dtype.kind not in "biuf":
             raise UsageError(f"{name} in {path} has dtype {array.dtype}: it must be real numbers")
@@ -229,6 +255,11 @@ def _unwrap(state: Any, own: Mapping[str, Any]) -> Any:
 # ---- The operator --------------------------------------------------------------------------------------
 
 
+def reported(batches: Sequence[Any], progress: Progress) -> Any:
+    """Return batches that report which of them is read."""
+    return _Batches(batches, progress)
+
+
 class _Batches:
     """Batches that report which of them is read."""
 
@@ -267,7 +298,7 @@ def make_operator(
     options = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
     op: FisherOperator = make(
         model, loss and loss(reduction=arguments.reduction or "mean"), _parameters(model, arguments.params),
-        _Batches(batches, progress), dtype=arguments.dtype, cache=arguments.cache, max_memory=arguments.max_memory,
+        reported(batches, progress), dtype=arguments.dtype, cache=arguments.cache, max_memory=arguments.max_memory,
         **shared, **options,
     )  # fmt: skip
     return op
