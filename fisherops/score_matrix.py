@@ -27,6 +27,7 @@ from fisherops.scores import (
     BatchScores,
     Cache,
     Kind,
+    LazyBatch,
     MaterializedBatch,
     Plan,
     compute,

@@ -82,8 +82,8 @@ class Uses(nn.Module):
 
 
 @pytest.mark.parametrize("rows", ["term", "datum"])
-@pytest.mark.parametrize("cache", ["scores", "factors", "none"])
-def test_uses_of_every_sort(cache, rows):
+@pytest.mark.parametrize(("cache", "limit"), [("scores", 0), ("factors", 0), ("none", 0), ("none", 2**28)])
+def test_uses_of_every_sort(monkeypatch, cache, limit, rows):
     torch.manual_seed(0)
     model = Uses().double()
     X, y = torch.randint(6, (5, 3)), torch.randint(8, (5, 3))
@@ -91,6 +91,7 @@ def test_uses_of_every_sort(cache, rows):
         model, nn.CrossEntropyLoss(), data=[(X[:2], y[:2]), (X[2:], y[2:])], cache=cache, rows=rows
     )
     G = op.scores
+    monkeypatch.setattr(projection, "_BYTES", limit)
     for H in (G, (2 * op + op.damped(1.0)).scores, op.submatrix(["gain", "fused.weight"]).scores):
         assert_same(H.project(140, 3).value, H.todense() @ signs_of(H, 140, 3) / np.sqrt(140), np.float64)
 

@@ -26,6 +26,9 @@ _BITS = 128
 # Temporary elements of a block of columns, and columns of a block.
 _ELEMENTS, _MANY_COLUMNS = 2**22, 8 * _BITS
 
+# Bytes of the factors of a batch that is not cached.
+_BYTES = 2**28
+
 # Positions that are summed at once in the compute precision.
 _TERMS = 2**12
 
@@ -139,6 +142,9 @@ def projected(batch: MaterializedBatch | LazyBatch, signs: Signs) -> Tensor:
     """Multiply G of a batch with the signs, (rows, k)."""
     parameters = signs.parameters
     if isinstance(batch, LazyBatch):
+        made = batch.materialized(_BYTES)
+        if made is not None:
+            return projected(made, signs)
         blocks = signs.blocks(parameters.numel, batch.columns)
         return torch.cat([batch.apply(signs.flat(columns)) for columns in blocks]).T
     total = batch.empty(batch.count, signs.k).zero_()
