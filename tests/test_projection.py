@@ -27,7 +27,7 @@ def signs_of(G, k, seed=0):
     return Signs(G.parameters, k, seed).flat(slice(0, k)).double().cpu().numpy().T
 
 
-@settings(max_examples=settings.default.max_examples // 3)
+@settings(max_examples=settings.default.max_examples // 5)
 @given(
     st.builds(
         make_case,
@@ -81,8 +81,16 @@ class Uses(nn.Module):
         return torch.cat([h @ self.table.weight.T, self.transposed(h.mT).mT[:, 1:]], -1).mT
 
 
-@pytest.mark.parametrize("rows", ["term", "datum"])
-@pytest.mark.parametrize(("cache", "limit"), [("scores", 0), ("factors", 0), ("none", 0), ("none", 2**28)])
+@pytest.mark.parametrize(
+    ("cache", "limit", "rows"),
+    [
+        ("scores", 0, "term"),
+        ("factors", 0, "term"),
+        ("factors", 0, "datum"),
+        ("none", 0, "datum"),
+        ("none", 2**28, "term"),
+    ],
+)
 def test_uses_of_every_sort(monkeypatch, cache, limit, rows):
     torch.manual_seed(0)
     model = Uses().double()
@@ -101,7 +109,7 @@ def test_gram_matrices_have_no_bias():
     G = fo.FisherMCLinearOperator(case.model, case.loss, data=case.data).scores
     Q = G.on(case.data[0], kind="empirical")
     draws = []
-    for seed in range(100):
+    for seed in range(80):
         signs = Signs(G.parameters, 4, seed)
         draws.append([(H.projected(signs) / 2).numpy() for H in (G, Q)])
     for left, right, expected in ((0, 0, G.gram()), (1, 0, Q.gram(G))):
@@ -115,8 +123,8 @@ def test_gram_matrices_have_no_bias():
 def test_the_error_falls_as_the_root_of_the_columns():
     case = make_case("dense", sizes=(40,), dtype=torch.float64)
     G = fo.FisherMCLinearOperator(case.model, case.loss, data=case.data).scores
-    errors = [np.mean([G.project(k, seed).error for seed in range(10)]) for k in (50, 5000)]
-    assert 5 <= errors[0] / errors[1] <= 20
+    errors = [np.mean([G.project(k, seed).error for seed in range(5)]) for k in (50, 2000)]
+    assert 3 <= errors[0] / errors[1] <= 13
 
 
 def test_signs_are_independent_of_blocks_and_other_columns():

@@ -37,7 +37,7 @@ def operator(cache="auto", architecture="dense", **options):
     return case, fo.FisherMCLinearOperator(case.model, case.loss, data=case.data, cache=cache, **options)
 
 
-@settings(max_examples=settings.default.max_examples // 3)
+@settings(max_examples=settings.default.max_examples // 5)
 @given(
     st.builds(
         make_case,
@@ -105,6 +105,16 @@ def test_linear_algebra_without_the_model(tmp_path):
     ]  # fmt: skip
     for own, other in zip(found, expected, strict=True):
         np.testing.assert_allclose(own, other, atol=1e-9 * np.abs(other).max())
+
+
+def test_no_rows(tmp_path):
+    case, op = operator()
+    X, y = case.data[0]
+    op.scores.on((X[:0], y[:0])).save(tmp_path / "G.pt")
+    S = fo.load_scores(tmp_path / "G.pt")
+    assert (S.shape, S.gram().shape, S.gram(op.scores).shape) == ((0, op.shape[0]), (0, 0), (0, op.num_rows))
+    assert S.project(3).value.shape == (0, 3)
+    assert fo.FisherOperator(S).trace() == 0
 
 
 def test_rows_stay_in_the_file(tmp_path):
