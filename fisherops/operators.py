@@ -63,7 +63,7 @@ class ShardableFisherOperator(FisherOperator):
         return vectors.leave(self.multiply(vectors.rows))
 
     def enter_pieces(self, tensors: Mapping[str, Tensor]) -> tuple[Any, Callable[[Any], dict[str, Tensor]]]:
-        """Return one vector (D,) for tensors of the parameters' shapes; see `FisherOperator.enter_pieces`."""
+        """Return one vector (D,) for tensors of the parameters' shapes, and how it becomes such tensors again."""
         G = self.score_matrix
         if not isinstance(G, ShardedScores):
             return super().enter_pieces(tensors)
