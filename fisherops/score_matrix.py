@@ -33,6 +33,7 @@ from fisherops.scores import (
     compute,
 )
 from fisherops.scores.cache import uses_of
+from fisherops.scores.gram import panels_by_rows, panels_of_batches
 from fisherops.scores.kinds import FactorOf, kind_of
 from fisherops.scores.protocol import CacheSize, Scores, Sums, SumsOfUses, by_rows, clipped
 from fisherops.scores.reader import Reader, as_weights
@@ -479,6 +480,20 @@ class ScoreMatrix(Scores):
             return
         for batch in mine:
             yield _gram_of_batches([batch], theirs, None)
+
+    gram_is_by_panels = True
+
+    def panels_of_gram(self, width: int, first: int = 0, scale: Tensor | None = None) -> Iterator[Tensor]:
+        """List K[a:, a:b] of K = G diag(scale) Gᵀ for panels of `width` columns, from the one of number `first` on."""
+        batches = self.materialized() if self.num_rows > width else None
+        if self.num_rows <= width:
+            panels = super().panels_of_gram(width, first, scale)
+        elif batches:
+            panels = panels_of_batches(batches, width, first, scale)
+        else:
+            panels = panels_by_rows(self, width, first, scale)
+        for panel in panels:
+            yield check_result(panel)
 
     def materialized(self) -> list[MaterializedBatch] | None:
         """Return all batches, always in the same order, by their rows: cached, or made if they fit into what is left.

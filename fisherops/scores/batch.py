@@ -422,6 +422,14 @@ class MaterializedBatch:
         other.groups, other.biases, other.has_factors = self.groups, self.biases, self.has_factors
         return other
 
+    def part(self, start: int, stop: int) -> MaterializedBatch:
+        """Return G of some data of the batch."""
+        if (start, stop) == (0, self.size):
+            return self
+        blocks = [(derived, columns.part(start, stop)) for derived, columns in self.blocks]
+        dense = self._dense[start * self.vectors : stop * self.vectors]
+        return self._with(dense, self._own_spans, blocks, stop - start, self.layers)
+
     def without_graphs(self) -> MaterializedBatch:
         """Return the same with dense rows for what is computed from parameters by a graph, which cannot leave."""
         composed = [block for block in self.blocks if isinstance(block[0], Composed)]

@@ -73,6 +73,10 @@ class Columns(ABC):
     def merged(self, parts: Sequence[Self], cat: Concatenate) -> Self:
         """Return columns of the data of all parts, one after the other; this one is the first of them."""
 
+    @abstractmethod
+    def part(self, start: int, stop: int) -> Self:
+        """Return the columns of some data."""
+
     @property
     def nbytes(self) -> int:
         """Memory held."""
@@ -166,6 +170,9 @@ class Rows(Columns):
 
     def merged(self, parts: Sequence[Rows], cat: Concatenate) -> Rows:
         return Rows(cat([part._rows for part in parts]))
+
+    def part(self, start: int, stop: int) -> Rows:
+        return Rows(self._rows[start:stop])
 
 
 class Factors(Columns):
@@ -305,6 +312,10 @@ class Factors(Columns):
         A, B = zip(*(part.by_datum() for part in parts), strict=True)
         return Factors(cat(A), cat(B))
 
+    def part(self, start: int, stop: int) -> Factors:
+        A, B = self.by_datum()
+        return Factors(A[start:stop], B[start:stop])
+
 
 def rows_of_contraction(A: Tensor, B: Tensor) -> Tensor:
     """Return Σ_t b aᵀ of A (N, T, g, i) and B (N, T, q, g, o), (N, q, g, o, i)."""
@@ -418,6 +429,9 @@ class Table(Columns):
     def merged(self, parts: Sequence[Table], cat: Concatenate) -> Table:
         index, B = (cat(own) for own in zip(*(part.tensors for part in parts), strict=True))
         return Table(index, B.transpose(1, 2), self.shape[1])
+
+    def part(self, start: int, stop: int) -> Table:
+        return Table(self.index[start:stop], self.gradients[start:stop].transpose(1, 2), self.shape[1])
 
     @property
     def nbytes(self) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import mmap
 import os
@@ -18,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fisherops._memory import read_ahead
 from fisherops._packing import from_tensors, to_tensors
 from fisherops.scores.batch import MaterializedBatch
 
@@ -139,9 +139,7 @@ class StoredBatch:
 
     def read_ahead(self) -> None:
         """Let the system read the file while something else is computed."""
-        if hasattr(os, "posix_fadvise"):  # not on every system
-            with contextlib.suppress(OSError), self._path.open("rb") as file:  # what is wrong is said when it is loaded
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
+        read_ahead(self._path)
 
     def _look(self) -> Any:
         try:
