@@ -33,7 +33,7 @@ from fisherops.scores import (
     compute,
 )
 from fisherops.scores.cache import uses_of
-from fisherops.scores.gram import panels_by_rows, panels_of_batches
+from fisherops.scores.gram import panels_by_rows, panels_of_batches, parts_of_batches
 from fisherops.scores.kinds import FactorOf, kind_of
 from fisherops.scores.protocol import CacheSize, Scores, Sums, SumsOfUses, by_rows, clipped
 from fisherops.scores.reader import Reader, as_weights
@@ -472,14 +472,14 @@ class ScoreMatrix(Scores):
         return by_rows(self, other, scale)
 
     def blocks_of_gram(self, other: Scores, step: int) -> Iterator[Tensor]:
-        """List G Hᵀ in blocks (b, rows of H) of one batch each, from the rows of both if they are cached."""
+        """List G Hᵀ in blocks (b, rows of H), b ≤ `step` or the rows of an example, from those cached if all are."""
         mine = self.materialized()
         theirs = other.materialized() if isinstance(other, ScoreMatrix) and self.has_columns_of(other) else None
         if not mine or not theirs:
             yield from super().blocks_of_gram(other, step)
             return
-        for batch in mine:
-            yield _gram_of_batches([batch], theirs, None)
+        for _, part, own in parts_of_batches(mine, 0, self.num_rows, step):
+            yield _gram_of_batches([part], theirs, None)[own]
 
     gram_is_by_panels = True
 

@@ -16,6 +16,9 @@ from fisherops.linalg.results import Mean, Pairs, Solved
 from fisherops.scores.protocol import Scores
 from fisherops.scores.selected import SelectedScores
 
+# Rows of T whose products with G are there at once: so few that the same memory serves for all.
+_FEW_ROWS = 512
+
 
 class Dual(Dense):
     """The Gram matrix K = G Gᵀ, (R, R)."""
@@ -129,7 +132,7 @@ class Dual(Dense):
     def form(self, Q: Scores, T: Scores, step: int) -> tuple[Tensor, Tensor]:
         """Return Q (F + total · I)⁻¹ Tᵀ in float64, and the norm of what the subtraction in it starts from.
 
-        Q Gᵀ and T Gᵀ are held in blocks of about `step` rows; T Gᵀ is found again for each block of Q Gᵀ.
+        Q Gᵀ is held in blocks of `step` rows, and T Gᵀ of fewer, which is found again for each block of Q Gᵀ.
         """
         G, is_symmetric = self._G, T is Q
         Q = self._columns_of(Q)
@@ -144,7 +147,7 @@ class Dual(Dense):
                 own -= Z @ Z.T
                 break
             Z, at = self._raised_half(Z), 0
-            for other in gram_blocks(T, G, step):
+            for other in gram_blocks(T, G, min(step, _FEW_ROWS)):
                 own[:, at : at + len(other)] -= Z @ other.double().T
                 at += len(other)
         return (value + value.T).div_(2 * self.added) if is_symmetric else value.div_(self.added), norm

@@ -31,7 +31,7 @@ from fisherops.scores.protocol import Scores
 _VECTORS = 10
 
 # Random combinations of the rows, of which the residuals are found by products with F.
-_PROBES = 4
+_PROBES = 2
 
 
 class _Found(NamedTuple):
@@ -129,8 +129,8 @@ def inv_quad(
 
     Notes
     -----
-    Rows are read in blocks that fit into the memory that ``max_memory`` leaves; the smallest block is one batch. The
-    residual of "dual" is estimated from four random combinations of the rows, by products with F.
+    Rows are read in blocks that fit into the memory that ``max_memory`` leaves. The residual of "dual" is estimated
+    from two random combinations of the rows, by products with F.
 
     References
     ----------

@@ -14,7 +14,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from fisherops._matmul import times_transposed
+from fisherops._matmul import takes_onednn, times_transposed
 from fisherops._sums import CompensatedSum, SegmentSum
 
 # Elements of a matrix that is large enough for the kernels, and stays in the processor's cache.
@@ -233,9 +233,17 @@ class Factors(Columns):
 
     def by_datum(self) -> tuple[Tensor, Tensor]:
         """Return views of A as (N, T, g, i) and B as (N, T, q, g, o)."""
+        return self._arranged(self._A, self._B)
+
+    def _arranged(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
         g, o, i = self.shape
         N, T, q = self.count, self._T, self._q
-        return self._A.view(g, N, T, i).permute(1, 2, 0, 3), self._B.view(q, g, o, N, T).permute(3, 4, 0, 1, 2)
+        return A.view(g, N, T, i).permute(1, 2, 0, 3), B.view(q, g, o, N, T).permute(3, 4, 0, 1, 2)
+
+    def _in_range(self) -> tuple[Tensor, Tensor, int, int]:
+        """Return A / 2ᵃ and B / 2ᵇ as `by_datum` does, with a and b, so that squares stay in range."""
+        (A, a), (B, b) = _in_range(self._A), _in_range(self._B)
+        return *self._arranged(A, B), a, b
 
     def gram(self, other: Columns) -> Tensor | None:
         if isinstance(other, Table):
@@ -252,9 +260,7 @@ class Factors(Columns):
 
     def gram_with(self, other: Factors, bias: bool) -> Tensor:
         """Multiply with the transpose, those of a bias that is added to the outputs counted too: its rows are Σ b."""
-        ((A, a), (B, b)), ((C, c), (E, e)) = (
-            (_in_range(x), _in_range(y)) for x, y in (self.by_datum(), other.by_datum())
-        )
+        (A, B, a, b), (C, E, c, e) = self._in_range(), other._in_range()
 
         if bias and a + c < 0:  # beside the 1 of the bias small inputs need no digits, and its power would overflow
             (A, a), (C, c) = (self.by_datum()[0], 0), (other.by_datum()[0], 0)
@@ -502,6 +508,11 @@ def _flat(A: Tensor) -> Tensor:
     return A.reshape(-1, A.shape[-1]).contiguous()
 
 
+def _rows_of_kernel(X: Tensor) -> Tensor:
+    """Return a matrix as the fastest kernel takes it without a copy of its own."""
+    return X if 1 in X.stride() and not takes_onednn(X) else X.contiguous()
+
+
 def _gram(inputs: Callable[[slice, slice], Tensor], B: Tensor, other: Tensor) -> Tensor:
     """Return Σ_{t,t'} ⟨a_t, a_t'⟩ ⟨b_qt, b_q't'⟩ for all pairs of data, (N · q, N' · q'), a block of them at a time.
 
@@ -518,8 +529,11 @@ def _gram(inputs: Callable[[slice, slice], Tensor], B: Tensor, other: Tensor) ->
     for n in range(0, N, step):
         for m in range(0, M, step):
             mine, theirs = slice(n, min(n + step, N)), slice(m, min(m + step, M))
-            left, right = (x.reshape(-1, o).contiguous() for x in (B[mine], other[theirs]))
+            left, right = (_rows_of_kernel(x.reshape(-1, o)) for x in (B[mine], other[theirs]))
             products = times_transposed(left, right).view(-1, T, q, theirs.stop - m, S, p)
-            products *= inputs(mine, theirs).view(-1, T, 1, theirs.stop - m, S, 1)
-            result[mine, :, theirs] = products.sum((1, 4)) if T * S > 1 else products[:, 0, :, :, 0]
+            weights = inputs(mine, theirs).view(-1, T, 1, theirs.stop - m, S, 1)
+            if T * S > 1:
+                result[mine, :, theirs] = products.mul_(weights).sum((1, 4))
+            else:
+                torch.mul(products[:, 0, :, :, 0], weights[:, 0, :, :, 0], out=result[mine, :, theirs])
     return result.view(N * q, M * p)

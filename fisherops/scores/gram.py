@@ -40,15 +40,15 @@ def panels_of_batches(
     for start in range(first * width, rows, width):
         stop = min(start + width, rows)
         panel = batches[0].empty(rows - start, stop - start)
-        columns = list(_parts(batches, start, stop, width))
-        for at, part, own in _parts(batches, start, rows, _ROWS):
+        columns = list(parts_of_batches(batches, start, stop, width))
+        for at, part, own in parts_of_batches(batches, start, rows, _ROWS):
             for left, theirs, chosen in columns:
                 block = part.gram(theirs, scale)[own, chosen]
                 panel[at : at + block.shape[0], left : left + block.shape[1]] = block
         yield panel
 
 
-def _parts(
+def parts_of_batches(
     batches: Sequence[MaterializedBatch], start: int, stop: int, step: int
 ) -> Iterator[tuple[int, MaterializedBatch, slice]]:
     """List parts of batches of about `step` rows that have the rows from `start` to `stop`.
