@@ -20,6 +20,9 @@ from fisherops._sums import CompensatedSum, SegmentSum
 # Elements of a matrix that is large enough for the kernels, and stays in the processor's cache.
 _FILLING = 2**21
 
+# Positions from which products with several vectors may be faster by rows.
+_SHORT = 8
+
 # Terms that are summed at once in the compute precision, and vectors of a block of rows likewise.
 _TERMS = 2**12
 
@@ -199,6 +202,11 @@ class Factors(Columns):
     def apply(self, V: Tensor) -> Tensor:
         g, o, i = self.shape
         W = V.new_empty(len(V), self.count, self._q)
+        if self._rows_are_cheaper(len(V)):
+            for start, rows in self._blocks_of_rows(len(V)):
+                products = times_transposed(V.reshape(len(V), -1), rows)
+                W[:, start : start + len(rows) // self._q] = products.view(len(V), -1, self._q)
+            return W
         for start in range(0, len(V), self._step):
             v = V[start : start + self._step]
             H = torch.matmul(v, self._A.mT) if g > 1 else times_transposed(v.reshape(len(v) * o, i), self._A[0])
@@ -211,6 +219,12 @@ class Factors(Columns):
     def apply_t(self, W: Tensor) -> Tensor:
         g, o, i = self.shape
         NT = self.count * self._T
+        if self._rows_are_cheaper(len(W)):
+            total = W.new_zeros(len(W), g * o * i)
+            for start, rows in self._blocks_of_rows(len(W)):
+                own = W[:, start : start + len(rows) // self._q].reshape(len(W), -1)
+                total += times_transposed(own, rows.T)
+            return total.view(len(W), g, o, i)
         out = W.new_empty(len(W), g, o, i) if len(W) > self._step else None
         for start in range(0, len(W), self._step):
             w = W[start : start + self._step, None, :, :, None]
@@ -226,6 +240,19 @@ class Factors(Columns):
             out[start : start + len(w)] = product
         assert out is not None
         return out
+
+    def _rows_are_cheaper(self, K: int) -> bool:
+        """Whether to make dense rows, a block at a time, for products with K vectors.
+
+        They take T multiplications an element once, and then one for each vector; the factors take T for each vector.
+        """
+        return self._T >= _SHORT and 2 * self._q * (self._T + K) < K * self._T
+
+    def _blocks_of_rows(self, K: int) -> Iterator[tuple[int, Tensor]]:
+        """List the first datum of blocks with their rows (n · q, g · o · i): as many as vectors if that is more."""
+        step = max(1, max(_FILLING // math.prod(self.shape), K) // self._q)
+        for start in range(0, self.count, step):
+            yield start, self.rows(start, start + step).flatten(2).flatten(0, 1)
 
     def rows(self, start: int, stop: int) -> Tensor:
         A, B = self.by_datum()
