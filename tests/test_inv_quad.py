@@ -81,6 +81,8 @@ def compare(case, kind, other, cache, method):
             np.testing.assert_array_equal(found.value, found.value.T)
             alone = linalg.inv_quad(op, Q, damping=damping, method=method, rtol=tolerance / 10, diagonal=True)
             assert np.abs(alone.value - np.diag(expected)).max(initial=0) <= tolerance * scale
+            less = linalg.inv_quad(op, Q, damping=2 * damping, method=method, rtol=tolerance / 10, diagonal=True)
+            assert (less.value <= alone.value + tolerance * scale).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -181,7 +183,8 @@ def test_no_rows():
 
 def test_bad_input():
     op, test, train = problem()
-    D = op.shape[0]
+    D, y = op.shape[0], torch.zeros(4, dtype=torch.int64)
+    of_nan, of_five = (op.scores.on((X.double(), y)) for X in (torch.full((4, 6), np.nan), torch.ones(4, 5)))
     elsewhere = fo.FisherMCLinearOperator(
         nn.Linear(6, 3).double(), nn.CrossEntropyLoss(), data=(torch.randn(4, 6).double(), torch.randint(3, (4,)))
     )
@@ -194,7 +197,10 @@ def test_bad_input():
         (TypeError, "`Q` must be real", {"Q": np.ones((2, D), complex)}),
         (ValueError, "`damping` must be at least 0", {"damping": -1.0}),
         (ValueError, "`damping` must be positive, because F is singular", {"damping": 0.0}),
+        (ValueError, "`damping` must be at least 0 and finite", {"damping": np.nan}),
         (ValueError, "`rtol` must be at least 0 and below 1", {"rtol": 2.0}),
+        (FloatingPointError, "the model's output for batch 0 contains NaN", {"Q": of_nan}),
+        (RuntimeError, "shapes cannot be multiplied", {"Q": of_five}),
         (ValueError, "`T` must be None for diagonal=True", {"diagonal": True}),
         (ValueError, "`method` must be 'dual' or 'dense' for least_norm", {"method": "primal", "least_norm": True}),
     ]
