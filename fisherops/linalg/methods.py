@@ -47,7 +47,7 @@ def cholesky_memory(
     """Return the bytes that a Cholesky factor takes, with the matrix; of the Gram matrix by panels, maybe in files."""
     if name == "dense" or G is None:
         return n * n * (itemsize + 8 * _CHOLESKY_WORK)
-    at_work = bytes_at_work(n, itemsize) if G.gram_is_by_panels else n * n * itemsize
+    at_work = bytes_at_work(n, itemsize, in_files) if G.gram_is_by_panels else n * n * itemsize
     return at_work + (0 if in_files else bytes_of(n, of_entry))
 
 

@@ -17,9 +17,9 @@ from fisherops._memory import read_ahead
 from fisherops.linalg.iteration import Report, checksum
 from fisherops.scores.store import Store
 
-# Size up to which a matrix is one panel; and columns of the panels of a larger one in memory, and at most in files, of
-# which each is read again for each later panel.
-_WHOLE, _WIDTH, _WIDEST = 2048, 512, 4096
+# Size up to which a matrix is one panel; and columns of the panels of a larger one in memory, and at least and at most
+# in files, of which each is read again for each later panel.
+_WHOLE, _WIDTH, _NARROWEST, _WIDEST = 2048, 512, 64, 4096
 
 # Panels that are there at once while one is computed: it, the block of the Gram matrix, and products.
 _PRESENT = 4
@@ -50,9 +50,10 @@ def bytes_of(n: int, itemsize: int, width: int = _WIDTH) -> int:
     return itemsize * (n * (n + width) // 2)
 
 
-def bytes_at_work(n: int, itemsize: int) -> int:
+def bytes_at_work(n: int, itemsize: int, in_files: bool = False) -> int:
     """Return the bytes that computing a panel takes besides the others, for entries of the Gram matrix of some size."""
-    return itemsize * n * n if n <= _WHOLE else 8 * _PRESENT * n * _WIDTH
+    width = min(_WIDTH, _NARROWEST) if in_files else _WIDTH
+    return itemsize * n * n if n <= _WHOLE else 8 * _PRESENT * n * width
 
 
 class Panels:

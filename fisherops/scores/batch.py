@@ -232,6 +232,9 @@ class MaterializedBatch:
         shared = [span for span in self._own_spans if span in set(other._own_spans) - joint - both]
         if shared == self._own_spans == other._own_spans and scale is None:
             total += times_transposed(self._dense, other._dense)
+        elif shared and scale is None and self._own_spans == other._own_spans:
+            for own in self._runs(shared):
+                total += times_transposed(self._dense[:, own], other._dense[:, own])
         elif shared:
             total += times_transposed(self._dense_at(shared, scale), other._dense_at(shared))
         for name, span in self._parameters.items():
@@ -248,6 +251,15 @@ class MaterializedBatch:
             elif mixed or (mine and theirs):
                 total += self._gram_of_rows(name, other, scale)
         return total
+
+    def _runs(self, spans: Sequence[Span]) -> Iterator[slice]:
+        """List slices of the dense columns that belong to some parameters, as few as there are."""
+        offset, runs = 0, list[Span]()
+        for span in self._own_spans:
+            stop = offset + span[1] - span[0]
+            runs += [(offset, stop)] if span in spans else []
+            offset = stop
+        return (slice(*run) for run in _merged(runs))
 
     def _gram_of_rows(self, name: str, other: MaterializedBatch, scale: Tensor | None = None) -> Tensor:
         result, is_symmetric = self._dense.new_zeros(self.count, other.count), self is other and scale is None
