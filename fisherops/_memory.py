@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from pathlib import Path
@@ -41,6 +42,13 @@ def as_folder(path: Any) -> Path | None:
     if not folder.is_dir():
         raise NotADirectoryError(f"`spill` is {str(path)!r}, which is no folder: make it first.")
     return folder
+
+
+def read_ahead(path: Path) -> None:
+    """Let the system read a file while something else is computed."""
+    if hasattr(os, "posix_fadvise"):  # not on every system
+        with contextlib.suppress(OSError), path.open("rb") as file:  # what is wrong is said when it is loaded
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
 
 
 def is_memory_error(error: BaseException) -> bool:

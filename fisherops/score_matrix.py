@@ -34,6 +34,7 @@ from fisherops.scores import (
 )
 from fisherops.scores.batch import gram_of_batches
 from fisherops.scores.cache import uses_of
+from fisherops.scores.gram import panels_by_rows, panels_of_batches, parts_of_batches
 from fisherops.scores.kinds import FactorOf, kind_of
 from fisherops.scores.lazy import rows_or_columns, squares_of
 from fisherops.scores.projection import Signs, projected
@@ -218,14 +219,28 @@ class BatchedScores(Scores):
         return by_rows(self, other, scale)
 
     def blocks_of_gram(self, other: Scores, step: int) -> Iterator[Tensor]:
-        """List G Hᵀ in blocks (b, rows of H) of one batch each, from the rows of both if they are cached."""
+        """List G Hᵀ in blocks (b, rows of H), b ≤ `step` or the rows of an example, from those cached if all are."""
         mine = self.materialized()
-        theirs = other.materialized() if isinstance(other, BatchedScores) and self.has_columns_of(other) else None
+        theirs = other.materialized() if isinstance(other, ScoreMatrix) and self.has_columns_of(other) else None
         if not mine or not theirs:
             yield from super().blocks_of_gram(other, step)
             return
-        for batch in mine:
-            yield gram_of_batches([batch], theirs, None)
+        for _, part, own in parts_of_batches(mine, 0, self.num_rows, step):
+            yield gram_of_batches([part], theirs, None)[own]
+
+    gram_is_by_panels = True
+
+    def panels_of_gram(self, width: int, first: int = 0, scale: Tensor | None = None) -> Iterator[Tensor]:
+        """List K[a:, a:b] of K = G diag(scale) Gᵀ for panels of `width` columns, from the one of number `first` on."""
+        batches = self.materialized() if self.num_rows > width else None
+        if self.num_rows <= width:
+            panels = super().panels_of_gram(width, first, scale)
+        elif batches:
+            panels = panels_of_batches(batches, width, first, scale)
+        else:
+            panels = panels_by_rows(self, width, first, scale)
+        for panel in panels:
+            yield check_result(panel)
 
     def _sum(self, terms: Iterable[Tensor], *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         """Sum over batches."""

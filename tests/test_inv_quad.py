@@ -1,6 +1,11 @@
 """Q (F + λI)⁻¹ Tᵀ against dense algebra, by every method."""
 
+import errno
+import gc
+import os
+import subprocess
 import sys
+from pathlib import Path
 from unittest import mock
 
 import numpy as np
@@ -13,7 +18,7 @@ from torch import nn
 
 import fisherops as fo
 from fisherops import linalg
-from fisherops.linalg import dense
+from fisherops.linalg import panels
 
 KINDS = {
     "mc": fo.FisherMCLinearOperator,
@@ -53,8 +58,14 @@ def problem(dtype=torch.float64, **options):
     st.sampled_from(sorted([*KINDS, "outputs"])),
     st.sampled_from(["auto", "scores", "factors", "linearization", "none"]),
     st.sampled_from(METHODS),
+    st.sampled_from([2048, 3]),
 )
-def test_it_is_that_of_dense_algebra(case, kind, other, cache, method):
+def test_it_is_that_of_dense_algebra(case, kind, other, cache, method, width):
+    with mock.patch.multiple(panels, _WHOLE=width, _WIDTH=width):
+        compare(case, kind, other, cache, method)
+
+
+def compare(case, kind, other, cache, method):
     op = KINDS[kind](case.model, case.loss, data=case.data[:1], cache=cache)
     Q, G = op.scores.on(case.data[1:], kind=other, cache=cache), op.scores
     damping = max(0.1 * float(np.linalg.norm(op.todense(), 2)), 1e-3)
@@ -70,6 +81,8 @@ def test_it_is_that_of_dense_algebra(case, kind, other, cache, method):
             np.testing.assert_array_equal(found.value, found.value.T)
             alone = linalg.inv_quad(op, Q, damping=damping, method=method, rtol=tolerance / 10, diagonal=True)
             assert np.abs(alone.value - np.diag(expected)).max(initial=0) <= tolerance * scale
+            less = linalg.inv_quad(op, Q, damping=2 * damping, method=method, rtol=tolerance / 10, diagonal=True)
+            assert (less.value <= alone.value + tolerance * scale).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -115,8 +128,8 @@ def test_values_fall_as_the_damping_grows():
 def test_one_factorization_serves_all_calls_until_the_model_changes(monkeypatch):
     op, test, train = problem()
     count = []
-    original = dense.cholesky_in_place
-    monkeypatch.setattr(dense, "cholesky_in_place", lambda matrix: count.append(1) or original(matrix))
+    original = panels.Cholesky.start
+    monkeypatch.setattr(panels.Cholesky, "start", lambda self: count.append(1) or original(self))
     for _ in range(2):
         linalg.inv_quad(op, test, train, damping=0.1, method="dual")
         linalg.inv_quad(op, train, damping=0.1, method="dual", diagonal=True)
@@ -170,7 +183,8 @@ def test_no_rows():
 
 def test_bad_input():
     op, test, train = problem()
-    D = op.shape[0]
+    D, y = op.shape[0], torch.zeros(4, dtype=torch.int64)
+    of_nan, of_five = (op.scores.on((X.double(), y)) for X in (torch.full((4, 6), np.nan), torch.ones(4, 5)))
     elsewhere = fo.FisherMCLinearOperator(
         nn.Linear(6, 3).double(), nn.CrossEntropyLoss(), data=(torch.randn(4, 6).double(), torch.randint(3, (4,)))
     )
@@ -183,7 +197,10 @@ def test_bad_input():
         (TypeError, "`Q` must be real", {"Q": np.ones((2, D), complex)}),
         (ValueError, "`damping` must be at least 0", {"damping": -1.0}),
         (ValueError, "`damping` must be positive, because F is singular", {"damping": 0.0}),
+        (ValueError, "`damping` must be at least 0 and finite", {"damping": np.nan}),
         (ValueError, "`rtol` must be at least 0 and below 1", {"rtol": 2.0}),
+        (FloatingPointError, "the model's output for batch 0 contains NaN", {"Q": of_nan}),
+        (RuntimeError, "shapes cannot be multiplied", {"Q": of_five}),
         (ValueError, "`T` must be None for diagonal=True", {"diagonal": True}),
         (ValueError, "`method` must be 'dual' or 'dense' for least_norm", {"method": "primal", "least_norm": True}),
     ]
@@ -215,3 +232,145 @@ def test_interrupted_conjugate_gradients_raise_what_python_does(tmp_path):
     assert found.converged
     expected = linalg.inv_quad(op, Q, damping=1e-3, method="dense")
     np.testing.assert_allclose(found.value, expected.value, rtol=1e-6, atol=1e-9)
+
+
+# ---- Large Gram matrices -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def _small_panels(monkeypatch):
+    for name in ("_WHOLE", "_WIDTH", "_WIDEST"):
+        monkeypatch.setattr(panels, name, 7)
+
+
+def wide_problem(dtype=torch.float64, **options):
+    """Return an operator of 80 rows in two batches, its factor's bytes, and other rows."""
+    op, test, train = problem(dtype, mc_samples=2, **options)
+    return op, panels.bytes_of(op.scores.shape[0], 4 if dtype == torch.float32 else 8), test, train
+
+
+@pytest.mark.usefixtures("_small_panels")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_what_exceeds_memory_goes_to_files(dtype, tmp_path):
+    op, _, test, train = wide_problem(dtype)
+    whole = linalg.inv_quad(op, test, train, damping=0.1, method="dual")
+    left = panels.bytes_at_work(80, dtype.itemsize)
+    op, _, test, train = wide_problem(dtype, max_memory=op.plan.nbytes + left)
+    with pytest.raises(ValueError, match="`max_memory` must leave .* Raise it, pass a folder as `spill`, or use"):
+        linalg.inv_quad(op, test, train, damping=0.1, method="dual")
+    found = linalg.inv_quad(op, test, train, damping=0.1, method="dual", spill=tmp_path)
+    assert found.converged
+    np.testing.assert_allclose(found.value, whole.value, atol=TOLERANCES[dtype] * np.abs(whole.value).max())
+    (folder,) = tmp_path.iterdir()
+    files = sorted(folder.iterdir())
+    assert len(files) > 2
+    assert {np.load(file).dtype.itemsize for file in files} == {dtype.itemsize}
+    del op, test, train, found
+    gc.collect()
+    assert not folder.exists()  # it belongs to the score matrix
+
+
+@pytest.mark.usefixtures("_small_panels")
+@pytest.mark.parametrize("is_wide", [True, False])
+def test_single_precision_is_taken_where_the_spectrum_allows(is_wide, tmp_path):
+    """Half the bytes, refined if the residual demands it; double precision for a damping near the rounding."""
+    op, nbytes, test, train = wide_problem(torch.float32)
+    left = nbytes + panels.bytes_at_work(80, 4)
+    op, _, test, train = wide_problem(torch.float32, max_memory=None if is_wide else op.plan.nbytes + left)
+    expected = reference(op, test.rows(), train.rows(), 1e-3)
+    dtypes, append = [], panels.Panels.append
+    with mock.patch.object(
+        panels.Panels, "append", lambda self, panel: dtypes.append(panel.dtype) or append(self, panel)
+    ):
+        for damping in (0.1, 1e-3):
+            found = linalg.inv_quad(op, test, train, damping=damping, method="dual", rtol=1e-4)
+            assert found.converged
+    np.testing.assert_allclose(found.value, expected, atol=1e-3 * np.abs(expected).max())
+    assert set(dtypes[:12]) == {torch.float32}
+    assert set(dtypes[12:]) == {torch.float64 if is_wide else torch.float32}
+
+
+@pytest.mark.usefixtures("_small_panels")
+def test_a_gram_matrix_that_is_singular_to_rounding_is_factorized():
+    op, test, _ = problem(torch.float32, mc_samples=2)
+    found = linalg.inv_quad(op, test, damping=1e-9, method="dual")
+    assert np.isfinite(found.value).all()
+
+
+KILLED = """
+import os, sys
+import numpy as np
+import test_inv_quad as own
+from fisherops import linalg
+from fisherops.linalg import panels
+
+panels._WHOLE = panels._WIDTH = panels._WIDEST = 7
+op, _, test, train = own.wide_problem()
+append, stop = panels.Panels.append, int(sys.argv[2])
+
+def counted(self, panel):
+    if len(self) == stop:
+        os._exit(3)
+    append(self, panel)
+
+panels.Panels.append = counted
+linalg.inv_quad(op, test, train, damping=0.1, method="dual", spill=sys.argv[1], checkpoint=sys.argv[1] + "/state")
+"""
+
+
+@pytest.mark.usefixtures("_small_panels")
+def test_a_factorization_resumes_after_its_process_was_killed(tmp_path, monkeypatch):
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    command = [sys.executable, "-c", KILLED, str(tmp_path), "5"]
+    assert subprocess.run(command, env=environment, check=False).returncode == 3
+    op, _, test, train = wide_problem()
+    options = {"damping": 0.1, "method": "dual", "spill": tmp_path, "checkpoint": tmp_path / "state"}
+    with pytest.raises(ValueError, match="checkpoint.*must belong to this problem, but its checksum of the damping"):
+        linalg.inv_quad(op, test, train, **{**options, "damping": 0.2})
+    numbers, append = [], panels.Panels.append
+
+    def interrupted(self, panel):
+        numbers.append(len(self))
+        if numbers == [5, 6, 7]:
+            raise KeyboardInterrupt
+        append(self, panel)
+
+    monkeypatch.setattr(panels.Panels, "append", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        linalg.inv_quad(op, test, train, **options)
+    found = linalg.inv_quad(op, test, train, **options)
+    assert numbers == [5, 6, 7, *range(7, 12)]
+    np.testing.assert_allclose(found.value, linalg.inv_quad(op, test, train, damping=0.1, method="dense").value)
+    file = tmp_path / "state.panels" / "panel-1.npy"
+    file.write_bytes(file.read_bytes()[:-8] + bytes(8))
+    op, _, test, train = wide_problem()
+    with pytest.raises(ValueError, match="panel-1.npy' must be the panel that belongs to `checkpoint`"):
+        linalg.inv_quad(op, test, train, **options)
+
+
+@pytest.mark.usefixtures("_small_panels")
+def test_bad_folders(tmp_path, monkeypatch):
+    op, _, test, _ = wide_problem()
+    op, _, test, _ = wide_problem(max_memory=op.plan.nbytes + panels.bytes_at_work(80, 8))
+    options = {"damping": 0.1, "method": "dual", "spill": tmp_path}
+    for spill, error, match in [(3, TypeError, "`spill` must be the path"), ("no", NotADirectoryError, "no folder")]:
+        with pytest.raises(error, match=match):
+            linalg.inv_quad(op, test, **{**options, "spill": spill})
+    with (
+        mock.patch("shutil.disk_usage", return_value=mock.Mock(free=10)),
+        pytest.raises(
+            ValueError, match="`spill` must be a folder with .* bytes of free disk space for the Gram matrix, got 10"
+        ),
+    ):
+        linalg.inv_quad(op, test, **options)
+    full = OSError(errno.ENOSPC, "No space left on device")
+    with (
+        mock.patch("numpy.save", side_effect=full),
+        pytest.raises(OSError, match="bytes of a panel must fit on the disk"),
+    ):
+        linalg.inv_quad(op, test, **options)
+    linalg.inv_quad(op, test, **options)
+    for file in tmp_path.glob("*/panel-3.npy"):
+        file.unlink()
+    with pytest.raises(FileNotFoundError, match="a file with a panel of the Gram matrix was removed"):
+        linalg.inv_quad(op, test, **options)

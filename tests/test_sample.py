@@ -73,6 +73,8 @@ def test_bad_input():
     op = problem()
     for error, match, options in [
         (ValueError, "`damping` must be positive, because F is singular", {"damping": 0.0}),
+        (ValueError, "`damping` must be at least 0 and finite", {"damping": np.nan}),
+        (ValueError, "`damping` must be at least 0 and finite", {"damping": -1.0}),
         (ValueError, "`rng` must be below 2..64", {"damping": 0.1, "rng": 2**64}),
         (TypeError, "`rng` must be", {"damping": 0.1, "rng": "seed"}),
         (ValueError, "`size` must be", {"damping": 0.1, "size": -1}),

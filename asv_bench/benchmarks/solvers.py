@@ -42,12 +42,59 @@ class Influence(_Suite):
     """Exact influence of all training examples on a hundred others, everything counted."""
 
     queries = 100
+    N = 10_000
+    pairs = 1
 
-    def time_inv_quad(self, network):
+    def setup(self, network):
+        super().setup(network)
+        self.factors = factors_of(*self.arguments[::3])
+
+    def influence(self):
         op, (X, y) = self.operator(), self.arguments[3][0]
         train = op.scores.on((X, y), kind="empirical")
         test = op.scores.on((X[: self.queries], y[: self.queries]), kind="empirical")
-        fo.linalg.inv_quad(op, test, train, damping=1e-2)
+        return fo.linalg.inv_quad(op, test, train, damping=1e-2)
+
+    def time_inv_quad(self, network):
+        self.influence()
+
+    def track_gram_matrices(self, network):
+        """Seconds over those of the matrix products of one Gram matrix of the training set."""
+        return ratio(self.influence, lambda: [times_transposed(x, x) for x in self.factors], self.pairs)
+
+    track_gram_matrices.unit = "Gram matrices"
+
+
+class InfluenceOfSequences:
+    """Exact influence of 2,000 sequences of 64 tokens on a hundred others, one row each, everything counted."""
+
+    timeout = 3600
+    queries = 100
+    N = 2000
+    pairs = 1
+
+    def setup(self):
+        net, (X, y) = make("transformer", self.N + self.queries)
+        batches = list(zip(X.split(100), y.split(100), strict=True))
+        count = max(1, self.N // 100)
+        self.train, self.test = batches[:count], batches[count:] or batches[:1]
+        self.arguments = net, nn.CrossEntropyLoss(), list(net.parameters())
+
+    def influence(self):
+        op = fo.FisherMCLinearOperator(*self.arguments, self.train, rows="datum", check_deterministic=False)
+        train, test = (op.scores.on(data, kind="empirical", rows="datum") for data in (self.train, self.test))
+        return fo.linalg.inv_quad(op, test, train, damping=1e-2)
+
+    def gradient(self):
+        net, loss, params = self.arguments
+        for X, y in self.train:
+            torch.autograd.grad(loss(net(X), y), params)
+
+    def track_gradients(self):
+        """Seconds over those of the gradient of the loss of the whole training set."""
+        return ratio(self.influence, self.gradient, self.pairs)
+
+    track_gradients.unit = "gradients"
 
 
 class TopTen(_Suite):
@@ -115,9 +162,8 @@ class Gram(_Suite):
     def setup(self, network):
         super().setup(network)
         self.scores = self.operator().scores
-        layers = [layer for layer in self.arguments[0] if isinstance(layer, nn.Linear)]
-        self.factors = [torch.randn(self.N, n) for layer in layers for n in (layer.in_features, layer.out_features)]
-        self.biases = torch.randn(self.N, sum(layer.out_features for layer in layers))
+        self.factors = factors_of(*self.arguments[::3])
+        self.biases = torch.randn(self.N, sum(x.shape[1] for x in self.factors[1::2]))
 
     def time_gram(self, network):
         self.scores.gram_tensor()
@@ -127,6 +173,12 @@ class Gram(_Suite):
         return ratio(lambda: [times_transposed(x, x) for x in matrices], self.scores.gram_tensor, 5 * self.pairs)
 
     track_fraction_of_limit.unit = "of the limit's speed"
+
+
+def factors_of(net, batches):
+    """Return random matrices of the sizes of the inputs and of the gradients at the outputs of dense layers."""
+    N, layers = len(batches[0][0]), [layer for layer in net if isinstance(layer, nn.Linear)]
+    return [torch.randn(N, n) for layer in layers for n in (layer.in_features, layer.out_features)]
 
 
 def ratio_in_turns(theirs, ours, pairs):

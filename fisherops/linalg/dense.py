@@ -76,6 +76,7 @@ class Dense:
         self._G = op.score_matrix
         self._tol = max(0.1 * float(torch.finfo(op.torch_dtype).eps), 1e-14)  # of eigenpairs
         self._version: int | None = None
+        self._L: Any = None
         self._values: Tensor | None = None
         self._pairs: tuple[Tensor, Tensor] | None = None
 

@@ -10,9 +10,14 @@ from torch import Tensor
 
 from fisherops._linop import TorchLinearOperator, check_later, check_result, identity
 from fisherops.linalg.dense import Dense, top_of_matrix
+from fisherops.linalg.iteration import Iteration, checksum
+from fisherops.linalg.panels import Cholesky, Panels, Storage
 from fisherops.linalg.results import Mean, Pairs, Solved
 from fisherops.scores.protocol import Scores
 from fisherops.scores.selected import SelectedScores
+
+# Rows of T whose products with G are there at once: so few that the same memory serves for all.
+_FEW_ROWS = 512
 
 
 class Dual(Dense):
@@ -57,34 +62,95 @@ class Dual(Dense):
         """Multiply rows (K, D) by (F + total · I)⁻¹, without refinement."""
         return self._direct(V)
 
-    def factorization(self) -> tuple[Tensor, float]:
-        """Return the Cholesky factor of K + λI, (R, R), and the norm of K."""
-        return self._factor(), self._norm
+    # ---- The Cholesky factor of K + λI --------------------------------------------------------------
 
-    def adopt(self, L: Tensor, norm: float) -> None:
+    storage = Storage()
+    """Where its panels are."""
+    iteration = Iteration()
+    """How its progress is shown and saved."""
+    itemsizes: tuple[int, ...] = (8,)
+    """Bytes of an entry, in order of preference; see `Cholesky`."""
+    rtol = 0.0
+    """Relative residual that float32 must allow, to be taken if there is a choice."""
+
+    def factorization(self) -> tuple[Panels, float]:
+        """Return the panels of the factor, and the norm of K."""
+        return self._panels(), self._norm
+
+    def adopt(self, panels: Panels, norm: float) -> None:
         """Take the factorization of another method with the same matrix."""
-        self._L, self._norm, self._version = L, norm, self.op.version
+        self._L, self._norm, self._version = panels, norm, self.op.version
+
+    def widen(self) -> bool:
+        """Return whether the factor was in float32 and may be in float64, as which it is computed when it is used."""
+        if 8 not in self.itemsizes or self._panels().dtype == torch.float64:
+            return False
+        self.itemsizes, self._version = (8,), None
+        return True
+
+    def prepare(self) -> None:
+        """Compute the factorization, which may raise ValueError."""
+        self._panels()
+
+    def _panels(self) -> Panels:
+        """Return the panels of the factor, computed again if F has changed."""
+        if self._version != (version := self.op.version):
+            self._L = None  # its memory is used again
+            self._L, self._norm = self._factorized()
+            self._version = version
+        panels: Panels = self._L
+        return panels
+
+    def _factorized(self) -> tuple[Panels, float]:
+        G = self._G
+        panels = Panels(G.num_rows, self.storage)
+        algorithm = Cholesky(
+            panels,
+            lambda first: G.panels_of_gram(panels.width, first),
+            self.added,
+            self.itemsizes if self.op.torch_dtype == torch.float32 else (8,),
+            self.rtol,
+            self.zero,
+            self.op.device,
+            self.iteration.checkpoint is not None,
+        )
+        total = torch.as_tensor(self.total, dtype=torch.float64).reshape(-1)
+        identity = {"rows": panels.n, "columns of a panel": panels.width, "checksum of the damping": checksum(total)}
+        state = self.iteration.run(self.op, algorithm, **identity)
+        return panels, state.squares**0.5
+
+    def _half(self, V: Tensor) -> Tensor:
+        panels = self._panels()
+        return panels.solve(_columns(V, panels.dtype)).T.double()
+
+    def _raised_half(self, W: Tensor) -> Tensor:
+        panels = self._panels()
+        return panels.solve_t(_columns(W, panels.dtype)).T.double()
+
+    # ---- Forms --------------------------------------------------------------------------------------
 
     def form(self, Q: Scores, T: Scores, step: int) -> tuple[Tensor, Tensor]:
         """Return Q (F + total · I)⁻¹ Tᵀ in float64, and the norm of what the subtraction in it starts from.
 
-        Q Gᵀ is held, and T Gᵀ in blocks of about `step` rows.
+        Q Gᵀ is held in blocks of `step` rows, and T Gᵀ of fewer, which is found again for each block of Q Gᵀ.
         """
         G, is_symmetric = self._G, T is Q
         Q = self._columns_of(Q)
         T = Q if is_symmetric else self._columns_of(T)
         value = Q.gram_tensor(None if is_symmetric else T).double()
         norm = value.norm() / self.added
-        nothing = self._factor()[:0]
-        Z = torch.cat([nothing, *(self._half(block) for block in gram_blocks(Q, G, step))])
-        if is_symmetric:
-            value -= Z @ Z.T
-            return (value + value.T).div_(2 * self.added), norm
-        Z, first = self._raised_half(Z), 0
-        for block in gram_blocks(T, G, step):
-            value[:, first : first + len(block)] -= Z @ block.double().T
+        first = 0
+        for block in gram_blocks(Q, G, step):
+            Z, own = self._half(block), value[first : first + len(block)]
             first += len(block)
-        return value.div_(self.added), norm
+            if is_symmetric and len(block) == len(value):
+                own -= Z @ Z.T
+                break
+            Z, at = self._raised_half(Z), 0
+            for other in gram_blocks(T, G, min(step, _FEW_ROWS)):
+                own[:, at : at + len(other)] -= Z @ other.double().T
+                at += len(other)
+        return (value + value.T).div_(2 * self.added) if is_symmetric else value.div_(self.added), norm
 
     def diagonal_form(self, Q: Scores, step: int) -> tuple[Tensor, Tensor]:
         """Return the diagonal of Q (F + total · I)⁻¹ Qᵀ in float64, (k,), and what the subtraction starts from."""
@@ -99,18 +165,20 @@ class Dual(Dense):
 
     def inverse_diagonal(self) -> Tensor:
         """Return (1 − ‖L⁻¹ G e_i‖²) / λ from the Cholesky factor L of K + λI, (D,)."""
-        L = self._factor()
         norms = torch.zeros(self.dim, dtype=torch.float64, device=self.op.device)
-        for rows in identity(len(L), torch.float64, self.op.device):
-            # Rows of L⁻¹ are columns of L⁻ᵀ.
-            W = torch.linalg.solve_triangular(L.T, rows.T, upper=True).T
-            norms += self._raised(W.to(self.op.torch_dtype)).double().square().sum(0)
+        for rows in self._rows_of_inverse():
+            norms += self._raised(rows.to(self.op.torch_dtype)).double().square().sum(0)
         return (1 - norms).div_(self.added)
+
+    def _rows_of_inverse(self) -> Iterator[Tensor]:
+        """List the rows of L⁻¹ in blocks (K, R)."""
+        for rows in identity(self.rows, torch.float64, self.op.device):
+            yield self._raised_half(rows)
 
     def inverse_trace(self) -> float:
         """Return (D − n)/λ + tr (K + λI)⁻¹ for n rows of G."""
-        others = self.dim - len(self._factor())
-        return super().inverse_trace() + others / self.added
+        own = sum(float(rows.square().sum()) for rows in self._rows_of_inverse())
+        return own + (self.dim - self.rows) / self.added
 
     def eigenpairs(self, k: int, largest: bool, with_vectors: bool) -> Pairs:
         """Return k eigenpairs of F at one end of the spectrum; besides those of K it has zeros."""
@@ -226,6 +294,11 @@ def gram_blocks(Q: Scores, G: Scores, step: int) -> Iterator[Tensor]:
         return
     for block in Q.blocks_of_gram(G, step):
         yield check_result(block)
+
+
+def _columns(V: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a copy of rows (K, n) as columns (n, K)."""
+    return torch.empty_like(V.T, dtype=dtype, memory_format=torch.contiguous_format).copy_(V.T)
 
 
 def _orthonormal(V: Tensor) -> Tensor:

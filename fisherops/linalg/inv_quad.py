@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -13,12 +14,13 @@ from torch import Tensor
 
 from fisherops import _arrays
 from fisherops._linop import TorchLinearOperator, as_damping, check_result
-from fisherops._memory import as_bytes
+from fisherops._memory import as_bytes, as_folder
 from fisherops._torch import outside_of_autocast
 from fisherops.linalg.dense import times
 from fisherops.linalg.dual import Dual
 from fisherops.linalg.iteration import Iteration
-from fisherops.linalg.methods import CHOLESKY, CHOLESKY_WORK, EIGEN, Task, as_operator, choose
+from fisherops.linalg.methods import CHOLESKY, EIGEN, Task, as_operator, cholesky_memory, choose
+from fisherops.linalg.panels import Panels, Storage, bytes_of, check_disk
 from fisherops.linalg.primal import Primal, random_signs
 from fisherops.linalg.results import HaltedError, InverseForms
 from fisherops.linalg.solve import NO_LEAST_NORM, least, preconditioner_of, refuse_singular
@@ -29,7 +31,7 @@ from fisherops.scores.protocol import Scores
 _VECTORS = 10
 
 # Random combinations of the rows, of which the residuals are found by products with F.
-_PROBES = 4
+_PROBES = 2
 
 
 class _Found(NamedTuple):
@@ -42,7 +44,7 @@ class _Found(NamedTuple):
 
 class _Factorization(NamedTuple):
     key: tuple[Any, ...]
-    L: Tensor
+    panels: Panels
     norm: float
 
 
@@ -64,6 +66,7 @@ def inv_quad(
     maxiter: int | None = None,
     M: Any = "jacobi",
     progressbar: bool = False,
+    spill: Any = None,
     checkpoint: Any = None,
     like: Any = None,
 ) -> InverseForms:
@@ -86,21 +89,28 @@ def inv_quad(
     least_norm : bool
         Whether to use F⁺ for λ = 0, also if F is singular; with "dual" and "dense" only. Default: False.
     method : {"auto", "dual", "dense", "primal"}
-        "dual": (Q Tᵀ − Q Gᵀ (G Gᵀ + λI)⁻¹ G Tᵀ) / λ from Gram matrices, whose Cholesky factor is kept with the score
-        matrix of `op` for the next call. "dense": Cholesky factorization of F. "primal": conjugate gradients for all
-        rows of the smaller of Q and T. Default: "auto", the cheapest.
+        "dual": (Q Tᵀ − Q Gᵀ (G Gᵀ + λI)⁻¹ G Tᵀ) / λ from Gram matrices, or from solutions for the rows of the smaller
+        of Q and T, whichever is cheaper. The Cholesky factor of the Gram matrix is kept with the score matrix of `op`
+        for the next call. "dense": Cholesky factorization of F. "primal": conjugate gradients for all rows of the
+        smaller of Q and T. Default: "auto", the cheapest.
     rtol : float
-        Relative residual of the solutions (F + λI) x = q. If that of "dual" is larger, because of the rounding of Gram
-        matrices, solutions are computed in full and refined. Default: 1e-4.
+        Relative residual of the solutions (F + λI) x = q. In float32 the Gram matrix is factorized in float32 if
+        eps ‖G Gᵀ‖ / λ is at most `rtol`, and in float64 otherwise. If the residual of "dual" is larger, because of the
+        rounding of Gram matrices, solutions are computed in full and refined. Default: 1e-4.
     maxiter : int, optional
         Maximal number of iterations of conjugate gradients. Default: ``10 * D``.
     M : {"jacobi", None} or LinearOperator
         Preconditioner of conjugate gradients, as for `solve`.
     progressbar : bool
-        Whether conjugate gradients show their progress on stderr. Default: False.
+        Whether the factorization or conjugate gradients show their progress on stderr. Default: False.
+    spill : path, optional
+        Folder for the Cholesky factor of the Gram matrix if it does not fit into the memory that ``max_memory`` leaves:
+        4 bytes for each of R² entries, or 2 in float32, for R rows. Its files are removed with the score matrix.
     checkpoint : path, optional
         File for the state of conjugate gradients, as for `solve`; with ``-1``, ``-2``, ... appended for further blocks
-        of rows, if memory allows only some at a time.
+        of rows, if memory allows only some at a time. With `spill`, also the state of the factorization, which resumes
+        after an interrupt or the end of the process: the factor is then in a folder of this name within `spill`, which
+        is not removed.
     like : array, optional
         Array whose library and device the result has. Default: that of `Q` if it is an array, or NumPy.
 
@@ -119,8 +129,8 @@ def inv_quad(
 
     Notes
     -----
-    Rows are read in blocks that fit into the memory that ``max_memory`` leaves; the smallest block is one batch. The
-    residual of "dual" is estimated from four random combinations of the rows, by products with F.
+    Rows are read in blocks that fit into the memory that ``max_memory`` leaves. The residual of "dual" is estimated
+    from two random combinations of the rows, by products with F.
 
     References
     ----------
@@ -151,7 +161,14 @@ def inv_quad(
         refuse_singular(A, damping)
     swapped = not diagonal and others.num_rows < rows.num_rows
     first, second = (others, rows) if swapped else (rows, others)
-    task = Task(30.0 * max(1, first.num_rows), CHOLESKY, needs_damping=True, work=CHOLESKY_WORK)
+    folder = as_folder(spill)
+    task = Task(
+        30.0 * max(1, first.num_rows),
+        CHOLESKY,
+        needs_damping=True,
+        memory=partial(cholesky_memory, of_entry=A.dtype.itemsize, in_files=folder is not None),
+        advice="Raise it, pass a folder as `spill`" if folder is None else "Raise it",
+    )
     if least_norm:
         task = Task(float("inf"), EIGEN, refusals=(NO_LEAST_NORM, NO_LEAST_NORM))
     iteration = Iteration(None, progressbar, checkpoint)
@@ -160,14 +177,13 @@ def inv_quad(
     )
     if least_norm and least(chosen.total) > 0:
         least_norm = False
+    if isinstance(chosen, Dual) and not least_norm:
+        _place(chosen, folder, iteration, rtol)
     problem = _Problem(A, chosen, first, second, diagonal, rtol)
-    found = problem.by_gram() if isinstance(chosen, Dual) and not least_norm else None
-    if found is None or not found.converged:
-        try:
-            found = problem.by_solutions(least_norm)
-        except HaltedError:
-            raise KeyboardInterrupt from None  # the blocks that are done are in the files of `checkpoint`
-    value, residual, converged = found
+    try:
+        value, residual, converged = problem.found(least_norm)
+    except HaltedError:
+        raise KeyboardInterrupt from None  # what is done is in the files of `checkpoint`
     value = value.T if swapped else value
     return InverseForms(leave(check_result(value.to(A.torch_dtype))), residual, converged, chosen.name)
 
@@ -191,11 +207,39 @@ class _Problem:
         G = op.score_matrix
         self._memory = as_bytes(None, op.device) if G is None else max(G.cache_size.memory_left, 0)
 
-    def by_gram(self) -> _Found:
+    def found(self, least_norm: bool) -> _Found:
+        """Return the values by the cheapest way that meets the tolerance.
+
+        Raises
+        ------
+        HaltedError
+            At a KeyboardInterrupt in a factorization or in conjugate gradients.
+        """
+        method = self._method
+        if isinstance(method, Dual) and not least_norm:
+            is_wide = False
+            while not is_wide:
+                _prepare(method)
+                found = self.by_solutions(direct=True) if self._vectors_are_cheaper() else self._by_gram()
+                if found.converged:
+                    return found
+                is_wide = not method.widen()
+        return self.by_solutions(least_norm)
+
+    def _vectors_are_cheaper(self) -> bool:
+        """Whether products with the rows of Q as vectors take fewer flops than the Gram matrices of Q and T with G."""
+        G, D = self._op.score_matrix, self._op.shape[0]
+        k, m, R = self._Q.num_rows, self._T.num_rows, G.num_rows
+        size = G.cache_size
+        numbers = size.nbytes / self._op.dtype.itemsize if size.holds_rows else 4.0 * D * R
+        of_gram = (k if self._diagonal or self._T is self._Q else k + m) * numbers
+        return bool((2 * R + (0 if self._diagonal else m)) * k * D < of_gram)
+
+    def _by_gram(self) -> _Found:
         """Return the values, in float64, from Gram matrices by Woodbury's identity."""
         method: Dual = self._method
-        _prepare(method)
-        step = max(1, self._memory // (24 * max(1, self._op.score_matrix.num_rows)))
+        left = max(self._memory - method.factorization()[0].nbytes, 0)
+        step = max(1, left // (24 * max(1, method.rows)))
         if self._diagonal:
             value, total = method.diagonal_form(self._Q, step)
             digits = (total / value.abs()).nan_to_num(1.0).max() if len(value) else total.new_zeros(())
@@ -203,22 +247,33 @@ class _Problem:
             value, total = method.form(self._Q, self._T, step)
             digits = total / value.norm() if total > 0 else total
         rounding = float(digits) * float(torch.finfo(self._op.torch_dtype).eps)
-        residual = max(self._residual(), rounding)
+        residual = rounding
+        if self._Q.num_rows:
+            rows = self._Q._mul_t(self._signs(self._Q.num_rows))
+            residual = max(self._residual(rows, method.direct(rows)), rounding)
         return _Found(value, residual, residual <= self._rtol)
 
-    def _residual(self) -> float:
-        """Estimate ‖Q − X (F + λI)‖ / ‖Q‖ for the solutions X, by random combinations of the rows."""
+    def _signs(self, count: int) -> Tensor:
+        return random_signs(_PROBES, count, 0, self._op.torch_dtype, self._op.device)
+
+    def _residual(self, rows: Tensor, X: Tensor) -> float:
+        """Return ‖rows − X (F + λI)‖ / ‖rows‖ for solutions X (K, D)."""
         op = self._op
-        if not self._Q.num_rows:
-            return 0.0
-        rows = self._Q._mul_t(random_signs(_PROBES, self._Q.num_rows, 0, op.torch_dtype, op.device))
-        X = self._method.direct(rows)
         residuals = rows - op.multiply(X).add_(times(self._method.damping, X))
         size = float(op.processes.norms(rows).norm())
         return float(op.processes.norms(residuals).norm()) / size if size else 0.0
 
-    def by_solutions(self, least_norm: bool) -> _Found:
-        """Return the values from solutions (F + λI) x = q, a block of rows at a time."""
+    def by_solutions(self, least_norm: bool = False, direct: bool = False) -> _Found:
+        """Return the values from solutions (F + λI) x = q, a block of rows at a time.
+
+        Parameters
+        ----------
+        least_norm : bool
+            Whether to use F⁺. Default: False.
+        direct : bool
+            Whether solutions are those of the factorization, of which the residuals of random combinations are found.
+            Default: False, they are refined.
+        """
         op, Q, T = self._op, self._Q, self._T
         D, count = op.shape[0], Q.num_rows
         step = min(max(1, self._memory // (_VECTORS * D * op.dtype.itemsize)), max(1, count))
@@ -226,12 +281,19 @@ class _Problem:
         residual, converged = 0.0, True
         for number, start in enumerate(range(0, count, step)):
             rows = Q.block(start, min(start + step, count))
-            norms = op.processes.norms(rows)
             method = self._of_block(number)
-            solved = (method.solve_least_norm if least_norm else method.solve)(rows, self._rtol * norms)
-            found.append((solved.X * rows).sum(1) if self._diagonal else T._mul(solved.X))
-            residual = max(residual, float((solved.norms / norms).nan_to_num(0.0).max()))
-            converged = converged and solved.converged
+            if direct:
+                X, signs = method.direct(rows), self._signs(len(rows))
+                residual = max(residual, self._residual(signs @ rows, signs @ X))
+                converged = residual <= self._rtol
+            else:
+                norms = op.processes.norms(rows)
+                X, norms_left, _, is_solved, *_ = (method.solve_least_norm if least_norm else method.solve)(
+                    rows, self._rtol * norms
+                )
+                residual = max(residual, float((norms_left / norms).nan_to_num(0.0).max()))
+                converged = converged and is_solved
+            found.append((X * rows).sum(1) if self._diagonal else T._mul(X))
         value = torch.cat(found)
         return _Found((value + value.T).div_(2) if T is Q and not self._diagonal else value, residual, converged)
 
@@ -251,12 +313,28 @@ def _prepare(method: Dual) -> None:
     total = method.total.cpu().numpy().tobytes() if isinstance(method.total, Tensor) else method.total
     key = (type(method), total, method.op.version)
     kept = _KEPT.get(G)
-    if kept is not None and kept.key == key:
+    if kept is not None and kept.key == key and kept.panels.dtype.itemsize in method.itemsizes:
         method.adopt(*kept[1:])
         return
+    del kept
     _KEPT.pop(G, None)
-    L, norm = method.factorization()
-    _KEPT[G] = _Factorization(key, L, norm)
+    _KEPT[G] = _Factorization(key, *method.factorization())
+
+
+def _place(method: Dual, folder: Path | None, iteration: Iteration, rtol: float) -> None:
+    """Choose where the Cholesky factor goes, and in which precision, by the memory that is left."""
+    G, itemsize = method.op.score_matrix, method.op.dtype.itemsize
+    memory, n = G.cache_size.memory_left, method.rows
+    is_resumed = folder is not None and iteration.checkpoint is not None
+    fits = cholesky_memory("dual", n, G, itemsize) <= memory
+    method.rtol = rtol
+    if itemsize == 4:
+        method.itemsizes = (4, 8) if fits or folder is not None else (4,)
+    if folder is not None and (is_resumed or not fits):
+        check_disk(folder, bytes_of(n, 8))
+        name = f"{Path(iteration.checkpoint).name}.panels" if is_resumed else None
+        method.storage = Storage(folder, name, memory)
+    method.iteration = iteration if is_resumed else iteration._replace(checkpoint=None)
 
 
 def _as_rows(A: TorchLinearOperator, given: Any, name: str) -> Scores:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
@@ -14,8 +14,10 @@ from fisherops._memory import as_bytes
 from fisherops.linalg.dense import SINGULAR, Dense
 from fisherops.linalg.dual import Dual, ScaledDense, ScaledDual
 from fisherops.linalg.lanczos import Matrix
+from fisherops.linalg.panels import bytes_at_work, bytes_of
 from fisherops.linalg.primal import Primal
 from fisherops.linalg.results import Mean, Pairs, Solved
+from fisherops.scores.protocol import Scores
 
 METHODS = ("auto", "dual", "dense", "primal")
 
@@ -29,10 +31,24 @@ _PRODUCT, _OVERHEAD = 8.0, 2e8
 # How many times its cost an exact result is worth, if the other is an estimate.
 EXACT = 100.0
 
-# Numbers of 8 bytes, in n², that LAPACK and we need besides the matrix in the compute precision: for eigenvalues, and
-# for a Cholesky factor in place, that of F after a copy that makes it symmetric.
-_EIGEN_WORK = {"dual": 4, "dense": 4}
-CHOLESKY_WORK = {"dual": 1, "dense": 2}
+# Numbers of 8 bytes, in n², that LAPACK and we need besides a matrix in the compute precision: for eigenvalues, and for
+# the Cholesky factor of F in place, after a copy that makes it symmetric.
+_EIGEN_WORK, _CHOLESKY_WORK = 4, 2
+
+
+def eigen_memory(name: str, n: int, G: Scores | None, itemsize: int) -> int:  # noqa: ARG001
+    """Return the bytes that eigenvalues of a matrix of size n take, with the matrix, for a method."""
+    return n * n * (itemsize + 8 * _EIGEN_WORK)
+
+
+def cholesky_memory(
+    name: str, n: int, G: Scores | None, itemsize: int, of_entry: int = 8, in_files: bool = False
+) -> int:
+    """Return the bytes that a Cholesky factor takes, with the matrix; of the Gram matrix by panels, maybe in files."""
+    if name == "dense" or G is None:
+        return n * n * (itemsize + 8 * _CHOLESKY_WORK)
+    at_work = bytes_at_work(n, itemsize, in_files) if G.gram_is_by_panels else n * n * itemsize
+    return at_work + (0 if in_files else bytes_of(n, of_entry))
 
 
 class Method(Protocol):
@@ -83,8 +99,10 @@ class Task(NamedTuple):
     """Whether the eigenvalues of the operator itself are wanted, which dampings of single parameters change."""
     needs_damping: bool = False
     """Whether the dual method needs a positive damping."""
-    work: Mapping[str, int] = _EIGEN_WORK
-    """Numbers of 8 bytes, in n², besides the matrix."""
+    memory: Callable[[str, int, Scores | None, int], int] = eigen_memory
+    """Takes the name of a method, the size of its matrix, G and the bytes of an entry, and returns those it needs."""
+    advice: str = "Raise it"
+    """What gives the dual method enough of them."""
     refusals: tuple[str, str] | None = None
     """Errors if there is no primal method: if it is asked for, and if no matrix fits into memory."""
 
@@ -190,7 +208,7 @@ def _cheapest(op: TorchLinearOperator, task: Task, method: str, damping: float) 
             sizes["dual"] = rows
         size = G.cache_size
         memory = size.memory_left
-    needed = {name: n * n * (itemsize + 8 * task.work[name]) for name, n in sizes.items()}
+    needed = {name: task.memory(name, n, G, itemsize) for name, n in sizes.items()}
     costs = {}
     for name, n in sizes.items():
         if needed[name] <= memory:
@@ -198,10 +216,10 @@ def _cheapest(op: TorchLinearOperator, task: Task, method: str, damping: float) 
     if method in costs:
         return method
     if method != "auto":
-        n = sizes[method]
+        n, advice = sizes[method], task.advice if method == "dual" else "Raise it"
         raise ValueError(
             f"`max_memory` must leave {needed[method]} bytes for method={method!r}, which needs a matrix of "
-            f"size {n} and its factors, got {max(memory, 0)}. Raise it, or use method='auto' or 'primal'."
+            f"size {n} and its factors, got {max(memory, 0)}. {advice}, or use method='auto' or 'primal'."
         )
     if "dense" in costs:
         costs["dense"] += 2.0 * rows * D**2

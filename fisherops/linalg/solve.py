@@ -13,7 +13,7 @@ from fisherops._linop import TorchLinearOperator, Vectors, as_damping
 from fisherops._torch import outside_of_autocast, quiet
 from fisherops.linalg.dense import SINGULAR
 from fisherops.linalg.iteration import Iteration
-from fisherops.linalg.methods import CHOLESKY, CHOLESKY_WORK, EIGEN, Method, Task, as_operator, choose
+from fisherops.linalg.methods import CHOLESKY, EIGEN, Method, Task, as_operator, cholesky_memory, choose
 from fisherops.linalg.preconditioners import PRECONDITIONERS
 from fisherops.linalg.primal import jacobi
 from fisherops.linalg.results import HaltedError, Interrupted, Solution, Solved
@@ -122,7 +122,7 @@ def solve(
     targets = (rtol * A.processes.norms(B)).clamp_min(atol)
     if not least_norm:
         refuse_singular(A, damping)
-    task = Task(100.0 * len(B) ** 0.5, CHOLESKY, needs_damping=True, work=CHOLESKY_WORK)
+    task = Task(100.0 * len(B) ** 0.5, CHOLESKY, needs_damping=True, memory=cholesky_memory)
     if least_norm:
         task = Task(float("inf"), EIGEN, refusals=(NO_LEAST_NORM, NO_LEAST_NORM))
     start = None if x0 is None else _right_hand_sides(A, x0)[1]

@@ -233,6 +233,9 @@ class MaterializedBatch:
         shared = [span for span in self._own_spans if span in set(other._own_spans) - joint - both]
         if shared == self._own_spans == other._own_spans and scale is None:
             total += times_transposed(self._dense, other._dense)
+        elif shared and scale is None and self._own_spans == other._own_spans:
+            for own in self._runs(shared):
+                total += times_transposed(self._dense[:, own], other._dense[:, own])
         elif shared:
             total += times_transposed(self.dense_at(shared, scale), other.dense_at(shared))
         bar = BAR.get()
@@ -252,6 +255,15 @@ class MaterializedBatch:
             elif mixed or (mine and theirs):
                 total += self._gram_of_rows(name, other, scale)
         return total
+
+    def _runs(self, spans: Sequence[Span]) -> Iterator[slice]:
+        """List slices of the dense columns that belong to some parameters, as few as there are."""
+        offset, runs = 0, list[Span]()
+        for span in self._own_spans:
+            stop = offset + span[1] - span[0]
+            runs += [(offset, stop)] if span in spans else []
+            offset = stop
+        return (slice(*run) for run in _merged(runs))
 
     def _gram_of_rows(self, name: str, other: MaterializedBatch, scale: Tensor | None = None) -> Tensor:
         result, is_symmetric = self._dense.new_zeros(self.count, other.count), self is other and scale is None
@@ -430,6 +442,14 @@ class MaterializedBatch:
         other = MaterializedBatch(dense, spans, blocks, size, self._parameters, layers)
         other.groups, other.biases, other.has_factors = self.groups, self.biases, self.has_factors
         return other
+
+    def part(self, start: int, stop: int) -> MaterializedBatch:
+        """Return G of some data of the batch."""
+        if (start, stop) == (0, self.size):
+            return self
+        blocks = [(derived, columns.part(start, stop)) for derived, columns in self.blocks]
+        dense = self._dense[start * self.vectors : stop * self.vectors]
+        return self._with(dense, self._own_spans, blocks, stop - start, self.layers)
 
     def without_graphs(self) -> MaterializedBatch:
         """Return the same with dense rows for what is computed from parameters by a graph, which cannot leave."""

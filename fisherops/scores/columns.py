@@ -14,11 +14,14 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from fisherops._matmul import times_transposed
+from fisherops._matmul import takes_onednn, times_transposed
 from fisherops._sums import CompensatedSum, SegmentSum
 
 # Elements of a matrix that is large enough for the kernels, and stays in the processor's cache.
 _FILLING = 2**21
+
+# Positions from which products with several vectors may be faster by rows.
+_SHORT = 8
 
 # Terms that are summed at once in the compute precision, and vectors of a block of rows likewise.
 _TERMS = 2**12
@@ -72,6 +75,10 @@ class Columns(ABC):
     @abstractmethod
     def merged(self, parts: Sequence[Self], cat: Concatenate) -> Self:
         """Return columns of the data of all parts, one after the other; this one is the first of them."""
+
+    @abstractmethod
+    def part(self, start: int, stop: int) -> Self:
+        """Return the columns of some data."""
 
     @property
     def nbytes(self) -> int:
@@ -167,6 +174,9 @@ class Rows(Columns):
     def merged(self, parts: Sequence[Rows], cat: Concatenate) -> Rows:
         return Rows(cat([part._rows for part in parts]))
 
+    def part(self, start: int, stop: int) -> Rows:
+        return Rows(self._rows[start:stop])
+
 
 class Factors(Columns):
     """A contraction: dense layers, einsum, grouped products.
@@ -192,6 +202,11 @@ class Factors(Columns):
     def apply(self, V: Tensor) -> Tensor:
         g, o, i = self.shape
         W = V.new_empty(len(V), self.count, self._q)
+        if self._rows_are_cheaper(len(V)):
+            for start, rows in self._blocks_of_rows(len(V)):
+                products = times_transposed(V.reshape(len(V), -1), rows)
+                W[:, start : start + len(rows) // self._q] = products.view(len(V), -1, self._q)
+            return W
         for start in range(0, len(V), self._step):
             v = V[start : start + self._step]
             H = torch.matmul(v, self._A.mT) if g > 1 else times_transposed(v.reshape(len(v) * o, i), self._A[0])
@@ -204,6 +219,12 @@ class Factors(Columns):
     def apply_t(self, W: Tensor) -> Tensor:
         g, o, i = self.shape
         NT = self.count * self._T
+        if self._rows_are_cheaper(len(W)):
+            total = W.new_zeros(len(W), g * o * i)
+            for start, rows in self._blocks_of_rows(len(W)):
+                own = W[:, start : start + len(rows) // self._q].reshape(len(W), -1)
+                total += times_transposed(own, rows.T)
+            return total.view(len(W), g, o, i)
         out = W.new_empty(len(W), g, o, i) if len(W) > self._step else None
         for start in range(0, len(W), self._step):
             w = W[start : start + self._step, None, :, :, None]
@@ -220,15 +241,36 @@ class Factors(Columns):
         assert out is not None
         return out
 
+    def _rows_are_cheaper(self, K: int) -> bool:
+        """Whether to make dense rows, a block at a time, for products with K vectors.
+
+        They take T multiplications an element once, and then one for each vector; the factors take T for each vector.
+        """
+        return self._T >= _SHORT and 2 * self._q * (self._T + K) < K * self._T
+
+    def _blocks_of_rows(self, K: int) -> Iterator[tuple[int, Tensor]]:
+        """List the first datum of blocks with their rows (n · q, g · o · i): as many as vectors if that is more."""
+        step = max(1, max(_FILLING // math.prod(self.shape), K) // self._q)
+        for start in range(0, self.count, step):
+            yield start, self.rows(start, start + step).flatten(2).flatten(0, 1)
+
     def rows(self, start: int, stop: int) -> Tensor:
         A, B = self.by_datum()
         return rows_of_contraction(A[start:stop], B[start:stop])
 
     def by_datum(self) -> tuple[Tensor, Tensor]:
         """Return views of A as (N, T, g, i) and B as (N, T, q, g, o)."""
+        return self._arranged(self._A, self._B)
+
+    def _arranged(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
         g, o, i = self.shape
         N, T, q = self.count, self._T, self._q
-        return self._A.view(g, N, T, i).permute(1, 2, 0, 3), self._B.view(q, g, o, N, T).permute(3, 4, 0, 1, 2)
+        return A.view(g, N, T, i).permute(1, 2, 0, 3), B.view(q, g, o, N, T).permute(3, 4, 0, 1, 2)
+
+    def _in_range(self) -> tuple[Tensor, Tensor, int, int]:
+        """Return A / 2ᵃ and B / 2ᵇ as `by_datum` does, with a and b, so that squares stay in range."""
+        (A, a), (B, b) = _in_range(self._A), _in_range(self._B)
+        return *self._arranged(A, B), a, b
 
     def gram(self, other: Columns) -> Tensor | None:
         if isinstance(other, Table):
@@ -245,9 +287,7 @@ class Factors(Columns):
 
     def gram_with(self, other: Factors, bias: bool) -> Tensor:
         """Multiply with the transpose, those of a bias that is added to the outputs counted too: its rows are Σ b."""
-        ((A, a), (B, b)), ((C, c), (E, e)) = (
-            (_in_range(x), _in_range(y)) for x, y in (self.by_datum(), other.by_datum())
-        )
+        (A, B, a, b), (C, E, c, e) = self._in_range(), other._in_range()
 
         if bias and a + c < 0:  # beside the 1 of the bias small inputs need no digits, and its power would overflow
             (A, a), (C, c) = (self.by_datum()[0], 0), (other.by_datum()[0], 0)
@@ -304,6 +344,10 @@ class Factors(Columns):
     def merged(self, parts: Sequence[Factors], cat: Concatenate) -> Factors:
         A, B = zip(*(part.by_datum() for part in parts), strict=True)
         return Factors(cat(A), cat(B))
+
+    def part(self, start: int, stop: int) -> Factors:
+        A, B = self.by_datum()
+        return Factors(A[start:stop], B[start:stop])
 
 
 def rows_of_contraction(A: Tensor, B: Tensor) -> Tensor:
@@ -419,6 +463,9 @@ class Table(Columns):
         index, B = (cat(own) for own in zip(*(part.tensors for part in parts), strict=True))
         return Table(index, B.transpose(1, 2), self.shape[1])
 
+    def part(self, start: int, stop: int) -> Table:
+        return Table(self.index[start:stop], self.gradients[start:stop].transpose(1, 2), self.shape[1])
+
     @property
     def nbytes(self) -> int:
         return super().nbytes + self._sum.nbytes
@@ -488,6 +535,11 @@ def _flat(A: Tensor) -> Tensor:
     return A.reshape(-1, A.shape[-1]).contiguous()
 
 
+def _rows_of_kernel(X: Tensor) -> Tensor:
+    """Return a matrix as the fastest kernel takes it without a copy of its own."""
+    return X if 1 in X.stride() and not takes_onednn(X) else X.contiguous()
+
+
 def _gram(inputs: Callable[[slice, slice], Tensor], B: Tensor, other: Tensor) -> Tensor:
     """Return Σ_{t,t'} ⟨a_t, a_t'⟩ ⟨b_qt, b_q't'⟩ for all pairs of data, (N · q, N' · q'), a block of them at a time.
 
@@ -504,8 +556,11 @@ def _gram(inputs: Callable[[slice, slice], Tensor], B: Tensor, other: Tensor) ->
     for n in range(0, N, step):
         for m in range(0, M, step):
             mine, theirs = slice(n, min(n + step, N)), slice(m, min(m + step, M))
-            left, right = (x.reshape(-1, o).contiguous() for x in (B[mine], other[theirs]))
+            left, right = (_rows_of_kernel(x.reshape(-1, o)) for x in (B[mine], other[theirs]))
             products = times_transposed(left, right).view(-1, T, q, theirs.stop - m, S, p)
-            products *= inputs(mine, theirs).view(-1, T, 1, theirs.stop - m, S, 1)
-            result[mine, :, theirs] = products.sum((1, 4)) if T * S > 1 else products[:, 0, :, :, 0]
+            weights = inputs(mine, theirs).view(-1, T, 1, theirs.stop - m, S, 1)
+            if T * S > 1:
+                result[mine, :, theirs] = products.mul_(weights).sum((1, 4))
+            else:
+                torch.mul(products[:, 0, :, :, 0], weights[:, 0, :, :, 0], out=result[mine, :, theirs])
     return result.view(N * q, M * p)

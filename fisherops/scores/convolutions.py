@@ -280,6 +280,12 @@ class Convolution(Columns):
         merged._scale = self._scale
         return merged
 
+    def part(self, start: int, stop: int) -> Convolution:
+        X, B = (t.unflatten(0, (-1, self._calls))[start:stop] for t in self.tensors)
+        part = Convolution(X, B, self._window, self._weight)
+        part._scale = self._scale
+        return part
+
 
 def _has_kernels(x: Tensor) -> bool:
     """Whether torch's convolutions are as precise as products of matrices: not those of GPUs, which take TF32."""

@@ -183,6 +183,15 @@ class Scores(TorchLinearOperator):
         """
         raise NotImplementedError
 
+    gram_is_by_panels = False
+    """Whether panels of the Gram matrix are computed one by one, and not cut out of all of it."""
+
+    def panels_of_gram(self, width: int, first: int = 0, scale: Tensor | None = None) -> Iterator[Tensor]:
+        """List K[a:, a:b] of K = G diag(scale) Gᵀ for panels of `width` columns, from the one of number `first` on."""
+        whole = self.gram_tensor(scale=scale)
+        for start in range(first * width, len(whole), width):
+            yield whole[start:, start : start + width]
+
     def blocks_of_gram(self, other: Scores, step: int) -> Iterator[Tensor]:
         """List G Hᵀ in blocks (b, rows of H), b ≤ `step` or that of one batch."""
         for start in range(0, self.num_rows, step):

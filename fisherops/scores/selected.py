@@ -178,13 +178,24 @@ class SelectedScores(Scores):
         """Multiply G diag(scale) Hᵀ; of equal columns by all of them, in which the others count nothing."""
         if not isinstance(other, SelectedScores) or not self.has_columns_of(other):
             return by_rows(self, other, scale)
+        return self._G.gram_tensor(other._G, scale=self._weights(scale))
+
+    @property
+    def gram_is_by_panels(self) -> bool:  # type: ignore[override]
+        return self._G.gram_is_by_panels
+
+    def panels_of_gram(self, width: int, first: int = 0, scale: Tensor | None = None) -> Iterator[Tensor]:
+        return self._G.panels_of_gram(width, first, self._weights(scale))
+
+    def _weights(self, scale: Tensor | None) -> Tensor:
+        """Return the diagonal (D,) between the columns of G that stands for `scale` (d,) between those selected."""
         ones = torch.ones(self.parameters.numel, dtype=self.torch_dtype, device=self.device)
         weights = ones if scale is None else scale
         if self._factors is not None:
             weights = weights * self._factors.square()
         if self._columns is not None:
             weights = ones.new_zeros(self._G.parameters.numel).index_add_(0, self._columns, weights)
-        return self._G.gram_tensor(other._G, scale=weights)
+        return weights
 
 
 def selected(parameters: Parameters, which: Any) -> tuple[Tensor, Parameters]:

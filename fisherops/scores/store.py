@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import shutil
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fisherops._files import replacing
+from fisherops._memory import read_ahead
 from fisherops._sums import SegmentSum
 from fisherops.problem.calls import Window
 from fisherops.scores.batch import MaterializedBatch
@@ -241,9 +241,7 @@ class StoredBatch:
 
     def read_ahead(self) -> None:
         """Let the system read the file while something else is computed."""
-        if hasattr(os, "posix_fadvise"):  # not on every system
-            with contextlib.suppress(OSError), self._path.open("rb") as file:  # what is wrong is said when it is loaded
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
+        read_ahead(self._path)
 
     def _look(self) -> Any:
         try:
