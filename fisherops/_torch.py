@@ -245,17 +245,6 @@ def full_precision() -> Iterator[None]:
         flags.fp32_precision = "tf32"
 
 
-@functools.cache
-def block_bytes(device: torch.device) -> int:
-    """Return the bytes of a block that is read twice: half of an accelerator's second cache, or 64 MiB if unknown.
-
-    The other half is for what the two readings multiply it with, and for their results.
-    """
-    properties = getattr(torch.get_device_module(device), "get_device_properties", None)
-    cache = 0 if properties is None else getattr(properties(device), "L2_cache_size", 0)
-    return cache // 2 or 2**26
-
-
 def needs_own_precision(device: torch.device) -> bool:
     """Whether the caller's contexts would change results on a device: asking costs less than entering others."""
     return torch.is_autocast_enabled(device.type) or torch.is_inference_mode_enabled()

@@ -22,6 +22,7 @@ from torch.utils.data.distributed import DistributedSampler
 
 import fisherops as fo
 from fisherops import linalg
+from fisherops._sizes import HOST, SIZES
 from fisherops.parallel.group import Group, PendingSum
 from fisherops.score_matrix import ScoreMatrix
 
@@ -133,7 +134,7 @@ def blocks(group, where):
     whole = op @ V
     events.clear()
     with (
-        mock.patch("fisherops.score_matrix._CHUNK_BYTES", 1),  # 8 columns at a time
+        mock.patch.dict(SIZES, {torch.device("cpu"): HOST._replace(columns=1)}),  # 8 columns at a time
         mock.patch.object(ScoreMatrix, "product", noted("product", ScoreMatrix.product)),
         mock.patch.object(Group, "begin_sum", noted("begin", Group.begin_sum)),
         mock.patch.object(PendingSum, "value", noted("wait", PendingSum.value)),

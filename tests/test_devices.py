@@ -20,6 +20,7 @@ from torch import nn
 
 import fisherops as fo
 from fisherops import linalg
+from fisherops._sizes import HOST, SIZES, Sizes
 
 KINDS = {
     "mc": fo.FisherMCLinearOperator,
@@ -834,5 +835,30 @@ def test_a_solver_that_reports_waits_for_its_numbers():
     assert seen[-1][1] < seen[0][1]
 
 
-def test_blocks_have_the_size_of_half_of_the_second_cache():
-    assert fo._torch.block_bytes(SIMULATED) == 2**20
+def test_blocks_follow_from_the_properties_of_the_device():
+    small, large = SIZES[SIMULATED], None
+    with simulated.properties(simulated.H100):
+        large = SIZES[SIMULATED]
+    assert small == Sizes(cached=2**20, filling=2**9, block=2**18, columns=2**22, merged=2**22)
+    assert large == Sizes(25 * 2**20, 132 * 2048 * 8, 80 * 2**20, 5 * 2**28, 5 * 2**28)
+    with simulated.properties(None):  # a device that says nothing of itself
+        assert SIZES[SIMULATED] == HOST._replace(cached=2**26)
+
+
+@pytest.mark.parametrize("cache", ["scores", "factors"])
+@pytest.mark.parametrize("architecture", ["convolutional", "attention"])
+def test_numbers_do_not_depend_on_the_properties_of_the_device(architecture, cache):
+    """A small device takes more kernels for the same numbers."""
+    F, kernels = expected(architecture), []
+    for own in (simulated.TINY, simulated.H100):
+        with simulated.properties(own), simulated.watched() as log:
+            op = operator(SIMULATED, architecture, cache=cache)
+            x = vector_of(op, 12).to(SIMULATED)
+            assert_same((op @ x).cpu(), F @ x.cpu().numpy(), torch.float64)
+            G = op.scores.todense()
+            assert_same(G.T @ G, F, torch.float64)
+            assert_same(op.scores.gram(), G @ G.T, torch.float64, 100)
+            assert_same(op.diagonal(), F.diagonal(), torch.float64)
+            np.testing.assert_allclose(op.trace(), np.trace(F), rtol=1e-12)
+        kernels.append(len(log.operations))
+    assert kernels[0] > kernels[1]

@@ -40,9 +40,6 @@ RATIOS = (1e-4, 1e-6, 1e-8)
 # Rows of a Gram matrix, and of a dense approximation, from which on errors are estimated.
 _MANY_ROWS, _MANY_COLUMNS = 2**13, 2**12
 
-# Bytes of rows that are multiplied at once.
-_BLOCK_BYTES = 2**26
-
 
 class Error(NamedTuple):
     """A relative error and its standard error, 0 if it is exact; a number in comparisons with others."""
@@ -192,7 +189,7 @@ def _exact(G: Scores, shift: float, K: TorchLinearOperator) -> Error:
 def _rows(G: Scores) -> Iterator[Tensor]:
     """List the rows of G in blocks."""
     R, D = G.shape
-    step = max(1, _BLOCK_BYTES // (D * G.dtype.itemsize))
+    step = max(1, G.processes.sizes(G.device).block // (D * G.dtype.itemsize))
     for start in range(0, R, step):
         yield G.block(start, min(start + step, R))
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from fisherops._checks import first_line
 from fisherops._packing import as_bytes, from_tensors, to_tensors
 from fisherops._processes import Processes, Result
+from fisherops._sizes import SIZES, Sizes
 from fisherops.parallel.abort import Abort, RankError, named
 
 # Seconds between looks at whether another rank has raised the failure flag, at first and at most.
@@ -91,6 +92,13 @@ class Group(Processes):
             options._timeout = limit
             nccl = dist.distributed_c10d.PrefixStore("nccl", store)
             self._gpu = dist.ProcessGroupNCCL(nccl, self.rank, self.size, options)
+
+        # Devices may differ, and with them how much each would compute between two collectives.
+        known = self.share(tuple(SIZES[device])) if device.type != "cpu" else [SIZES[device]]
+        self._sizes = Sizes(*map(min, zip(*known, strict=True)))
+
+    def sizes(self, device: torch.device) -> Sizes:
+        return self._sizes if device.type == self._device.type else super().sizes(device)
 
     @property
     def is_broken(self) -> bool:

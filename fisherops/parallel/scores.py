@@ -202,7 +202,7 @@ class DistributedScores(Scores):
 
     def product(self, V: Tensor) -> Tensor:
         """Multiply GᵀG: (K, D) → (K, D)."""
-        local, step = self.local, column_step(V)
+        local, step = self.local, column_step(V, self.group.sizes(V.device))
         with self._pass("product", V):
             if len(V) <= step:
                 return self.group.sum(local.product(V))

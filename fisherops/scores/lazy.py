@@ -8,18 +8,13 @@ import torch
 from torch import Tensor
 
 from fisherops._linop import identity
+from fisherops._sizes import SIZES
 from fisherops.likelihoods.factors import DenseFactor
 from fisherops.problem.evaluation import Evaluation
 from fisherops.scores.batch import MaterializedBatch
 from fisherops.scores.build import CannotHoldError, RowsBuilder
 from fisherops.scores.kinds import FactorOf, Kind, Sampler
 from fisherops.scores.rows import list_rows
-
-# Bytes of the columns of G from which GᵀG is found at once.
-_FEW_BYTES = 2**26
-
-# Bytes of the factors that are made at once where none are kept.
-_PART_BYTES = 2**26
 
 
 class LazyBatch:
@@ -99,7 +94,7 @@ class LazyBatch:
             If rows do not belong to data, or those for one vector take much memory.
         """
         evaluation, rank = self._evaluation.recorded(), self.factor.rank
-        limit = max(_PART_BYTES, 2 * evaluation.saved_bytes())
+        limit = max(SIZES[evaluation.outputs.device].block, 2 * evaluation.saved_bytes())
         step = limit // max(1, self._builder(evaluation, 0, 1).nbytes("factors"))
         if not step:
             raise CannotHoldError("rows for one vector take much memory")
@@ -124,7 +119,7 @@ class LazyBatch:
     def gram_of_columns(self) -> Tensor | None:
         """Return GᵀG, (D, D), from the columns of G if they are few numbers; None if they are not."""
         D, f = self._evaluation.problem.parameters.numel, self._evaluation.outputs
-        if self.count < D or D * self.count * f.itemsize > _FEW_BYTES:
+        if self.count < D or D * self.count * f.itemsize > SIZES[f.device].block:
             return None
         columns = torch.cat([self.apply(units) for units in self._units()])
         return columns @ columns.T

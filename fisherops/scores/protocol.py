@@ -35,8 +35,8 @@ class Key(NamedTuple):
 Sums = dict[Key, Tensor]
 SumsOfUses = Callable[[Iterable[MaterializedBatch]], Sums]
 
-# Bytes of the rows that are multiplied at once where they are not cached as such.
-_BLOCK_BYTES = 2**28
+# Blocks of rows that are multiplied at once where they are not cached as such.
+_BLOCKS = 4
 
 
 class CacheSize(NamedTuple):
@@ -339,7 +339,7 @@ def by_rows(G: Scores, H: Scores, scale: Tensor | None = None) -> Tensor:
     if H.is_listed and not G.is_listed:
         return by_rows(H, G, scale).T
     R, D = G.shape
-    step = max(1, _BLOCK_BYTES // max(1, D * torch.finfo(G.torch_dtype).bits // 8))
+    step = max(1, _BLOCKS * G.processes.sizes(G.device).block // max(1, D * torch.finfo(G.torch_dtype).bits // 8))
     blocks = [torch.empty(0, H.num_rows, dtype=G.torch_dtype, device=G.device)]
     for start in range(0, R, step):
         rows = G.block(start, min(start + step, R))
