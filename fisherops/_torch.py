@@ -33,8 +33,24 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 def as_device(device: Any) -> torch.device:
-    """Return a device with its index: of "cuda" that of the present card."""
-    return torch.empty(0, device=device).device
+    """Return a device with its index: of "cuda" that of the present card.
+
+    Raises
+    ------
+    ValueError
+        If PyTorch cannot compute there.
+    """
+    try:
+        found = torch.empty(0, device=device).device
+    except (AssertionError, RuntimeError, TypeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"`device` must be a device on which PyTorch can compute here, got {device!r} ({reason}). Pass one such as "
+            "'cpu' or 'cuda:0'."
+        ) from error
+    if found.type == "meta":
+        raise ValueError(f"`device` must be a device with memory, got {device!r}. Pass one such as 'cpu' or 'cuda:0'.")
+    return found
 
 
 def version_of(t: Tensor) -> int | None:

@@ -343,6 +343,8 @@ def _note_copy(direction, nbytes):
 def _empty(size, *, dtype=None, layout=None, device=None, pin_memory=None, memory_format=None):
     if pin_memory:
         raise RuntimeError("the simulated device has no pinned memory")
+    if (torch.device(device).index or 0) >= CARDS:
+        raise RuntimeError("invalid device ordinal")
     t = torch.empty(size, dtype=dtype, device="cpu", memory_format=memory_format or torch.contiguous_format)
     return on_device(t, torch.device(device).index or 0)
 

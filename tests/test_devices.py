@@ -6,6 +6,7 @@ What is expected is found on the host without a cache, so on the host too the ca
 import copy
 import functools
 import random
+import re
 from contextlib import nullcontext
 
 import numpy as np
@@ -15,11 +16,12 @@ import torch
 import torch.distributions as td
 from devices import SIMULATED, device_named, on_accelerators, on_every_device
 from models import ARCHITECTURES, LOSSES, make_case
+from scipy.sparse.linalg import aslinearoperator
 from tolerances import assert_same
 from torch import nn
 
 import fisherops as fo
-from fisherops import linalg
+from fisherops import approximate, linalg
 from fisherops._sizes import HOST, SIZES, Sizes
 
 KINDS = {
@@ -603,6 +605,49 @@ def test_losses_are_moved(device):
     for loss, data in ((Scaled(), case.data), (weighted, make_case().data)):
         op = fo.FisherMCLinearOperator(case.model, loss, data=data)
         assert_same(op.to(device).todense(), op.todense(), torch.float64)
+
+
+@on_every_device
+def test_composites_are_moved(device):
+    op = operator("cpu")
+    G, D = op.scores, op.shape[0]
+    host = aslinearoperator(np.diag(np.arange(float(D))))
+    scaled = op.damped(np.linspace(0, 1, D))
+    for A in (2 * op @ op - op, (1j * op + host).damped(SHIFT), op**3, G.T, G.T @ G + scaled, scaled @ op):
+        moved = A.to(device)
+        assert moved.device == device
+        assert_same(moved.todense(), A.todense(), torch.float64, 100)
+        x = vector_of(A)
+        assert_same((moved @ x.to(device)).cpu(), A @ x.numpy(), torch.float64, 100)
+        assert A.device == torch.device("cpu")
+    with pytest.raises(TypeError, match="a composite can be moved if its parts can, got Inverse. Make the part anew"):
+        (linalg.inv(op, SHIFT) @ op).to(device)
+
+
+@pytest.mark.parametrize("device", ["nonsense", 3.5, "meta", "sim:7"])
+def test_devices_without_memory_are_refused(device):
+    with pytest.raises(ValueError, match=re.escape(f"got {device!r}") + ".* Pass one such as"):
+        operator("cpu").to(device)
+
+
+def test_approximations_name_the_devices():
+    op, other = operator("cpu"), operator(SIMULATED)
+    with pytest.raises(ValueError, match="one device to be combined, got cpu and sim:0"):
+        approximate.error(op, approximate.kfac(other))
+
+
+@pytest.mark.parametrize("build", ["diagonal", "layers", "kfac", "ekfac", "nystrom"])
+def test_warm_products_with_approximations_wait_for_nothing(build):
+    op = operator(SIMULATED)
+    x, K = vector_of(op).to(SIMULATED), getattr(approximate, build)(op)
+    expected = getattr(approximate, build)(operator("cpu"))
+    for A, B in ((K, expected), (K.inv(SHIFT), expected.inv(SHIFT))):
+        assert_same((A @ x).cpu(), B @ x.cpu().numpy(), torch.float64, 1000)
+        fo._torch.settle()
+        with simulated.watched() as log:
+            A @ x
+            A @ x
+        assert not log.waits
 
 
 def test_what_cannot_be_moved_says_why():

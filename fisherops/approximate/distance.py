@@ -13,7 +13,7 @@ from scipy.sparse.linalg import LinearOperator, cg, eigsh
 from torch import Tensor
 
 from fisherops._checks import integer
-from fisherops._linop import TorchLinearOperator, as_damping, as_torch_operator, check_result
+from fisherops._linop import TorchLinearOperator, as_damping, as_torch_operator, check_result, same_device
 from fisherops._torch import outside_of_autocast
 from fisherops.approximate.assembly import scores_of
 from fisherops.approximate.exact import diagonal, layers
@@ -108,7 +108,7 @@ def error(
     TypeError
         If `op` has no score matrix, or `K` is not an operator.
     ValueError
-        If the shapes differ.
+        If the shapes or the devices differ.
 
     Examples
     --------
@@ -127,6 +127,7 @@ def error(
         raise ValueError(f"`K` must have the shape of `op`, {tuple(op.shape)}, got {tuple(K.shape)}.")
     count = None if probes is None else integer("probes", probes, 2)
     own = as_torch_operator(K, G.device, G.torch_dtype)
+    same_device(G, own)
     if not per_layer:
         return _distance(G, shift, own, count, seed)
     spans = G.parameters.spans

@@ -289,11 +289,11 @@ def checksum(V: Tensor) -> int:
     """Return a number by which different vectors (K, n) are told apart."""
     # Weighted by index, so that the same numbers in another order are other vectors.
     index = torch.arange(1, V.shape[1] + 1, device=V.device)
-    total = 0
+    total = torch.zeros((), dtype=torch.int64, device=V.device)
     for k, v in enumerate(V, 1):
         bits = v.contiguous().view(torch.int32 if v.itemsize == 4 else torch.int64)
-        total += k * int((bits * index).sum())
-    return total
+        total += k * (bits * index).sum()
+    return int(total)
 
 
 _KNOWN: dict[tuple[Any, str], Group] = {}
