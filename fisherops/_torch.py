@@ -153,6 +153,11 @@ def judge(values: Tensor, refuse: Callable[[Tensor], None]) -> None:
     if is_capturing():
         return
     _judge_pending(waits=False)
+    judge_later(values, refuse)
+
+
+def judge_later(values: Tensor, refuse: Callable[[Tensor], None]) -> None:
+    """Call ``refuse(values)`` when an accelerator has computed them, and look at nothing else now."""
     _pending.append((Arrival(values), refuse))
 
 
@@ -168,7 +173,7 @@ def is_capturing() -> bool:
 
 def _judge_pending(waits: bool) -> None:
     """Judge what has arrived, or all that is pending, and raise the first error, which stands for all of them."""
-    failure: FloatingPointError | None = None
+    failure: Exception | None = None
     while _pending:
         try:
             first = _pending.popleft()
@@ -180,7 +185,7 @@ def _judge_pending(waits: bool) -> None:
             break
         try:
             refuse(arrival.read())
-        except FloatingPointError as error:
+        except (FloatingPointError, RuntimeError) as error:
             failure = failure or error
     if failure is not None:
         raise failure
