@@ -2,7 +2,8 @@
 
     python asv_bench/predict_gpu.py
 
-The products run on the simulated accelerator of the tests, which takes the same path as CUDA. For each kernel, bytes
+The products run on the simulated accelerator of the tests, which takes the same path as CUDA and has the properties of
+an H100 here, so that blocks have its sizes. For each kernel, bytes
 are those of its operands and results, and flops those of matrix products. docs/explanation/gpu.md has the formula.
 """
 
@@ -61,6 +62,11 @@ def _distinct(t):
 
 def main():
     device = simulated.register()
+    with simulated.properties(simulated.H100):
+        predict(device)
+
+
+def predict(device):
     for name in ("mlp", "cnn", "resnet", "transformer"):
         net, (X, y) = networks.make(name)
         rows = "datum" if name == "transformer" else "term"

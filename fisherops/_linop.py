@@ -8,9 +8,10 @@ composites.
 
 from __future__ import annotations
 
+import copy
 import operator
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -498,7 +499,27 @@ class TorchLinearOperator(LinearOperator):
         return own
 
 
-class Transposed(TorchLinearOperator):
+class _Composite(TorchLinearOperator):
+    """An operator made from others, which are among its attributes."""
+
+    def to(self, device: Any) -> Self:
+        """Return the same matrix, to rounding, as an operator on another device, by moving what it is made from."""
+        other = copy.copy(self)
+        other.device = _torch.as_device(device)
+        for name, own in vars(self).items():
+            if isinstance(own, Tensor):
+                setattr(other, name, own.to(other.device))
+            elif isinstance(own, TorchLinearOperator):
+                if not hasattr(own, "to"):
+                    raise TypeError(
+                        f"a composite can be moved if its parts can, got {type(own).__name__}. Make the part anew on "
+                        f"{other.device}, and combine again."
+                    )
+                setattr(other, name, own.to(other.device))
+        return other
+
+
+class Transposed(_Composite):
     """The transpose of an operator that has a method for it (``_mul_t``)."""
 
     def __init__(self, A: Any) -> None:
@@ -514,13 +535,13 @@ class Transposed(TorchLinearOperator):
         return original
 
 
-class _Sum(TorchLinearOperator):
+class _Sum(_Composite):
     """A + B."""
 
     def __init__(self, A: TorchLinearOperator, B: TorchLinearOperator) -> None:
         if A.shape != B.shape:
             raise ValueError(f"operators must have equal shapes to be added, got {A.shape} and {B.shape}.")
-        super().__init__(A.shape, torch.promote_types(A.torch_dtype, B.torch_dtype), _same_device(A, B))
+        super().__init__(A.shape, torch.promote_types(A.torch_dtype, B.torch_dtype), same_device(A, B))
         self._A, self._B = A, B
 
     def _mul(self, V: Tensor) -> Tensor:
@@ -533,7 +554,7 @@ class _Sum(TorchLinearOperator):
         return _Sum(self._A.H, self._B.H)
 
 
-class _Scaled(TorchLinearOperator):
+class _Scaled(_Composite):
     """α A. A scalar never raises the precision; a complex one makes the operator complex."""
 
     def __init__(self, A: TorchLinearOperator, alpha: Any) -> None:
@@ -551,7 +572,7 @@ class _Scaled(TorchLinearOperator):
         return _Scaled(self._A.H, self._alpha.conjugate())
 
 
-class _Damped(TorchLinearOperator):
+class _Damped(_Composite):
     """A + λI, or A + diag(λ) for a vector."""
 
     def __init__(self, A: TorchLinearOperator, damping: float | Tensor) -> None:
@@ -570,7 +591,7 @@ class _Damped(TorchLinearOperator):
         return self if self._A.H is self._A else _Damped(self._A.H, self.damping)
 
 
-class _Product(TorchLinearOperator):
+class _Product(_Composite):
     """A B."""
 
     def __init__(self, A: TorchLinearOperator, B: TorchLinearOperator) -> None:
@@ -579,7 +600,7 @@ class _Product(TorchLinearOperator):
                 f"operators must have shapes (M, N) and (N, K) to be multiplied, got {A.shape} and {B.shape}."
             )
         dtype = torch.promote_types(A.torch_dtype, B.torch_dtype)
-        super().__init__((A.shape[0], B.shape[1]), dtype, _same_device(A, B))
+        super().__init__((A.shape[0], B.shape[1]), dtype, same_device(A, B))
         self._A, self._B = A, B
 
     def _mul(self, V: Tensor) -> Tensor:
@@ -592,7 +613,7 @@ class _Product(TorchLinearOperator):
         return _Product(self._B.H, self._A.H)
 
 
-class _Power(TorchLinearOperator):
+class _Power(_Composite):
     """Aᵖ, p ≥ 0."""
 
     def __init__(self, A: TorchLinearOperator, p: int) -> None:
@@ -615,7 +636,7 @@ class _Power(TorchLinearOperator):
         return self if self._A.H is self._A else _Power(self._A.H, self._p)
 
 
-class _Foreign(TorchLinearOperator):
+class _Foreign(_Composite):
     """A SciPy operator inside a composite; its products are computed with NumPy on the host.
 
     It has no less than the precision of its partner, which multiplies its results; integers have no precision of their
@@ -656,7 +677,7 @@ def as_torch_operator(
     return A if isinstance(A, TorchLinearOperator) else _Foreign(A, torch.device(device), partner)
 
 
-def _same_device(A: TorchLinearOperator, B: TorchLinearOperator) -> torch.device:
+def same_device(A: TorchLinearOperator, B: TorchLinearOperator) -> torch.device:
     if A.device != B.device:
         raise ValueError(
             f"operators must be on one device to be combined, got {A.device} and {B.device}. Build both on the same "

@@ -9,6 +9,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from fisherops._sizes import SIZES, Sizes
+
 Result = TypeVar("Result")
 
 
@@ -23,6 +25,10 @@ class Processes:
     def guard(self, what: str) -> AbstractContextManager[None]:  # noqa: ARG002
         """Return a context for work that this process does alone; if it fails, the others are told."""
         return nullcontext()
+
+    def sizes(self, device: torch.device) -> Sizes:
+        """Return how much is computed at once on a device, the same on every process."""
+        return SIZES[device]
 
     def least(self, number: int) -> int:
         """Return the smallest of the numbers that the processes pass."""

@@ -34,8 +34,24 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 def as_device(device: Any) -> torch.device:
-    """Return a device with its index: of "cuda" that of the present card."""
-    return torch.empty(0, device=device).device
+    """Return a device with its index: of "cuda" that of the present card.
+
+    Raises
+    ------
+    ValueError
+        If PyTorch cannot compute there.
+    """
+    try:
+        found = torch.empty(0, device=device).device
+    except (AssertionError, RuntimeError, TypeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"`device` must be a device on which PyTorch can compute here, got {device!r} ({reason}). Pass one such as "
+            "'cpu' or 'cuda:0'."
+        ) from error
+    if found.type == "meta":
+        raise ValueError(f"`device` must be a device with memory, got {device!r}. Pass one such as 'cpu' or 'cuda:0'.")
+    return found
 
 
 def version_of(t: Tensor) -> int | None:
@@ -138,6 +154,11 @@ def judge(values: Tensor, refuse: Callable[[Tensor], None]) -> None:
     if is_capturing():
         return
     _judge_pending(waits=False)
+    judge_later(values, refuse)
+
+
+def judge_later(values: Tensor, refuse: Callable[[Tensor], None]) -> None:
+    """Call ``refuse(values)`` when an accelerator has computed them, and look at nothing else now."""
     _pending.append((Arrival(values), refuse))
 
 
@@ -153,7 +174,7 @@ def is_capturing() -> bool:
 
 def _judge_pending(waits: bool) -> None:
     """Judge what has arrived, or all that is pending, and raise the first error, which stands for all of them."""
-    failure: FloatingPointError | None = None
+    failure: Exception | None = None
     while _pending:
         try:
             first = _pending.popleft()
@@ -165,7 +186,7 @@ def _judge_pending(waits: bool) -> None:
             break
         try:
             refuse(arrival.read())
-        except FloatingPointError as error:
+        except (FloatingPointError, RuntimeError) as error:
             failure = failure or error
     if failure is not None:
         raise failure
@@ -244,17 +265,6 @@ def full_precision() -> Iterator[None]:
         yield
     finally:
         flags.fp32_precision = "tf32"
-
-
-@functools.cache
-def block_bytes(device: torch.device) -> int:
-    """Return the bytes of a block that is read twice: half of an accelerator's second cache, or 64 MiB if unknown.
-
-    The other half is for what the two readings multiply it with, and for their results.
-    """
-    properties = getattr(torch.get_device_module(device), "get_device_properties", None)
-    cache = 0 if properties is None else getattr(properties(device), "L2_cache_size", 0)
-    return cache // 2 or 2**26
 
 
 def needs_own_precision(device: torch.device) -> bool:

@@ -19,6 +19,7 @@ from fisherops._data import Batch
 from fisherops._fingerprint import checksum_of
 from fisherops._linop import check_result
 from fisherops._memory import as_bytes, as_folder, is_memory_error
+from fisherops._sizes import SIZES, Sizes
 from fisherops._sums import CompensatedSum
 from fisherops._torch import opaque
 from fisherops.problem import Evaluation, Parameters
@@ -41,8 +42,7 @@ from fisherops.scores.projection import Signs, projected
 from fisherops.scores.protocol import CacheSize, Scores, Sums, SumsOfUses, by_rows, clipped
 from fisherops.scores.reader import Reader, as_weights
 
-# Columns of a product are taken together up to this size, but a few at least.
-_CHUNK_BYTES = 2**24
+# Columns of a product are taken together up to some size, but a few at least.
 _FEW_COLUMNS = 8
 
 # Entries of each vector that are copied at once into another order of memory.
@@ -703,14 +703,14 @@ class ScoreMatrix(BatchedScores):
             yield from cache.in_order() or ()
 
 
-def column_step(V: Tensor) -> int:
+def column_step(V: Tensor, sizes: Sizes) -> int:
     """Return how many of the vectors (K, D) are multiplied together: few, whose memory is used again for the next."""
-    return max(_FEW_COLUMNS, _CHUNK_BYTES // (V.shape[1] * V.itemsize))
+    return max(_FEW_COLUMNS, sizes.columns // (V.shape[1] * V.itemsize))
 
 
 def _sum_of_products(V: Tensor, batches: Iterable[BatchScores]) -> Tensor:
     """Sum GᵀG V over batches; in blocks of V if it is large, but data are read once for all blocks."""
-    step = column_step(V)
+    step = column_step(V, SIZES[V.device])
     if len(V) <= step and V.is_contiguous():
         total = CompensatedSum(V)
         for batch in batches:

@@ -5,6 +5,7 @@ that they are on a CUDA device, so torch passes its stream to ``__dlpack__``; th
 device, because a torch without CUDA has no other. Streams have numbers and are recorded, and do nothing.
 """
 
+import functools
 import sys
 from contextlib import contextmanager
 from types import ModuleType, SimpleNamespace
@@ -23,33 +24,57 @@ recorded: list = []
 _stream = SimpleNamespace(ptr=CUPY_STREAM)
 
 
+def _plain(x):
+    """Return what NumPy computes with for what CuPy accepts."""
+    if isinstance(x, ndarray):
+        return x._a
+    if isinstance(x, np.ndarray) and x.ndim:
+        raise TypeError(f"Unsupported type {type(x)}")
+    return type(x)(map(_plain, x)) if type(x) in (tuple, list) else x
+
+
+def _entered(x):
+    """Return results of NumPy as CuPy returns them: numbers are arrays without axes."""
+    if isinstance(x, np.ndarray | np.generic):
+        return ndarray(np.asarray(x))
+    return tuple(map(_entered, x)) if isinstance(x, tuple) else x
+
+
+def computed(function):
+    """Return a function of NumPy for arrays of the device."""
+
+    @functools.wraps(function)
+    def own(*args, **kwargs):
+        return _entered(function(*map(_plain, args), **{name: _plain(x) for name, x in kwargs.items()}))
+
+    return own
+
+
 class ndarray:  # noqa: N801 (the name of CuPy)
-    """An array on the device."""
+    """An array on the device, by a NumPy array of the same memory."""
 
     __array_priority__ = 100
 
-    def __init__(self, tensor):
-        self._t = tensor
+    def __init__(self, array):
+        is_tensor = isinstance(array, torch.Tensor)
+        self._a = simulated.on_host(array).numpy() if is_tensor else array
+        self.device = array.device.index if is_tensor else 0
 
     # ---- What CuPy refuses ----
 
     def __array__(self, *_, **__):
         raise TypeError("Implicit conversion to a NumPy array is not allowed. Please use `.get()` to construct one.")
 
-    def __array_ufunc__(self, *_, **__):
-        return NotImplemented
+    def __array_ufunc__(self, ufunc, method, *args, **kwargs):
+        """Compute with numbers of NumPy, and refuse its arrays."""
+        if any(isinstance(x, np.ndarray) and x.ndim for x in args):
+            return NotImplemented
+        return computed(getattr(ufunc, method))(*args, **kwargs)
 
     # ---- What it is ----
 
-    shape = property(lambda self: tuple(self._t.shape))
-    ndim = property(lambda self: self._t.ndim)
-    size = property(lambda self: self._t.numel())
-    dtype = property(lambda self: simulated.on_host(self._t).numpy().dtype)
-    strides = property(lambda self: tuple(s * self._t.itemsize for s in self._t.stride()))
-    device = property(lambda self: self._t.device.index)
-    data = property(lambda self: SimpleNamespace(ptr=self._t.data_ptr()))
-    flags = property(lambda self: SimpleNamespace(c_contiguous=self._t.is_contiguous()))
-    T = property(lambda self: ndarray(self._t.T))
+    data = property(lambda self: SimpleNamespace(ptr=self._a.ctypes.data))
+    T = property(lambda self: ndarray(self._a.T))
 
     @property
     def __cuda_array_interface__(self):
@@ -59,50 +84,53 @@ class ndarray:  # noqa: N801 (the name of CuPy)
         if max_version is not None:
             raise TypeError("__dlpack__() got an unexpected keyword argument 'max_version'")  # as of CuPy 13
         to_torch.append(stream)
-        return simulated.capsule_of(self._t, index=self._t.device.index)
+        return simulated.capsule_of(torch.from_numpy(self._a), index=self.device)
 
     def __dlpack_device__(self):
-        return 2, self._t.device.index  # kDLCUDA
+        return 2, self.device  # kDLCUDA
 
     def get(self):
-        return self._t.cpu().numpy()
+        return self._a.copy()
 
     # ---- Arithmetic ----
 
-    def _with(self, other, function):
-        if isinstance(other, ndarray):
-            return ndarray(function(self._t, other._t))
-        if isinstance(other, int | float | complex):
-            return ndarray(function(self._t, other))
-        if isinstance(other, np.ndarray):
-            raise TypeError(f"Unsupported type {type(other)}")
-        return NotImplemented
-
-    def __add__(self, other):
-        return self._with(other, torch.add)
-
-    def __sub__(self, other):
-        return self._with(other, torch.sub)
-
-    def __mul__(self, other):
-        return self._with(other, torch.mul)
-
-    __rmul__ = __mul__
-
-    def __truediv__(self, other):
-        return self._with(other, torch.div)
-
-    def __matmul__(self, other):
-        return self._with(other, torch.matmul)
-
     def __getitem__(self, index):
-        return ndarray(self._t[index])
+        return ndarray(self._a[_of_view(index)])
 
-    def reshape(self, *shape):
-        return ndarray(self._t.reshape(*shape))
+    def __setitem__(self, index, value):
+        self._a[_of_view(index)] = _plain(value)
 
-    def __float__(self):
-        return float(self._t)
+    def item(self):
+        return self._a.item()
+
+
+def _of_view(index):
+    """Let elements be views, as CuPy's are."""
+    index = _plain(index if isinstance(index, tuple) else (index,))
+    return index if any(i is Ellipsis for i in index) else (*index, Ellipsis)
+
+
+def _in_place(name):
+    def own(self, other):
+        getattr(self._a, name)(_plain(other))
+        return self
+
+    return own
+
+
+for _name in ("shape", "ndim", "size", "dtype", "itemsize", "strides", "flags"):
+    setattr(ndarray, _name, property(lambda self, name=_name: getattr(self._a, name)))
+for _name in ("astype", "ravel", "reshape", "copy", "squeeze", "conj", "dot", "sum", "max", "fill"):
+    setattr(ndarray, _name, computed(getattr(np.ndarray, _name)))
+for _name in ("add", "sub", "mul", "truediv", "matmul", "pow", "lt", "le", "gt", "ge", "eq", "ne", "and"):
+    for _side in ("", "r"):
+        if hasattr(np.ndarray, f"__{_side}{_name}__"):
+            setattr(ndarray, f"__{_side}{_name}__", computed(getattr(np.ndarray, f"__{_side}{_name}__")))
+for _name in ("add", "sub", "mul", "truediv"):
+    setattr(ndarray, f"__i{_name}__", _in_place(f"__i{_name}__"))
+for _name in ("float", "int", "bool", "len", "abs", "neg"):
+    setattr(ndarray, f"__{_name}__", computed(getattr(np.ndarray, f"__{_name}__")))
+ndarray.__hash__ = None
 
 
 class generic(ndarray):  # noqa: N801
@@ -112,7 +140,7 @@ class generic(ndarray):  # noqa: N801
 def asarray(x, dtype=None):
     if isinstance(x, ndarray):
         return x
-    return ndarray(torch.from_numpy(np.array(x, dtype=dtype)).to("sim:0"))
+    return ndarray(np.array(x, dtype=dtype))
 
 
 def from_dlpack(x):
@@ -140,8 +168,8 @@ class LinearOperator:
     def matmat(self, X):
         if self._matmat is not None:
             return self._checked(self._matmat(X))
-        columns = [self.matvec(X[:, k])._t for k in range(X.shape[1])]
-        return ndarray(torch.stack(columns, 1))
+        columns = [self.matvec(X[:, k])._a for k in range(X.shape[1])]
+        return ndarray(np.stack(columns, 1))
 
     def rmatmat(self, X):
         return self._checked(self._rmatmat(X))
@@ -194,20 +222,35 @@ def cg(A, b, tol=1e-10, maxiter=200):
     return x
 
 
+def _of_numpy(module):
+    """Return what gives a module of CuPy the functions of one of NumPy."""
+
+    def find(name):
+        if name.startswith("_"):
+            raise AttributeError(name)
+        own = getattr(module, name)
+        return computed(own) if callable(own) and not isinstance(own, type) else own
+
+    return find
+
+
 def modules():
     """Return the modules of CuPy by name."""
-    cupy = ModuleType("cupy")
+    cupy, algebra, rand = (ModuleType(name) for name in ("cupy", "cupy.linalg", "cupy.random"))
+    cupy.__getattr__, algebra.__getattr__, rand.__getattr__ = map(_of_numpy, (np, np.linalg, np.random))
     cupy.ndarray, cupy.generic, cupy.asarray, cupy.from_dlpack = ndarray, generic, asarray, from_dlpack
-    cupy.ascontiguousarray = lambda x: ndarray(x._t.contiguous())
-    cupy.int32 = np.dtype(np.int32)
-    cupy.zeros = lambda shape, dtype=float, device=None: asarray(np.zeros(shape, dtype))
+    cupy.array = lambda x, dtype=None, copy=True: asarray(x.get() if isinstance(x, ndarray) and copy else x, dtype)
+    cupy.asnumpy = ndarray.get
+    cupy.zeros = lambda shape, dtype=float, device=None, order="C": ndarray(np.zeros(shape, dtype, order))
+    cupy.result_type = lambda *args: np.result_type(*(getattr(x, "dtype", x) for x in args))
     cupy.isdtype = lambda dtype, kind: np.isdtype(np.dtype(dtype), kind)
     cupy.cuda = SimpleNamespace(get_current_stream=lambda: _stream)
+    cupy.linalg, cupy.random = algebra, rand
     linalg = ModuleType("cupyx.scipy.sparse.linalg")
     linalg.LinearOperator, linalg.aslinearoperator, linalg.cg = LinearOperator, aslinearoperator, cg
     sparse, scipy, cupyx = (ModuleType(name) for name in ("cupyx.scipy.sparse", "cupyx.scipy", "cupyx"))
     sparse.linalg, scipy.sparse, cupyx.scipy = linalg, sparse, scipy
-    own = (cupy, cupyx, scipy, sparse, linalg)
+    own = (cupy, algebra, rand, cupyx, scipy, sparse, linalg)
     return {**{module.__name__: module for module in own}, "array_api_compat.cupy": cupy}
 
 

@@ -11,6 +11,7 @@ from unittest import mock
 
 import numpy as np
 import scipy.sparse.linalg as sla
+import simulated
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -22,9 +23,12 @@ from torch.utils.data.distributed import DistributedSampler
 
 import fisherops as fo
 from fisherops import linalg
+from fisherops._sizes import HOST, SIZES
 from fisherops.parallel.group import Group, PendingSum
 from fisherops.score_matrix import ScoreMatrix
 from fisherops.scores.projection import Signs
+
+DEVICE = simulated.register()  # before the first backward pass, which asks how many devices there are
 
 N, D_IN, C = 37, 5, 3
 
@@ -134,12 +138,46 @@ def blocks(group, where):
     whole = op @ V
     events.clear()
     with (
-        mock.patch("fisherops.score_matrix._CHUNK_BYTES", 1),  # 8 columns at a time
+        mock.patch.dict(SIZES, {torch.device("cpu"): HOST._replace(columns=1)}),  # 8 columns at a time
         mock.patch.object(ScoreMatrix, "product", noted("product", ScoreMatrix.product)),
         mock.patch.object(Group, "begin_sum", noted("begin", Group.begin_sum)),
         mock.patch.object(PendingSum, "value", noted("wait", PendingSum.value)),
     ):
         return whole, op @ V, events
+
+
+def on_a_device(group, what):
+    """Products on the simulated accelerator, whose collectives are gloo's on the memory of the device."""
+
+    class OfDevice:
+        def __init__(self, host):
+            self._host = host
+
+        def allreduce(self, tensors, op):
+            return self._host.allreduce([simulated.on_host(t) for t in tensors], op)
+
+        def allgather(self, outs, tensors):
+            outs = [[simulated.on_host(t) for t in own] for own in outs]
+            return self._host.allgather(outs, [simulated.on_host(t) for t in tensors])
+
+    def group_of(self, t):
+        return self._cpu if t.device.type == "cpu" else OfDevice(self._cpu)
+
+    model, data = simulated.moved(network(), DEVICE), parts(group, "contiguous")
+    with mock.patch.object(Group, "_group", group_of):
+        op = fo.FisherMCLinearOperator(model, loss(), data=data, process_group=group, mc_samples=2, seed=5)
+        V = np.random.default_rng(0).standard_normal((op.shape[0], 3))
+        x = torch.from_numpy(V).to(DEVICE)
+        op @ x
+        fo._torch.settle()
+        if what == "other vectors":
+            with simulated.lag(10**9):
+                op @ (x + dist.get_rank(group))  # not known yet
+            return op @ V
+        with simulated.watched() as log:
+            op @ x
+            y = op @ x
+        return log.waits, y.cpu().numpy() - operator(group) @ V
 
 
 def rows(group, cache, split):

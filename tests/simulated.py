@@ -30,6 +30,8 @@ from torch import Tensor
 from torch.utils import backend_registration
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from fisherops._sizes import SIZES
+
 NAME = "sim"
 CARDS = 2
 
@@ -341,6 +343,8 @@ def _note_copy(direction, nbytes):
 def _empty(size, *, dtype=None, layout=None, device=None, pin_memory=None, memory_format=None):
     if pin_memory:
         raise RuntimeError("the simulated device has no pinned memory")
+    if (torch.device(device).index or 0) >= CARDS:
+        raise RuntimeError("invalid device ordinal")
     t = torch.empty(size, dtype=dtype, device="cpu", memory_format=memory_format or torch.contiguous_format)
     return on_device(t, torch.device(device).index or 0)
 
@@ -570,6 +574,42 @@ class Generator(_Generator, metaclass=_KindOfGenerator):
         return SimulatedGenerator(device) if _is_sim(device) else _Generator(device)
 
 
+# Of a small device, so that matrices are cut into several blocks.
+PROPERTIES = SimpleNamespace(
+    name="simulated",
+    L2_cache_size=2**21,
+    multi_processor_count=1,
+    max_threads_per_multi_processor=64,
+    total_memory=2**28,
+)
+TINY = SimpleNamespace(
+    L2_cache_size=2**12, multi_processor_count=1, max_threads_per_multi_processor=4, total_memory=2**22
+)
+H100 = SimpleNamespace(
+    name="H100", L2_cache_size=50 * 2**20, multi_processor_count=132, max_threads_per_multi_processor=2048,
+    total_memory=80 * 2**30,
+)  # fmt: skip
+
+
+def _forget():
+    for card in range(CARDS):
+        SIZES.pop(torch.device(NAME, card), None)
+
+
+@contextmanager
+def properties(own):
+    """Let the device have other properties inside."""
+    global PROPERTIES
+    before = PROPERTIES
+    _forget()
+    PROPERTIES = own
+    try:
+        yield
+    finally:
+        PROPERTIES = before
+        _forget()
+
+
 class _Module:
     """What torch asks of a device, as ``torch.sim``."""
 
@@ -614,7 +654,7 @@ class _Module:
         default_generators[torch.device(device).index or 0].set_state(state)
 
     def get_device_properties(self, device=None):
-        return SimpleNamespace(name="simulated", L2_cache_size=2**21, multi_processor_count=4)
+        return PROPERTIES
 
     def get_amp_supported_dtype(self):
         return [torch.float16, torch.bfloat16]

@@ -21,6 +21,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 import fisherops as fo
+from fisherops._sizes import HOST, SIZES
 from fisherops.scores.batch import MaterializedBatch
 from fisherops.scores.build import RowsBuilder
 
@@ -634,7 +635,7 @@ def test_many_vectors_of_each_datum_never_list_dense_rows(monkeypatch, kind, cac
     op, known = (kind(model, nn.CrossEntropyLoss(), data=data, cache=cache, **options) for cache in (cache, "factors"))
     assert "linearization" in str(op.plan)
     monkeypatch.setattr("fisherops.scores.lazy.list_rows", mock.Mock(side_effect=AssertionError("dense rows")))
-    monkeypatch.setattr("fisherops.scores.lazy._PART_BYTES", 2**15)  # some vectors at a time
+    monkeypatch.setitem(SIZES, torch.device("cpu"), HOST._replace(block=2**15))  # some vectors at a time
     v = np.ones(op.shape[1])
     for quantity in ("op.trace()", "op.diagonal()", "op.scores.row_norms()", "op.scores.gram()", "op @ v"):
         assert_same(*(eval(quantity, {"op": one, "v": v}) for one in (op, known)), dtype="float64")
@@ -644,12 +645,12 @@ def test_products_with_many_columns():
     case = make_case("dense", "ce", sizes=(40, 20))
     plain = fo.FisherMCLinearOperator(case.model, case.loss, data=case.data, cache="none")
     V = np.random.default_rng(0).standard_normal((case.D, 1000))
-    with differentiated(), mock.patch("fisherops.score_matrix._CHUNK_BYTES", 2**16):
+    with differentiated(), mock.patch.dict(SIZES, {torch.device("cpu"): HOST._replace(columns=2**16)}):
         expected = plain @ V
     for cache in ("auto", "none"):
         op = fo.FisherMCLinearOperator(case.model, case.loss, data=case.data, cache=cache)
         assert_same(op @ V, expected, case.dtype)
-        with mock.patch("fisherops.score_matrix._CHUNK_BYTES", 2**16):
+        with mock.patch.dict(SIZES, {torch.device("cpu"): HOST._replace(columns=2**16)}):
             assert_same(op @ V, expected, case.dtype)
 
 

@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn import functional
 
 import fisherops as fo
+from fisherops._sizes import HOST, SIZES
 
 PLAIN = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -125,7 +126,8 @@ def held_as_factors(request):
         if request.param != "kernels":
             patch.setattr("fisherops.scores.convolutions._has_kernels", lambda x: False)
         if request.param == "small blocks":
-            for name, value in {"_OUTPUTS": 40, "_UNFOLDED": 50, "_TERMS": 3, "_PIECE": 2}.items():
+            patch.setitem(SIZES, torch.device("cpu"), HOST._replace(filling=40))
+            for name, value in {"_UNFOLDED": 1, "_TERMS": 3, "_PIECE": 2}.items():
                 patch.setattr(f"fisherops.scores.convolutions.{name}", value)
         yield request.param
 

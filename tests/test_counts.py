@@ -52,7 +52,7 @@ COUNTS = {
 PERIPHERY = (
     "operators.py", "cli.py", "plot.py", "optim.py", "data.py", "draws.py",
     "__init__.py", "__main__.py", "_arrays.py", "_torch.py", "_checks.py", "_demo.py", "_launch.py",
-    "_matmul.py", "_memory.py", "_philox.py", "_problem.py", "_randomness.py", "_sums.py", "_tree.py",
+    "_matmul.py", "_memory.py", "_philox.py", "_sizes.py", "_problem.py", "_randomness.py", "_sums.py", "_tree.py",
     "scores/lazy.py", "scores/rows.py", "scores/store.py", "problem/calls.py", "problem/rules.py", "problem/separation.py",
     "app/", "approximate/", "likelihoods/", "linalg/", "parallel/", "scores/uses/",
 )

@@ -6,6 +6,7 @@ What is expected is found on the host without a cache, so on the host too the ca
 import copy
 import functools
 import random
+import re
 from contextlib import nullcontext
 
 import numpy as np
@@ -15,11 +16,13 @@ import torch
 import torch.distributions as td
 from devices import SIMULATED, device_named, on_accelerators, on_every_device
 from models import ARCHITECTURES, LOSSES, make_case
+from scipy.sparse.linalg import aslinearoperator
 from tolerances import assert_same
 from torch import nn
 
 import fisherops as fo
-from fisherops import linalg
+from fisherops import approximate, linalg
+from fisherops._sizes import HOST, SIZES, Sizes
 
 KINDS = {
     "mc": fo.FisherMCLinearOperator,
@@ -613,6 +616,49 @@ def test_losses_are_moved(device):
         assert_same(op.to(device).todense(), op.todense(), torch.float64)
 
 
+@on_every_device
+def test_composites_are_moved(device):
+    op = operator("cpu")
+    G, D = op.scores, op.shape[0]
+    host = aslinearoperator(np.diag(np.arange(float(D))))
+    scaled = op.damped(np.linspace(0, 1, D))
+    for A in (2 * op @ op - op, (1j * op + host).damped(SHIFT), op**3, G.T, G.T @ G + scaled, scaled @ op):
+        moved = A.to(device)
+        assert moved.device == device
+        assert_same(moved.todense(), A.todense(), torch.float64, 100)
+        x = vector_of(A)
+        assert_same((moved @ x.to(device)).cpu(), A @ x.numpy(), torch.float64, 100)
+        assert A.device == torch.device("cpu")
+    with pytest.raises(TypeError, match="a composite can be moved if its parts can, got Inverse. Make the part anew"):
+        (linalg.inv(op, SHIFT) @ op).to(device)
+
+
+@pytest.mark.parametrize("device", ["nonsense", 3.5, "meta", "sim:7"])
+def test_devices_without_memory_are_refused(device):
+    with pytest.raises(ValueError, match=re.escape(f"got {device!r}") + ".* Pass one such as"):
+        operator("cpu").to(device)
+
+
+def test_approximations_name_the_devices():
+    op, other = operator("cpu"), operator(SIMULATED)
+    with pytest.raises(ValueError, match="one device to be combined, got cpu and sim:0"):
+        approximate.error(op, approximate.kfac(other))
+
+
+@pytest.mark.parametrize("build", ["diagonal", "layers", "kfac", "ekfac", "nystrom"])
+def test_warm_products_with_approximations_wait_for_nothing(build):
+    op = operator(SIMULATED)
+    x, K = vector_of(op).to(SIMULATED), getattr(approximate, build)(op)
+    expected = getattr(approximate, build)(operator("cpu"))
+    for A, B in ((K, expected), (K.inv(SHIFT), expected.inv(SHIFT))):
+        assert_same((A @ x).cpu(), B @ x.cpu().numpy(), torch.float64, 1000)
+        fo._torch.settle()
+        with simulated.watched() as log:
+            A @ x
+            A @ x
+        assert not log.waits
+
+
 def test_what_cannot_be_moved_says_why():
     with pytest.raises(ValueError, match="sampler='stream' cannot be moved, because the generators of each device"):
         operator("cpu", sampler="stream").to(SIMULATED)
@@ -843,5 +889,30 @@ def test_a_solver_that_reports_waits_for_its_numbers():
     assert seen[-1][1] < seen[0][1]
 
 
-def test_blocks_have_the_size_of_half_of_the_second_cache():
-    assert fo._torch.block_bytes(SIMULATED) == 2**20
+def test_blocks_follow_from_the_properties_of_the_device():
+    small, large = SIZES[SIMULATED], None
+    with simulated.properties(simulated.H100):
+        large = SIZES[SIMULATED]
+    assert small == Sizes(cached=2**20, filling=2**9, block=2**18, columns=2**22, merged=2**22)
+    assert large == Sizes(25 * 2**20, 132 * 2048 * 8, 80 * 2**20, 5 * 2**28, 5 * 2**28)
+    with simulated.properties(None):  # a device that says nothing of itself
+        assert SIZES[SIMULATED] == HOST._replace(cached=2**26)
+
+
+@pytest.mark.parametrize("cache", ["scores", "factors"])
+@pytest.mark.parametrize("architecture", ["convolutional", "attention"])
+def test_numbers_do_not_depend_on_the_properties_of_the_device(architecture, cache):
+    """A small device takes more kernels for the same numbers."""
+    F, kernels = expected(architecture), []
+    for own in (simulated.TINY, simulated.H100):
+        with simulated.properties(own), simulated.watched() as log:
+            op = operator(SIMULATED, architecture, cache=cache)
+            x = vector_of(op, 12).to(SIMULATED)
+            assert_same((op @ x).cpu(), F @ x.cpu().numpy(), torch.float64)
+            G = op.scores.todense()
+            assert_same(G.T @ G, F, torch.float64)
+            assert_same(op.scores.gram(), G @ G.T, torch.float64, 100)
+            assert_same(op.diagonal(), F.diagonal(), torch.float64)
+            np.testing.assert_allclose(op.trace(), np.trace(F), rtol=1e-12)
+        kernels.append(len(log.operations))
+    assert kernels[0] > kernels[1]

@@ -304,6 +304,20 @@ def test_ranks_that_disagree_are_told_how(two, what, text):
     assert two.results("recover")[0] == two.results("recover")[1]
 
 
+def test_products_on_a_device_wait_for_nothing(two):
+    for waits, error in two.results("on_a_device", "same vectors"):
+        assert not waits
+        assert np.abs(error).max() <= 1e-12
+
+
+def test_other_vectors_on_a_device_are_noticed_later(two):
+    for answer in two.run("on_a_device", "other vectors", seconds=50):
+        assert isinstance(answer, JobError), answer
+        assert answer.kind == "RankError"
+        assert "did not do the same: in product of operator" in answer.text
+    assert two.results("recover")[0] == two.results("recover")[1]
+
+
 @pytest.mark.parametrize("what", ["divisor", "check"])
 def test_a_pass_that_repeats_more_on_one_rank_is_noticed_before_it_begins(two, what):
     for answer in two.run("repeat", what, seconds=50):

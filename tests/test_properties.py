@@ -10,6 +10,7 @@ from models import ARCHITECTURES, LOSSES, make_case
 from tolerances import assert_same
 
 import fisherops as fo
+from fisherops._sizes import HOST, SIZES
 
 cases = st.builds(
     make_case,
@@ -112,7 +113,7 @@ def test_another_split_of_the_data_changes_the_draws_but_not_the_scale(loss):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_two_thousand_batches_keep_the_digits_of_one(monkeypatch, dtype):
     """Batches that are not merged, because they do not fit or differ, are added with compensation."""
-    monkeypatch.setattr("fisherops.scores.cache._MERGED_BYTES", 0)
+    monkeypatch.setitem(SIZES, torch.device("cpu"), HOST._replace(merged=0))
     model = torch.nn.Linear(3, 1, bias=False, dtype=dtype)
     X = torch.rand(2_000, 3, dtype=dtype)  # numbers of one sign, whose plain sum loses digits
     data = [(X[i : i + 1], X[i : i + 1, :1]) for i in range(len(X))]

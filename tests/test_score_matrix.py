@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import fisherops as fo
+from fisherops._sizes import HOST, SIZES
 
 KINDS = {
     "mc": fo.FisherMCLinearOperator,
@@ -77,7 +78,7 @@ def test_the_gram_matrix_of_long_sequences_goes_by_blocks(monkeypatch):
     expected = op.scores.todense() @ op.scores.todense().T
     assert "factors" in str(op.plan)
     for filling in (1, 100, 2**21):
-        monkeypatch.setattr("fisherops.scores.columns._FILLING", filling)
+        monkeypatch.setitem(SIZES, torch.device("cpu"), HOST._replace(filling=filling))
         assert_same(op.scores.gram(), expected, torch.float64)
         assert_same(op.diagonal(), np.diag(op.todense()), torch.float64)
 

@@ -16,8 +16,8 @@ from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fisherops as fo
+from fisherops._sizes import HOST, SIZES
 from fisherops.problem.calls import Window
-from fisherops.scores import rows as rows_module
 from fisherops.scores.batch import MaterializedBatch
 from fisherops.scores.columns import Factors, Rows, Table
 from fisherops.scores.convolutions import Convolution
@@ -387,12 +387,8 @@ def test_rows_do_not_depend_on_the_size_of_blocks(architecture, loss, samples, b
     case = make_case(architecture, loss, sizes=sizes)
     op = operator(case.model, case.data, case.loss, mc_samples=samples)
     expected = op.todense()
-    original = rows_module._BLOCK_BYTES
-    rows_module._BLOCK_BYTES = block_bytes
-    try:
+    with mock.patch.dict(SIZES, {torch.device("cpu"): HOST._replace(block=block_bytes)}):
         assert_same(op.todense(), expected, case.dtype)
-    finally:
-        rows_module._BLOCK_BYTES = original
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -401,7 +397,7 @@ def test_rows_do_not_depend_on_the_size_of_blocks(architecture, loss, samples, b
 @pytest.mark.parametrize("gap", [0, 7])
 def test_products_with_dense_rows_by_every_kernel(monkeypatch, dtype, count, length, K, gap):
     """Few long rows, blocks of rows, and all at once; with parameters between that have no rows."""
-    monkeypatch.setattr("fisherops.scores.batch._CACHED_BYTES", 2**19)
+    monkeypatch.setitem(SIZES, torch.device("cpu"), HOST._replace(cached=2**19))
     generator = torch.Generator().manual_seed(0)
     G = torch.randn(count, length, dtype=dtype, generator=generator)
     spans = [(0, 1000), (1000 + gap, length + gap)] if gap else [(0, length)]
@@ -474,8 +470,7 @@ def test_the_trace_of_dense_layers_takes_no_matrix_product(cache):
 
 def test_a_parameter_with_dense_rows_and_a_block_is_listed_in_linear_time(monkeypatch):
     """Each block of rows copies its own part of what is held, and norms do not depend on how many there are."""
-    monkeypatch.setattr("fisherops.scores.batch._BLOCK_BYTES", 64)
-    monkeypatch.setattr("fisherops.scores.batch._CACHED_BYTES", 64)
+    monkeypatch.setitem(SIZES, torch.device("cpu"), HOST._replace(block=64, cached=64))
     N, d = 50, 6
     generator = torch.Generator().manual_seed(0)
     dense, rows = torch.randn(N, d + 1, generator=generator), torch.randn(N, 1, 1, 2, 3, generator=generator)

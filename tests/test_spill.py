@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import fisherops as fo
+from fisherops._sizes import HOST, SIZES
 from fisherops.scores import store as spilling
 
 
@@ -28,7 +29,7 @@ def build(folder, max_memory=3000, **options):
 @pytest.mark.parametrize("cache", ["auto", "scores", "factors"])
 @pytest.mark.parametrize("max_memory", [3000, 6000])
 def test_products_are_the_same(tmp_path, monkeypatch, cache, max_memory):
-    monkeypatch.setattr("fisherops.scores.cache._MERGED_BYTES", 0)  # as those in files, which are not merged
+    monkeypatch.setitem(SIZES, torch.device("cpu"), HOST._replace(merged=0))  # as those in files, which are not merged
     _, op = build(tmp_path, max_memory, cache=cache)
     _, plain = build(None, None, cache=cache)
     V = np.random.default_rng(0).normal(size=(op.shape[0], 3)).astype("f4")
@@ -123,7 +124,7 @@ def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
         op @ v
     assert caught.value.errno == errno.ENOSPC
     monkeypatch.undo()
-    monkeypatch.setattr("fisherops.scores.cache._MERGED_BYTES", 0)
+    monkeypatch.setitem(SIZES, torch.device("cpu"), HOST._replace(merged=0))
     del caught
     gc.collect()
     assert not list(tmp_path.glob("*/*"))
@@ -178,7 +179,7 @@ def test_files_are_closed_and_read_once_for_many_columns(tmp_path):
     loads = []
     load = spilling.StoredBatch.load
     with (
-        mock.patch("fisherops.score_matrix._CHUNK_BYTES", 1),
+        mock.patch.dict(SIZES, {torch.device("cpu"): HOST._replace(columns=1)}),
         mock.patch.object(spilling.StoredBatch, "load", lambda self: loads.append(self) or load(self)),
     ):
         op @ np.ones((op.shape[0], 40))

@@ -13,7 +13,7 @@ from scipy.sparse.linalg import LinearOperator, cg, eigsh
 from torch import Tensor
 
 from fisherops._checks import integer
-from fisherops._linop import TorchLinearOperator, as_damping, as_torch_operator, check_result
+from fisherops._linop import TorchLinearOperator, as_damping, as_torch_operator, check_result, same_device
 from fisherops._torch import outside_of_autocast
 from fisherops.approximate.assembly import scores_of
 from fisherops.approximate.exact import diagonal, layers
@@ -39,9 +39,6 @@ RATIOS = (1e-4, 1e-6, 1e-8)
 
 # Rows of a Gram matrix, and of a dense approximation, from which on errors are estimated.
 _MANY_ROWS, _MANY_COLUMNS = 2**13, 2**12
-
-# Bytes of rows that are multiplied at once.
-_BLOCK_BYTES = 2**26
 
 
 class Error(NamedTuple):
@@ -111,7 +108,7 @@ def error(
     TypeError
         If `op` has no score matrix, or `K` is not an operator.
     ValueError
-        If the shapes differ.
+        If the shapes or the devices differ.
 
     Examples
     --------
@@ -130,6 +127,7 @@ def error(
         raise ValueError(f"`K` must have the shape of `op`, {tuple(op.shape)}, got {tuple(K.shape)}.")
     count = None if probes is None else integer("probes", probes, 2)
     own = as_torch_operator(K, G.device, G.torch_dtype)
+    same_device(G, own)
     if not per_layer:
         return _distance(G, shift, own, count, seed)
     spans = G.parameters.spans
@@ -192,7 +190,7 @@ def _exact(G: Scores, shift: float, K: TorchLinearOperator) -> Error:
 def _rows(G: Scores) -> Iterator[Tensor]:
     """List the rows of G in blocks."""
     R, D = G.shape
-    step = max(1, _BLOCK_BYTES // (D * G.dtype.itemsize))
+    step = max(1, G.processes.sizes(G.device).block // (D * G.dtype.itemsize))
     for start in range(0, R, step):
         yield G.block(start, min(start + step, R))
 

@@ -153,6 +153,6 @@ def _joined(groups: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
 
 def _rows_of_group(batch: MaterializedBatch, group: tuple[str, ...]) -> Iterable[Tensor]:
     """List the rows of a batch for some parameters in blocks (r, n)."""
-    step = max(1, 2**24 // (batch.vectors * sum(batch.numel_of(name) for name in group)))
+    step = batch.step(sum(batch.numel_of(name) for name in group))
     for n in range(0, batch.size, step):
         yield torch.cat([batch.rows_of(name, n, min(n + step, batch.size)) for name in group], 1)

@@ -25,9 +25,6 @@ LARGEST_BLOCK = 2**11
 # Rows of a block of a symmetric product that still fills the kernels.
 _SIDE = 128
 
-# Elements of rows that are there at once.
-_ROWS = 2**24
-
 
 class Site(NamedTuple):
     """Elements of a parameter in the coordinates (g, o, i) of its columns, and how they are used."""
@@ -233,7 +230,7 @@ def _add_block(total: Adding, batch: MaterializedBatch, group: tuple[str, ...], 
         for name in group:
             _add_block(total, batch, (name,), limit)
         return
-    step = max(1, _ROWS // (batch.vectors * max(1, sum(sizes))))
+    step = batch.step(sum(sizes))
     for n in range(0, batch.size, step):
         rows = torch.cat([batch.rows_of(name, n, min(n + step, batch.size)) for name in group], 1)
         if sum(sizes) <= limit:
@@ -253,8 +250,7 @@ class Piece(NamedTuple):
     def rows(self, batch: MaterializedBatch, found: Found) -> Iterator[Tensor]:
         """List the rows of G in blocks (r, g, o, i)."""
         g, o, i = self.sites[0][0].shape
-        q = batch.vectors
-        step = max(1, _ROWS // (q * g * o * (1 if self.part == "bias" else i)))
+        step = batch.step(g * o * (1 if self.part == "bias" else i))
         used = [(columns, swapped) for site, swapped in self.sites for columns in found.get(site, ())]
         if not used:
             return

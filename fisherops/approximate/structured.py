@@ -22,14 +22,12 @@ from fisherops import _arrays
 from fisherops._files import replacing
 from fisherops._linop import TorchLinearOperator, add_shift, as_damping, check_result
 from fisherops._matmul import times_transposed
+from fisherops._sizes import SIZES
 from fisherops._torch import opaque
 
 Function = Callable[[Tensor], Tensor]
 Place = slice | Tensor | tuple[tuple[int, int, int], ...]
 """Indices of a block: a slice, (n,) integers, or the starts, stops and widths of matrices that lie side by side."""
-
-# Columns that are multiplied in float64 at a time.
-_COLUMNS = 2**14
 
 _FORMAT = "fisherops structured operator 1"
 
@@ -568,10 +566,15 @@ def from_right(X: Tensor, R: Tensor) -> Tensor:
     return torch.matmul(X, R)
 
 
+def _width(rows: Tensor) -> int:
+    """Return how many columns are multiplied in float64 at a time."""
+    return max(1, SIZES[rows.device].block // (8 * max(1, len(rows))))
+
+
 def _gram(rows: Tensor) -> Tensor:
     """Return rows · rowsᵀ in float64, (r, r), a block of columns at a time."""
     total = torch.zeros(len(rows), len(rows), dtype=torch.float64, device=rows.device)
-    for block in rows.split(_COLUMNS, 1):
+    for block in rows.split(_width(rows), 1):
         wide = block.double()
         total += wide @ wide.T
     return total
@@ -580,7 +583,8 @@ def _gram(rows: Tensor) -> Tensor:
 def _times(M: Tensor, rows: Tensor) -> Tensor:
     """Return M · rows for M in float64, rounded to the dtype of the rows, a block of columns at a time."""
     result = rows.new_empty(len(M), rows.shape[1])
-    for block, out in zip(rows.split(_COLUMNS, 1), result.split(_COLUMNS, 1), strict=True):
+    width = _width(rows)
+    for block, out in zip(rows.split(width, 1), result.split(width, 1), strict=True):
         out.copy_(M @ block.double())
     return result
 

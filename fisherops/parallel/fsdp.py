@@ -313,8 +313,8 @@ class ShardedScores(DistributedScores):
         """Return the DTensor (D, ...) of which this is a rank's part."""
         return self._sharding.whole(local, self.parameters.numel)
 
-    def _checksum(self, V: Any) -> int:
-        return 0 if V.shape[1] == self._sharding.numel else super()._checksum(V)  # each rank has its own part
+    def _checksum(self, V: Any) -> Tensor | None:
+        return None if V.shape[1] == self._sharding.numel else super()._checksum(V)  # each rank has its own part
 
     def _checksum_of_model(self) -> int:
         return checksum_of([t for t in self.local.problem.model.tensors() if not is_sharded(t)])

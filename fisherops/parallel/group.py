@@ -10,6 +10,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
@@ -19,6 +20,8 @@ from torch import Tensor
 from fisherops._checks import first_line
 from fisherops._packing import as_bytes, from_tensors, to_tensors
 from fisherops._processes import Processes, Result
+from fisherops._sizes import SIZES, Sizes
+from fisherops._torch import judge_later
 from fisherops.parallel.abort import Abort, RankError, named
 
 # Seconds between looks at whether another rank has raised the failure flag, at first and at most.
@@ -69,6 +72,7 @@ class Group(Processes):
         self._device = device
         self._doing = "the first operator of the group"
         self._announced: dict[str, Any] | None = None
+        self._mark: Tensor | None = None
         self._operators = 0
         on_cpu = device.type == "cpu" or "gloo" in dist.get_backend(group)
         # Torch has no public names for what every group has: a name, and a time limit.
@@ -91,6 +95,13 @@ class Group(Processes):
             options._timeout = limit
             nccl = dist.distributed_c10d.PrefixStore("nccl", store)
             self._gpu = dist.ProcessGroupNCCL(nccl, self.rank, self.size, options)
+
+        # Devices may differ, and with them how much each would compute between two collectives.
+        known = self.share(tuple(SIZES[device])) if device.type != "cpu" else [SIZES[device]]
+        self._sizes = Sizes(*map(min, zip(*known, strict=True)))
+
+    def sizes(self, device: torch.device) -> Sizes:
+        return self._sizes if device.type == self._device.type else super().sizes(device)
 
     @property
     def is_broken(self) -> bool:
@@ -125,16 +136,16 @@ class Group(Processes):
     # ---- Steps --------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def step(self, what: str, **values: Any) -> Iterator[None]:
+    def step(self, what: str, mark: Tensor | None = None, **values: Any) -> Iterator[None]:
         """Do something inside that all ranks do: sums, gathering and broadcasts are inside of such steps.
 
-        What it is, and the values, are compared before the first of them. If something fails inside, the others are
-        told.
+        What it is, and the values, are compared before the first of them; the mark, a number on an accelerator, without
+        waiting for it, so that an error comes later. If something fails inside, the others are told.
         """
         if self.is_broken:
             raise RankError("the ranks are out of step after an error: make a new operator, on all of them.")
         self._compare()
-        self._doing, self._announced = what, values
+        self._doing, self._announced, self._mark = what, values, mark
         with self.guard(what):
             yield
             self._compare()
@@ -154,6 +165,18 @@ class Group(Processes):
             shared = self.share((self._doing, values))
             self._abort.is_broken = True
             raise RankError(f"the ranks do not do the same: {_difference(shared)}.")
+        if self._mark is not None:
+            marks, self._mark = torch.stack([self._mark, -self._mark]), None
+            self._wait(self._group(marks).allreduce([marks], dist.ReduceOp.MAX), marks.device)
+            judge_later(marks, partial(self._refuse_mark, self._doing))
+
+    def _refuse_mark(self, what: str, marks: Tensor) -> None:
+        """Raise RankError, and tell the other ranks, if the largest mark of all was not the smallest."""
+        if int(marks.sum()) != 0:
+            text = f"the ranks did not do the same: in {what}, before this one, {_TEXTS['vectors']} differed."
+            self._abort.is_broken = True
+            self._abort.raise_flag(text, failed=True)
+            raise RankError(text)
 
     def number(self) -> int:
         """Return a number for another operator."""
@@ -277,14 +300,14 @@ class PendingSum:
         return total.T if self._turned else total
 
 
-def checksum(V: Tensor) -> int:
-    """Return a number by which different vectors (K, n) are told apart."""
+def checksum(V: Tensor) -> Tensor:
+    """Return a number, on the device, by which different vectors (K, n) are told apart."""
     # Weighted by index, so that the same numbers in another order are other vectors.
     index = torch.arange(1, V.shape[1] + 1, device=V.device)
-    total = 0
+    total = torch.zeros((), dtype=torch.int64, device=V.device)
     for k, v in enumerate(V, 1):
         bits = v.contiguous().view(torch.int32 if v.itemsize == 4 else torch.int64)
-        total += k * int((bits * index).sum())
+        total += k * (bits * index).sum()
     return total
 
 

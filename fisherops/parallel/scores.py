@@ -65,20 +65,23 @@ class DistributedScores(Scores):
 
     # ---- Steps --------------------------------------------------------------------------------
 
-    def _step(self, description: str, **values: Hashable) -> AbstractContextManager[None]:
-        """Do something together with the other ranks, which must pass the same values."""
-        return self.group.step(f"{description} of operator {self._number}", **values)
+    def _step(self, description: str, mark: Tensor | None = None, **values: Hashable) -> AbstractContextManager[None]:
+        """Do something together with the other ranks, which must pass the same values and mark."""
+        return self.group.step(f"{description} of operator {self._number}", mark, **values)
 
     def _pass(self, description: str, V: Tensor | None = None) -> AbstractContextManager[None]:
         """Do something with the batches together with the other ranks, and with the same vectors (K, n)."""
-        values: dict[str, Any] = {} if V is None else {"columns": len(V), "vectors": self._checksum(V)}
+        values: dict[str, Any] = {} if V is None else {"columns": len(V)}
+        mark = None if V is None else self._checksum(V)
+        if mark is not None and mark.device.type == "cpu":
+            values["vectors"], mark = int(mark), None
         # What a rank does next must not depend on more than the ranks have compared.
         values["is_current"] = self.local.is_current
         if not values["is_current"]:
             values |= {"repeats": self.local.reader.repeats, "present_tensors": self._checksum_of_model()}
-        return self._step(description, **values)
+        return self._step(description, mark, **values)
 
-    def _checksum(self, V: Tensor) -> int:
+    def _checksum(self, V: Tensor) -> Tensor | None:
         return checksum(V)
 
     def _checksum_of_model(self) -> int:
@@ -204,7 +207,7 @@ class DistributedScores(Scores):
 
     def product(self, V: Tensor) -> Tensor:
         """Multiply GᵀG: (K, D) → (K, D)."""
-        local, step = self.local, column_step(V)
+        local, step = self.local, column_step(V, self.group.sizes(V.device))
         with self._pass("product", V):
             if len(V) <= step:
                 return self.group.sum(local.product(V))

@@ -12,22 +12,19 @@ from torch import Tensor
 
 from fisherops._matmul import symmetrized, takes_onednn, times_transposed
 from fisherops._progress import BAR
+from fisherops._sizes import SIZES
 from fisherops._sums import CompensatedSum
-from fisherops._torch import block_bytes
 from fisherops.problem.calls import Use
 from fisherops.scores.columns import Columns, Factors
 from fisherops.scores.derived import Composed, Derived, Strided
 
-# Rows are multiplied by G and then by Gᵀ while they are in the processor's cache, some bytes of them, or some rows: the
-# result is read and written for each block. oneDNN needs many rows at once.
-_CACHED_BYTES = 2**22
+# Rows are multiplied by G and then by Gᵀ while they are in the cache, but some rows at least: the result is read and
+# written for each block. oneDNN needs many rows at once, and more bytes of them.
+_ONEDNN = 8
 _MANY_ROWS, _FEW_ROWS = 128, 8
 
 # Rows that are summed at once in the compute precision: more of them would lose digits.
 _ROWS_PER_SUM = 2**12
-
-# Bytes that a block of rows, or what a product needs beside its vectors, may take.
-_BLOCK_BYTES = 2**26
 
 Span = tuple[int, int]
 Block = tuple[Derived, Columns]
@@ -86,7 +83,7 @@ class MaterializedBatch:
         self._pieces_of_blocks = [(name, *self._parameters[name]) for name in names]
         self._empty = _merged([span for name, span in self._parameters.items() if name not in written])
         elements = max([1, dense.shape[1], *(columns.elements_per_vector for _, columns in self.blocks)])
-        self.columns = min(256, max(1, _BLOCK_BYTES // (elements * dense.itemsize)))
+        self.columns = min(256, max(1, SIZES[dense.device].block // (elements * dense.itemsize)))
         """Vectors that are multiplied together."""
 
     @property
@@ -142,11 +139,11 @@ class MaterializedBatch:
         """Add the dense rows' product with V to W, and multiply their transpose with it."""
         count, length = self._dense.shape
         is_onednn = takes_onednn(V)
-        cached, least = (8 * _CACHED_BYTES, _MANY_ROWS) if is_onednn else (_CACHED_BYTES, _FEW_ROWS)
+        cached, least = SIZES[V.device].cached, _FEW_ROWS
+        if is_onednn:
+            cached, least = _ONEDNN * cached, _MANY_ROWS
         # Kernels for vectors add the rows to the result one after the other.
         adds_in_place = len(V) == 1 and count <= _ROWS_PER_SUM and not is_onednn
-        if V.device.type != "cpu":
-            cached = block_bytes(V.device)
         step = min(max(least, cached // (length * self._dense.itemsize)), _ROWS_PER_SUM)
         total = V.new_zeros(0) if step >= count else torch.zeros_like(V)
         for rows, w in zip(self._dense.split(step), W.split(step, 1), strict=True):
@@ -268,7 +265,9 @@ class MaterializedBatch:
     def _gram_of_rows(self, name: str, other: MaterializedBatch, scale: Tensor | None = None) -> Tensor:
         result, is_symmetric = self._dense.new_zeros(self.count, other.count), self is other and scale is None
         start, stop = self._parameters[name]
-        step = max(1, _BLOCK_BYTES // (max(self.vectors, other.vectors) * (stop - start) * self._dense.itemsize))
+        step = max(
+            1, SIZES[self.device].block // (max(self.vectors, other.vectors) * (stop - start) * self._dense.itemsize)
+        )
         for n in range(0, self.size, step):
             rows = self.rows_of(name, n, min(n + step, self.size))
             if scale is not None:
@@ -292,6 +291,10 @@ class MaterializedBatch:
         """Number of parameters, which are the steps of a Gram matrix."""
         return len(self._parameters)
 
+    def step(self, numel: int) -> int:
+        """Return how many data are taken together whose rows have so many elements."""
+        return max(1, SIZES[self.device].block // max(1, self.vectors * numel * self._dense.itemsize))
+
     def numel_of(self, name: str) -> int:
         """Return the elements of a parameter."""
         start, stop = self._parameters[name]
@@ -311,7 +314,7 @@ class MaterializedBatch:
         total = self._dense.new_zeros(self.count, dtype=torch.float64)
         if alone:
             # torch casts what it is given before it adds.
-            step = max(1, _CACHED_BYTES // max(1, self._dense.shape[1] * self._dense.itemsize))
+            step = max(1, SIZES[self.device].cached // max(1, self._dense.shape[1] * self._dense.itemsize))
             for n in range(0, self.count, step):
                 own = slice(n, n + step)
                 dense = self._dense[own] if alone == self._own_spans else self.dense_at(alone, rows=own)
@@ -324,7 +327,7 @@ class MaterializedBatch:
                 continue
             # What is held for a parameter is summed before it is squared.
             start, stop = self._parameters[name]
-            step = max(1, _BLOCK_BYTES // (self.vectors * (stop - start) * self._dense.itemsize))
+            step = self.step(stop - start)
             for n in range(0, self.size, step):
                 last = min(n + step, self.size)
                 norms = torch.linalg.vector_norm(self.rows_of(name, n, last), dim=1, dtype=torch.float64).square()
@@ -375,7 +378,9 @@ class MaterializedBatch:
             if isinstance(derived, Strided) and derived.is_injective:
                 return derived.pull(columns.col_squares()[None])[name][0]
         # What is held for a parameter is summed before it is squared.
-        step = max(1, min(_ROWS_PER_SUM, _BLOCK_BYTES // ((stop - start) * self._dense.itemsize)) // self.vectors)
+        step = max(
+            1, min(_ROWS_PER_SUM, SIZES[self.device].block // ((stop - start) * self._dense.itemsize)) // self.vectors
+        )
         total = CompensatedSum(self._dense.new_empty(stop - start))
         for n in range(0, self.size, step):
             total.add(self.rows_of(name, n, min(n + step, self.size)).square().sum(0))
@@ -384,8 +389,9 @@ class MaterializedBatch:
     def rows(self, start: int = 0, stop: int | None = None, out: Tensor | None = None) -> Iterator[Tensor]:
         """List the rows from `start` to `stop` in blocks (r, D), and write them to `out` (rows, D) if it is given."""
         q, stop = self.vectors, self.count if stop is None else stop
-        # What is multiplied for a block is copied while it is in the processor's cache.
-        step = max(1, (_BLOCK_BYTES if out is None else _CACHED_BYTES) // (q * self._numel * self._dense.itemsize))
+        # What is multiplied for a block is copied while it is in the cache.
+        own = SIZES[self.device]
+        step = max(1, (own.block if out is None else own.cached) // (q * self._numel * self._dense.itemsize))
         end = -(-stop // q)
         for n in range(start // q, end, step):
             first, last = n * q, min(n + step, end) * q

@@ -17,6 +17,7 @@ from torch.func import vjp, vmap
 
 from fisherops import _torch
 from fisherops._memory import is_memory_error
+from fisherops._sizes import SIZES
 from fisherops.likelihoods import OutputFactor
 from fisherops.problem.calls import Use, tensors_in, unchanged
 from fisherops.problem.evaluation import Evaluation
@@ -28,9 +29,6 @@ from fisherops.scores.convolutions import Convolution
 from fisherops.scores.derived import Composed, Derived, Strided, UnknownUseError, UsedValue
 from fisherops.scores.positions import Arrangement
 from fisherops.scores.rows import rows_by_datum, rows_one_by_one
-
-# Bytes of the rows of one call that are differentiated at once.
-_BLOCK_BYTES = 2**26
 
 # Rounding of a sum without cancellation, in units of the squared tolerance.
 _CANCELLATION = 64.0
@@ -650,7 +648,7 @@ def _rows_of_call(use: Use, b: Tensor) -> Tensor:
         result: Tensor = vmap(lambda y: pull(y[None].to(D.dtype))[0])(own)
         return result
 
-    step = max(1, _BLOCK_BYTES // (len(b) * D.numel() * b.itemsize))
+    step = max(1, SIZES[b.device].block // (len(b) * D.numel() * b.itemsize))
     xs = tuple(t.detach() for t in data)
     blocks = [
         vmap(one, in_dims=(0, 1))(tuple(x[m : m + step] for x in xs), b[:, m : m + step]) for m in range(0, M, step)

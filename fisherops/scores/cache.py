@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from fisherops._memory import is_memory_error
+from fisherops._sizes import SIZES
 from fisherops.problem.evaluation import ELEMENTARY_ATTENTION, Evaluation, ModesError
 from fisherops.scores.batch import MaterializedBatch
 from fisherops.scores.build import CannotHoldError, PlanWarning, RowsBuilder
@@ -23,9 +24,6 @@ CACHES = ("auto", "scores", "factors", "linearization", "none")
 # Rows of G for each datum, and so backward passes to build them, that "auto" takes; and where nothing is cached.
 _MANY_VECTORS = 16
 _FEW_VECTORS = 2
-
-# Bytes of batches that are merged: a product takes far longer for them than the calls that it makes.
-_MERGED_BYTES = 2**26
 
 # Memory of rows that are used once, in units of what the graph has saved.
 _WORTH = 4
@@ -145,7 +143,7 @@ class Cache:
                 others, nbytes = [], first.nbytes
                 while waiting and isinstance(other := waiting[-1], MaterializedBatch):
                     nbytes += other.nbytes
-                    if nbytes > _MERGED_BYTES or other.key != key:
+                    if nbytes > SIZES[first.device].merged or other.key != key:
                         break
                     others.append(other)
                     waiting.pop()

@@ -15,10 +15,8 @@ import torch
 from torch import Tensor
 
 from fisherops._matmul import takes_onednn, times_transposed
+from fisherops._sizes import SIZES
 from fisherops._sums import CompensatedSum, SegmentSum
-
-# Elements of a matrix that is large enough for the kernels, and stays in the processor's cache.
-_FILLING = 2**21
 
 # Positions from which products with several vectors may be faster by rows.
 _SHORT = 8
@@ -97,12 +95,12 @@ class Columns(ABC):
 
     def col_squares(self) -> Tensor:
         """Return the squared norms of the columns, (g, o, i)."""
-        step = min(_TERMS, max(1, _FILLING // math.prod(self.shape)))
+        step = min(_TERMS, max(1, SIZES[self.tensors[0].device].filling // math.prod(self.shape)))
         return summed(self.rows(n, n + step).square().sum((0, 1)) for n in range(0, self.count, step))
 
     def row_squares(self) -> Tensor:
         """Return the squared norms of the rows, (N, q) in float64."""
-        step = max(1, _FILLING // math.prod(self.shape))
+        step = max(1, SIZES[self.tensors[0].device].filling // math.prod(self.shape))
         norms = [
             torch.linalg.vector_norm(
                 self.rows(n, min(n + step, self.count)).flatten(2), dim=2, dtype=torch.float64
@@ -197,7 +195,7 @@ class Factors(Columns):
         self._A = owned(A.detach().permute(2, 0, 1, 3).reshape(g, N * T, i))
         self._B = owned(B.detach().permute(2, 3, 4, 0, 1).reshape(q, g * o, N, T))
         # Vectors that fill a matrix product; more of them only need more memory.
-        self._step = max(1, _FILLING // max(1, g * o * N * T))
+        self._step = max(1, SIZES[A.device].filling // max(1, g * o * N * T))
 
     def apply(self, V: Tensor) -> Tensor:
         g, o, i = self.shape
@@ -250,7 +248,7 @@ class Factors(Columns):
 
     def _blocks_of_rows(self, K: int) -> Iterator[tuple[int, Tensor]]:
         """List the first datum of blocks with their rows (n · q, g · o · i): as many as vectors if that is more."""
-        step = max(1, max(_FILLING // math.prod(self.shape), K) // self._q)
+        step = max(1, max(SIZES[self._A.device].filling // math.prod(self.shape), K) // self._q)
         for start in range(0, self.count, step):
             yield start, self.rows(start, start + step).flatten(2).flatten(0, 1)
 
@@ -439,7 +437,7 @@ class Table(Columns):
         A, B = other.by_datum()  # (M, S, 1, i), (M, S, p, 1, o)
         (N, q, T, d), (M, S, p) = self.gradients.shape, B.shape[:3]
         result = A.new_empty(N, q, M, p)
-        step = max(1, _FILLING // (M * S * T * max(q, p)))
+        step = max(1, SIZES[A.device].filling // (M * S * T * max(q, p)))
         inputs, outputs = _flat(A[:, :, 0]), B[:, :, :, 0]
         for n in range(0, N, step):
             own = self.gradients[n : n + step]
@@ -482,7 +480,7 @@ def _by_pairs(A: Tensor, B: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     In float64, because the sum over the pairs may be much smaller than its terms.
     """
     T, q, g = B.shape[1:4]
-    step = max(1, _FILLING // (T * T * q * g))
+    step = max(1, SIZES[B.device].filling // (T * T * q * g))
     for a, b in zip(A.split(step), B.split(step), strict=True):
         yield a.double() if a.is_floating_point() else a, b.double()
 
@@ -495,7 +493,7 @@ def _squares_of_pairs(inputs: Tensor, B: Tensor) -> Tensor:
 
 def _square_norms(x: Tensor, axis: int) -> Tensor:
     """Return squared norms along an axis in float64, in pieces along the first, because torch casts all it is given."""
-    step = max(1, _FILLING // max(1, x[:1].numel()))
+    step = max(1, SIZES[x.device].filling // max(1, x[:1].numel()))
     norms = [torch.linalg.vector_norm(piece, dim=axis, dtype=torch.float64) for piece in x.split(step)]
     return torch.cat(norms).square_()
 
@@ -552,7 +550,7 @@ def _gram(inputs: Callable[[slice, slice], Tensor], B: Tensor, other: Tensor) ->
     """
     (N, T, q, o), (M, S, p, _) = B.shape, other.shape
     result = B.new_empty(N, q, M, p)
-    step = max(1, int((_FILLING / (T * q * S * p)) ** 0.5))
+    step = max(1, int((SIZES[B.device].filling / (T * q * S * p)) ** 0.5))
     for n in range(0, N, step):
         for m in range(0, M, step):
             mine, theirs = slice(n, min(n + step, N)), slice(m, min(m + step, M))

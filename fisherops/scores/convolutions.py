@@ -11,11 +11,12 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from fisherops._matmul import precision_is_full, times_transposed
+from fisherops._sizes import SIZES
 from fisherops.problem.calls import Window
 from fisherops.scores.columns import Columns, Concatenate, Factors, owned, rows_are_better, summed
 
-# Elements of the outputs of a convolution, and of unfolded inputs, that are there at once.
-_OUTPUTS, _UNFOLDED = 2**21, 2**23
+# Elements of unfolded inputs that are there at once, in units of those of outputs.
+_UNFOLDED = 4
 
 # Positions that one call sums: the kernels of torch add them one after the other, and more lose digits in float32.
 _TERMS = 2**12
@@ -46,6 +47,7 @@ class Convolution(Columns):
         self._x, self._b = owned(X.detach().flatten(0, 1)), owned(B.detach().flatten(0, 1))
         self._window, self._weight = window, tuple(weight)
         self._scale = 1.0
+        self._outputs = SIZES[B.device].filling
         g, d = window.groups, len(weight) - 2
         first, second, size = weight[0] // g, weight[1], math.prod(weight[2:])
         self.shape = (g, second * size, first) if window.is_transposed else (g, first, second * size)
@@ -83,11 +85,11 @@ class Convolution(Columns):
     @property
     def _vectors(self) -> int:
         """Vectors that are multiplied at once."""
-        return max(1, _OUTPUTS // max(1, self._b[0, 0].numel()))
+        return max(1, self._outputs // max(1, self._b[0, 0].numel()))
 
     def _blocks(self, K: int, terms: int | None = None) -> Iterator[slice]:
         """List slices of the inputs whose outputs for K vectors are in the processor's cache."""
-        step = max(1, _OUTPUTS // (K * max(1, self._b[0, 0].numel())))
+        step = max(1, self._outputs // (K * max(1, self._b[0, 0].numel())))
         if terms is not None:
             step = max(1, min(step, terms // self._terms))
         for start in range(0, len(self._x), step):
@@ -134,8 +136,8 @@ class Convolution(Columns):
         """List pieces of the positions, unfolded: calls from n to m, a (m - n, g, i, p) and b (m - n, q, g, o, p)."""
         (g, o, i), d, lines = self.shape, len(self._positions), self._positions[0]
         each = max(1, g * (i + self._q * o) * self._terms)
-        step = max(1, min(_UNFOLDED // each, _TERMS // self._terms))
-        few = max(1, min(lines, _UNFOLDED * lines // each, _TERMS * lines // self._terms))
+        step = max(1, min(_UNFOLDED * self._outputs // each, _TERMS // self._terms))
+        few = max(1, min(lines, _UNFOLDED * self._outputs * lines // each, _TERMS * lines // self._terms))
         for n in range(start, stop, step):
             m = min(n + step, stop)
             x, b = self._unfolded(n, m)
@@ -215,7 +217,7 @@ class Convolution(Columns):
     def as_factors(self) -> Iterator[tuple[slice, Factors]]:
         """List the columns as those of a dense layer, a block of data at a time."""
         (g, o, i), q, T = self.shape, self._q, self._calls
-        step = max(1, _UNFOLDED // max(1, g * (i + q * o) * self._terms * T))
+        step = max(1, _UNFOLDED * self._outputs // max(1, g * (i + q * o) * self._terms * T))
         for n in range(0, self.count, step):
             m = min(n + step, self.count)
             a, b = self._unfolded(n * T, m * T)
@@ -226,7 +228,7 @@ class Convolution(Columns):
     def matrices(self) -> Iterator[tuple[int, Tensor, Tensor]]:
         """List numbers of data with their inputs (g, i, positions) and gradients (g, o, vectors · positions)."""
         (g, o, i), q, T = self.shape, self._q, self._calls
-        step = max(1, _UNFOLDED // max(1, g * (i + q * o) * self._terms * T))
+        step = max(1, _UNFOLDED * self._outputs // max(1, g * (i + q * o) * self._terms * T))
         for n in range(0, self.count, step):
             m = min(n + step, self.count)
             # Axes of calls, and of vectors, go behind those of g, o and i, in one copy.

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 # Rows of the parts of batches that meet the columns of a panel.
 _ROWS = 2**11
 
-# Bytes of the dense rows that are listed at once.
-_BLOCK_BYTES = 2**28
+# Blocks of dense rows that are listed at once.
+_BLOCKS = 4
 
 
 def panels_of_batches(
@@ -69,7 +69,7 @@ def parts_of_batches(
 def panels_by_rows(G: Scores, width: int, first: int = 0, scale: Tensor | None = None) -> Iterator[Tensor]:
     """List panels as `panels_of_batches` does, by products with blocks of dense rows, none of which may be cached."""
     R, D = G.shape
-    step = max(1, _BLOCK_BYTES // max(1, D * G.dtype.itemsize))
+    step = max(1, _BLOCKS * G.processes.sizes(G.device).block // max(1, D * G.dtype.itemsize))
     for start in range(first * width, R, width):
         stop = min(start + width, R)
         panel = torch.empty(R - start, stop - start, dtype=G.torch_dtype, device=G.device)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fisherops._linop import identity
+from fisherops._sizes import SIZES
 from fisherops.likelihoods.factors import DenseFactor
 from fisherops.problem.evaluation import Evaluation
 from fisherops.scores.batch import MaterializedBatch
@@ -17,9 +18,6 @@ from fisherops.scores.rows import list_rows
 
 # Rows that are summed in the compute precision without compensation.
 _ROWS_PER_SUM = 4096
-
-# Bytes of the columns of G from which GᵀG is found at once, and of the factors of one vector of each term.
-_FEW_BYTES = 2**26
 
 # Bytes of the factors that are made at once where none are kept: making them takes about four times as much.
 _PART_BYTES = 2**20
@@ -103,7 +101,7 @@ class LazyBatch:
         """
         evaluation, rank = self._evaluation.recorded(), self.factor.rank
         nbytes = self._builder(evaluation, 0, 1).nbytes("factors")
-        if nbytes > max(_FEW_BYTES, 2 * evaluation.saved_bytes()):
+        if nbytes > max(SIZES[evaluation.outputs.device].block, 2 * evaluation.saved_bytes()):
             raise CannotHoldError("rows for one vector take much memory")
         step = max(1, _PART_BYTES // max(1, nbytes))
         for start in range(0, rank, step):
@@ -127,7 +125,7 @@ class LazyBatch:
     def gram_of_columns(self) -> Tensor | None:
         """Return GᵀG, (D, D), from the columns of G if they are few numbers; None if they are not."""
         D, f = self._evaluation.problem.parameters.numel, self._evaluation.outputs
-        if self.count < D or D * self.count * f.itemsize > _FEW_BYTES:
+        if self.count < D or D * self.count * f.itemsize > SIZES[f.device].block:
             return None
         columns = torch.cat([self.apply(units) for units in self._units()])
         return columns @ columns.T

@@ -41,8 +41,8 @@ class Key(NamedTuple):
 Sums = dict[Key, Tensor]
 SumsOfUses = Callable[[Iterable[MaterializedBatch]], Sums]
 
-# Bytes of the rows that are multiplied at once where they are not cached as such.
-_BLOCK_BYTES = 2**28
+# Blocks of rows that are multiplied at once where they are not cached as such.
+_BLOCKS = 4
 
 # Random vectors by which the error of a projection is measured.
 _PROBES = 8
@@ -506,8 +506,8 @@ def clipped(start: int, stop: int, rows: int) -> tuple[int, int]:
 
 def _rows_of_block(G: Scores) -> int:
     """Return how many rows are listed at once."""
-    itemsize: int = G.dtype.itemsize
-    return max(1, _BLOCK_BYTES // (G.parameters.numel * itemsize))
+    nbytes: int = _BLOCKS * G.processes.sizes(G.device).block
+    return max(1, nbytes // max(1, G.parameters.numel * G.dtype.itemsize))
 
 
 def by_rows(G: Scores, H: Scores, scale: Tensor | None = None) -> Tensor:

@@ -11,12 +11,10 @@ from torch import Tensor
 from torch.func import vjp, vmap
 
 from fisherops._memory import is_memory_error
+from fisherops._sizes import SIZES
 from fisherops._tree import leaves, map_arrays
 from fisherops.likelihoods import OutputFactor
 from fisherops.problem.evaluation import Evaluation
-
-# Bytes that one block of rows, with the vectors that it is computed from, may take.
-_BLOCK_BYTES = 2**26
 
 
 def list_rows(evaluation: Evaluation, factor: OutputFactor, size: int) -> Iterator[Tensor]:
@@ -38,7 +36,7 @@ def list_rows(evaluation: Evaluation, factor: OutputFactor, size: int) -> Iterat
     rows, names = B * R, list(evaluation.point)
     per_datum = rows // size if rows % (size * R) == 0 else 0
     separable = per_datum > 0 and bool(evaluation.reached) and _can_be_cut(evaluation.X, size)
-    for start, stop in _spans(rows, per_datum, P * B // size + numel, evaluation.outputs.itemsize):
+    for start, stop in _spans(rows, per_datum, P * B // size + numel, evaluation.outputs):
 
         def by_backward(start: int = start, stop: int = stop) -> Tensor:
             return _by_backward(evaluation, factor, start, stop)
@@ -77,7 +75,7 @@ def rows_by_datum(evaluation: Evaluation, factor: OutputFactor, size: int, names
 
     def at_once() -> Tensor:
         blocks = []
-        for start, stop in _spans(B * R, B // size * R, P * B // size + numel, evaluation.outputs.itemsize):
+        for start, stop in _spans(B * R, B // size * R, P * B // size + numel, evaluation.outputs):
             block = _by_datum(evaluation, factor, size, start, stop, names)
             if not _matches(block, evaluation, factor, start, stop, names):
                 raise RuntimeError("the data of the batch depend on each other")
@@ -129,9 +127,9 @@ def _alone(evaluation: Evaluation, factor: OutputFactor, size: int, names: Seque
     return torch.stack(rows)
 
 
-def _spans(rows: int, per_datum: int, numbers_per_row: int, itemsize: int) -> Iterator[tuple[int, int]]:
+def _spans(rows: int, per_datum: int, numbers_per_row: int, f: Tensor) -> Iterator[tuple[int, int]]:
     """Cut the rows into blocks of whole data, or into pieces of one datum where that is too large."""
-    fitting = max(1, _BLOCK_BYTES // (numbers_per_row * itemsize))
+    fitting = max(1, SIZES[f.device].block // (numbers_per_row * f.itemsize))
     if per_datum and fitting >= per_datum:
         step = fitting // per_datum * per_datum
         yield from ((start, min(start + step, rows)) for start in range(0, rows, step))
@@ -193,7 +191,7 @@ def _vectors(factor: OutputFactor, start: int, stop: int, like: Tensor) -> tuple
 def _by_backward(evaluation: Evaluation, factor: OutputFactor, start: int, stop: int) -> Tensor:
     """Differentiate the batch once for each row."""
     f, B, P = evaluation.outputs, factor.blocks, factor.outputs
-    at_once = max(1, _BLOCK_BYTES // (B * P * f.itemsize))
+    at_once = max(1, SIZES[f.device].block // (B * P * f.itemsize))
     rows = []
     for begin in range(start, stop, at_once):
         vectors, blocks = _vectors(factor, begin, min(begin + at_once, stop), f)

@@ -18,9 +18,6 @@ from fisherops.scores.batch import MaterializedBatch
 from fisherops.scores.kinds import Kind
 from fisherops.scores.protocol import CacheSize, Scores, Sums, SumsOfUses, by_rows
 
-# Bytes of the rows that are listed at once.
-_BLOCK_BYTES = 2**26
-
 
 class SelectedScores(Scores):
     """G diag(s), or some columns of it.
@@ -165,7 +162,7 @@ class SelectedScores(Scores):
 
     def _blocks(self) -> Iterator[Tensor]:
         """List the rows in blocks (r, d)."""
-        step = max(1, _BLOCK_BYTES // (self._G.parameters.numel * self.dtype.itemsize))
+        step = max(1, self.processes.sizes(self.device).block // (self._G.parameters.numel * self.dtype.itemsize))
         for start in range(0, self.num_rows, step):
             yield self.block(start, min(start + step, self.num_rows))
 
