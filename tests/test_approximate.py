@@ -14,6 +14,7 @@ from torch import nn
 
 import fisherops as fo
 from fisherops import approximate, linalg
+from fisherops.approximate import structured
 from fisherops.approximate.structured import taken
 
 KINDS = [fo.FisherMCLinearOperator, fo.FisherLinearOperator, fo.EmpiricalFisherLinearOperator]
@@ -444,6 +445,30 @@ def test_functions_are_those_of_the_dense_matrix(build, dtype):
         assert type(y) is type(x)
         assert y.dtype == x.dtype
         assert y.shape == x.shape
+
+
+@given(
+    seed=st.integers(0, 2**31), rank=st.integers(1, 40), decay=st.floats(0, 8), dtype=st.sampled_from([torch.float32, F64])
+)  # fmt: skip
+@settings(max_examples=30, deadline=None)
+def test_eigenvectors_of_large_factors_of_low_rank(seed, rank, decay, dtype):
+    """They are as good as those of the general routine: orthogonal, and the product is the matrix, to rounding."""
+    torch.manual_seed(seed)
+    n = structured._LARGE
+    X = torch.randn(n, rank, dtype=dtype) * torch.logspace(0, -decay, rank, dtype=dtype)
+    A = X @ X.T
+    with pytest.MonkeyPatch.context() as patch:
+        sizes = []
+        eigh = torch.linalg.eigh
+        patch.setattr(torch.linalg, "eigh", lambda x: (sizes.append(x.shape[-1]), eigh(x))[1])
+        values, V = structured.eigenvectors_of(A[None])
+    assert max(sizes) <= n // 2
+    assert values.min() >= -1e2 * torch.finfo(dtype).eps * values.max()
+    assert_same((V[0] * values[0] @ V[0].T).numpy(), A.numpy(), dtype)
+    assert_same((V[0].T @ V[0]).numpy(), np.eye(n), dtype)
+    full = torch.randn(n, n, dtype=dtype)
+    values, V = structured.eigenvectors_of((full @ full.T)[None])
+    assert_same((V[0] * values[0] @ V[0].T).numpy(), (full @ full.T).numpy(), dtype)
 
 
 @pytest.mark.parametrize("build", BUILDERS)

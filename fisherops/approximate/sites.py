@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fisherops._matmul import times_transposed
+from fisherops._matmul import takes_onednn, times_transposed
 from fisherops._sums import CompensatedSum
 from fisherops.scores.batch import MaterializedBatch
 from fisherops.scores.columns import Columns, Factors, Table
@@ -164,7 +164,7 @@ def _add_moments(total: Adding, site: Site, columns: Columns, reduces: bool) -> 
         inputs = (
             _moment_of_indices(A, site.shape[1], reduces, B) if site.is_table else _moment(_positions_last(A), has_bias)
         )
-        _add(total, site, inputs, _moment(_positions_last(B.flatten(1, 2))), N * T, N)
+        _add(total, site, inputs, _moment(B.permute(3, 4, 2, 0, 1).flatten(2)), N * T, N)
 
 
 def _add(total: Adding, site: Site, inputs: Tensor, gradients: Tensor, positions: int, N: int) -> None:
@@ -200,7 +200,8 @@ def _moment(X: Tensor, with_ones: bool = False) -> Tensor:
     size = n + with_ones
     result = X.new_empty(g, size, size)
     for own, out in zip(X, result, strict=True):
-        _gram(own.contiguous(), out)
+        # MKL takes a transpose as it is.
+        _gram(own.contiguous() if takes_onednn(own) else own, out)
     if with_ones:
         result[:, :n, n] = result[:, n, :n] = X.sum(2)
         result[:, n, n] = positions

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from scipy.linalg import lapack
 from torch import Tensor
 
 from fisherops import _arrays
@@ -32,6 +33,10 @@ Place = slice | Tensor | tuple[tuple[int, int, int], ...]
 
 # Columns that are multiplied in float64 at a time.
 _COLUMNS = 2**14
+
+# Rows from which matrices of low rank are decomposed by it, and Cholesky factorizations that find it.
+_LARGE = 256
+_PIVOTED: dict[torch.dtype, Callable[..., Any]] = {torch.float32: lapack.spstrf, torch.float64: lapack.dpstrf}
 
 _FORMAT = "fisherops structured operator 1"
 
@@ -618,13 +623,43 @@ def eigenvectors_of(x: Tensor) -> tuple[Tensor, Tensor]:
             "operator."
         )
     try:
-        values, vectors = torch.linalg.eigh(x)
+        pairs = [_eigenvectors_of_low_rank(own) for own in x] if _has_pivots(x) else [None]
+        values, vectors = (
+            torch.linalg.eigh(x)
+            if None in pairs
+            else (torch.stack(own) for own in zip(*(pair for pair in pairs if pair is not None), strict=True))
+        )
         if bool(vectors.isfinite().all()):
             return values, vectors
     except RuntimeError:  # torch's LinAlgError is one
         pass
     values, vectors = torch.linalg.eigh(x.double())
     return values.to(x.dtype), vectors.to(x.dtype)
+
+
+def _has_pivots(x: Tensor) -> bool:
+    """Whether matrices (g, n, n) are so large that their rank is worth finding, by a routine for the CPU."""
+    return x.device.type == "cpu" and x.dtype in _PIVOTED and x.shape[1] >= _LARGE
+
+
+def _eigenvectors_of_low_rank(x: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Return eigenvalues (n,) and eigenvectors (n, n) if the rank is at most n/2 to rounding; None otherwise.
+
+    P x Pᵀ = L Lᵀ by Cholesky's factorization with pivots. The first r columns of Q in L = Q R span the range, in which
+    the eigenvectors are those of an r × r matrix, and the others the null space.
+    """
+    n = len(x)
+    # What is left below this is the rounding of x; LAPACK's own tolerance is n times as large.
+    rounding = 2 * torch.finfo(x.dtype).eps * float(x.diagonal().max())
+    factor, pivots, rank, info = _PIVOTED[x.dtype](x.numpy(), lower=True, tol=rounding)
+    if info < 0 or not 0 < rank <= n // 2:
+        return None
+    L = x.new_empty(n, rank)
+    L[torch.from_numpy(pivots).long() - 1] = torch.from_numpy(np.tril(factor[:, :rank]))
+    Q = torch.linalg.qr(L, mode="complete")[0]
+    range_, null = Q[:, :rank], Q[:, rank:]
+    values, U = torch.linalg.eigh(range_.T @ x @ range_)
+    return torch.cat([values.new_zeros(n - rank), values]), torch.cat([null, range_ @ U], 1)
 
 
 def _inverse_of(x: Tensor, shift: Tensor) -> Tensor:
