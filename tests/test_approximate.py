@@ -15,6 +15,7 @@ from torch import nn
 import fisherops as fo
 from fisherops import approximate, linalg
 from fisherops.approximate import structured
+from fisherops.approximate.inner import inner_product
 from fisherops.approximate.structured import taken
 
 KINDS = [fo.FisherMCLinearOperator, fo.FisherLinearOperator, fo.EmpiricalFisherLinearOperator]
@@ -608,6 +609,30 @@ def test_errors_of_layers(op):
         assert error.value == pytest.approx(distance(block, K.todense()[np.ix_(index, index)]), abs=1e-7)
     foreign = approximate.error(op, aslinearoperator(K.todense()), per_layer=True)
     assert list(foreign) == list(op.parameter_spans)
+
+
+@pytest.mark.parametrize("by_terms", [True, False])
+@pytest.mark.parametrize("architecture", ["sequence", "images", "tied", "network"])
+def test_inner_products_with_F_are_those_of_dense_matrices(architecture, by_terms, monkeypatch):
+    """Of factors by pairs of positions, and of rows; functions of an approximation included."""
+    monkeypatch.setattr("fisherops.approximate.sites.pairs_are_cheaper", lambda *_: by_terms)
+    if architecture == "network":
+        op = network()
+    elif architecture == "tied":
+        model = TiedEmbedding().to(F64)
+        op = fo.FisherLinearOperator(model, CE, data=(torch.randint(6, (7, 4)), torch.randint(6, (7,))))
+    else:
+        model, X, y = recorded(architecture)
+        op = fo.FisherLinearOperator(model, CE, data=[(X[:4], y[:4]), (X[4:], y[4:])])
+    F = op.todense()
+    for build in (approximate.kfac, approximate.ekfac, approximate.kronecker):
+        for separate_bias in (True, False):
+            K = build(op, separate_bias=separate_bias)
+            for own in (K, 2 * K, K.damped(0.1), K.inv(0.1)):
+                expected = np.trace(F @ own.todense())
+                assert inner_product(op.score_matrix, own) == pytest.approx(expected, rel=1e-10)
+    for K in (approximate.nystrom(op), approximate.layers(op).inv(0.1), aslinearoperator(F)):
+        assert inner_product(op.score_matrix, K) is None
 
 
 def test_errors_of_other_operators(op):

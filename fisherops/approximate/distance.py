@@ -18,6 +18,7 @@ from fisherops._torch import outside_of_autocast
 from fisherops.approximate.assembly import scores_of
 from fisherops.approximate.exact import diagonal, layers
 from fisherops.approximate.factored import ekfac, kfac, kronecker
+from fisherops.approximate.inner import inner_product
 from fisherops.approximate.lowrank import nystrom
 from fisherops.approximate.structured import StructuredOperator
 from fisherops.problem import Parameters
@@ -174,9 +175,9 @@ def _exact(G: Scores, shift: float, K: TorchLinearOperator) -> Error:
     gram = G.gram_tensor().double()
     trace = float(gram.trace())
     of_F = float(gram.square().sum()) + 2 * shift * trace + D * shift**2
-    inner, of_K, of_trace = 0.0, 0.0, 0.0
-    for rows in _rows(G):
-        inner += float((rows.double() * K.multiply(rows).double()).sum())
+    of_K, of_trace = 0.0, 0.0
+    found = inner_product(G, K)
+    inner = _inner_of_rows(G, K) if found is None else found
     if isinstance(K, StructuredOperator):
         of_K, of_trace = K.square_norm(), K.trace()
     else:
@@ -187,6 +188,11 @@ def _exact(G: Scores, shift: float, K: TorchLinearOperator) -> Error:
         return Error(0.0 if of_K == 0 else float("inf"))
     # What cancels leaves the rounding of the terms.
     return Error(float(check_result(torch.tensor(max(square, 0.0) / of_F, dtype=torch.float64).sqrt())))
+
+
+def _inner_of_rows(G: Scores, K: TorchLinearOperator) -> float:
+    """Return Σ_r g_rᵀ K g_r by products with the rows."""
+    return sum(float((rows.double() * K.multiply(rows).double()).sum()) for rows in _rows(G))
 
 
 def _rows(G: Scores) -> Iterator[Tensor]:

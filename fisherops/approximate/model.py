@@ -62,7 +62,8 @@ class Model:
                 break
         self.plan: dict[str, str] = {}
         self.parts = self._parts()
-        self._rest = self._blocks_without_factors()
+        self.rest = self._blocks_without_factors()
+        """Places and exact blocks or diagonals of F for the parameters without factors."""
 
     @property
     def is_shared(self) -> bool:
@@ -75,7 +76,7 @@ class Model:
     def operator(self, blocks: Iterable[StructuredOperator]) -> StructuredOperator:
         """Return the approximation from a block for each part, and those without factors."""
         places = [part.place for part in self.parts]
-        return assembled(self.G, [*zip(places, blocks, strict=True), *self._rest], self.plan)
+        return assembled(self.G, [*zip(places, blocks, strict=True), *self.rest], self.plan)
 
     def over_parts(self, update: Callable[[int, Part, MaterializedBatch, Any], Tensor | None]) -> Sums:
         """Return sums over batches, by the number of each part."""

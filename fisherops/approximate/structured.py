@@ -90,10 +90,6 @@ class StructuredOperator(TorchLinearOperator):
         """Return the squared Frobenius norm."""
         return float(self.spectrum().double().square().sum())
 
-    def inner(self, rows: Tensor) -> Tensor:
-        """Return gᵀ K g for rows g (R, n), (R,) in float64."""
-        return (rows * self._mul(rows)).sum(1, dtype=torch.float64)
-
     def factored_inverse(self, damping: float) -> StructuredOperator:
         """Return the inverse with a damping that is split between factors; that of K + λI if there are none."""
         return self.mapped(_reciprocal(damping))

@@ -230,6 +230,11 @@ class Factors(Columns):
         N, T, q = self.count, self._T, self._q
         return self._A.view(g, N, T, i).permute(1, 2, 0, 3), self._B.view(q, g, o, N, T).permute(3, 4, 0, 1, 2)
 
+    @property
+    def terms(self) -> int:
+        """T, the positions of a datum."""
+        return self._T
+
     def gram(self, other: Columns) -> Tensor | None:
         if isinstance(other, Table):
             own = other.gram(self)
