@@ -1,6 +1,7 @@
 """Structured approximations against plain loops over the uses of each layer."""
 
 import pickle
+import weakref
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from torch import nn
 
 import fisherops as fo
 from fisherops import approximate, linalg
-from fisherops.approximate import structured
+from fisherops.approximate import sites, structured
 from fisherops.approximate.inner import inner_product
 from fisherops.approximate.structured import taken
 
@@ -197,6 +198,54 @@ def test_the_diagonal_in_the_basis_of_ekfac_is_that_of_F(separate_bias):
         )
         assert_same(block.values.numpy().ravel(), np.diag(Q.T @ F[np.ix_(index, index)] @ Q), F64)
         assert_same(Q @ Q.T, np.eye(len(Q)), F64)
+
+
+class Adapted(nn.Module):
+    """A frozen dense layer with a low-rank adapter (LoRA)."""
+
+    def __init__(self, inputs, outputs):
+        super().__init__()
+        self.base = nn.Linear(inputs, outputs).requires_grad_(False)
+        self.down = Recorded(nn.Linear(inputs, 2, bias=False))
+        self.up = Recorded(nn.Linear(2, outputs, bias=False))
+
+    def forward(self, X):
+        return self.base(X) + self.up(self.down(X))
+
+
+def test_adapters_of_low_rank_have_factors():
+    torch.manual_seed(0)
+    first, second = Adapted(4, 5), Adapted(5, 3)
+    model = nn.Sequential(first, nn.Tanh(), second).to(F64)
+    X, y = torch.randn(7, 4, dtype=F64), torch.randint(3, (7,))
+    params = [p for p in model.parameters() if p.requires_grad]
+    op = fo.EmpiricalFisherLinearOperator(model, CE, params, data=(X, y))
+    layers = {"0.down": first.down, "0.up": first.up, "2.down": second.down, "2.up": second.up}
+    expected = moments(model, layers, X, y, "expand")
+    K = approximate.kfac(op)
+    assert len(K.plan) == 4
+    for name, (B, A) in expected.items():
+        assert_same(block_of(K, op, [f"{name}.layer.weight"]), np.kron(B, A[:-1, :-1]), F64)
+
+
+@pytest.mark.parametrize("cache", ["none", "auto"])
+def test_kfac_keeps_no_batches(cache, monkeypatch):
+    """Of batches that are read for it, one is there at a time."""
+    alive, most = weakref.WeakSet(), []
+    found = sites.sites_of
+
+    def counted(batch, names):
+        alive.add(batch)
+        most.append(len(alive))
+        return found(batch, names)
+
+    monkeypatch.setattr(sites, "sites_of", counted)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+    data = [(torch.randn(4, 4), torch.randint(3, (4,))) for _ in range(6)]
+    approximate.kfac(fo.FisherLinearOperator(model, CE, data=data, cache=cache))
+    assert len(most) == 6
+    assert max(most) <= 2
 
 
 def test_shared_weights_add_their_factors():
@@ -735,7 +784,14 @@ def test_options_out_of_range(op):
         approximate.kronecker(op, tol=1)
     with pytest.raises(ValueError, match="`max_memory` must be at least .* for the exact blocks of all layers"):
         approximate.layers(network(max_memory=100))
+    for build in (approximate.nystrom, approximate.kronecker):
+        with pytest.raises(TypeError, match="`tol` must be a real number, got str"):
+            build(op, tol="a")
+    with pytest.raises(TypeError, match="`seed` must be an integer, got 'a'"):
+        approximate.nystrom(op, seed="a")
     K = approximate.kfac(op)
+    with pytest.raises(TypeError, match="`seed` must be an integer, got 'a'"):
+        approximate.error(op, K, seed="a")
     with pytest.raises(ValueError, match="`damping` must be at least 0 and finite"):
         K.inv(-1)
     with pytest.raises(ValueError, match="`split` must be 'exact' or 'factored', got 'half'"):
@@ -750,6 +806,15 @@ def test_options_out_of_range(op):
         approximate.compare(op, ["shampoo"])
     with pytest.raises(ValueError, match="`damping` must be positive, got 0"):
         approximate.compare(op, damping=0)
+    with pytest.raises(ValueError, match="`damping` must have at least one value, got none"):
+        approximate.compare(op, damping=[])
+    with pytest.raises(ValueError, match="`rtol` must be above 0 and below 1, got 0"):
+        approximate.compare(op, rtol=0)
+    with pytest.raises(ValueError, match="`maxiter` must be at least 1, got 0"):
+        approximate.compare(op, maxiter=0)
+    with pytest.raises(TypeError, match="`approximations` must be names or what the functions .* got int for 'int'"):
+        approximate.compare(op, [3])
+    assert len(approximate.compare(op, "kfac", damping=np.array([0.1, 0.2]), prints=False)[1].iterations) == 2
     with pytest.raises(
         ValueError, match="`M` must be 'jacobi', 'kfac', 'ekfac', 'nystrom', 'auto', None or a LinearOperator"
     ):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fisherops._linop import check_result
 from fisherops._torch import outside_of_autocast
-from fisherops.approximate.assembly import scores_of, shifted
+from fisherops.approximate.assembly import relative, scores_of, shifted
 from fisherops.approximate.model import Model, Part
 from fisherops.approximate.structured import Eigen, Kronecker, StructuredOperator, from_left, from_right
 from fisherops.scores.batch import MaterializedBatch
@@ -81,7 +81,7 @@ def kfac(op: Any, sharing: str = "expand", *, separate_bias: bool = False) -> St
     torch.Size([15])
     """
     G, shift = scores_of(op)
-    model = _modelled(G, sharing, separate_bias)
+    model = _modelled(G, sharing, separate_bias, keeps=False)
     return shifted(model.operator(map(_kronecker, model.parts)), shift)
 
 
@@ -184,7 +184,7 @@ def kronecker(op: Any, *, separate_bias: bool = False, tol: float | None = None)
     """
     G, shift = scores_of(op)
     least = _GAIN * torch.finfo(G.torch_dtype).eps
-    if tol is not None and not 0 <= tol < 1:
+    if tol is not None and not 0 <= (tol := relative("tol", tol)) < 1:
         raise ValueError(f"`tol` must be at least 0 and below 1, got {tol!r}. Pass a small number such as 1e-6.")
     tol = least if tol is None else max(tol, least)
     model = Model(G, False, separate_bias)
@@ -213,10 +213,10 @@ def kronecker(op: Any, *, separate_bias: bool = False, tol: float | None = None)
     return shifted(K, shift)
 
 
-def _modelled(G: Scores, sharing: str, separate_bias: bool) -> Model:
+def _modelled(G: Scores, sharing: str, separate_bias: bool, keeps: bool = True) -> Model:
     if sharing not in SHARINGS:
         raise ValueError(f"`sharing` must be 'expand' or 'reduce', got {sharing!r}.")
-    model = Model(G, sharing == "reduce", separate_bias)
+    model = Model(G, sharing == "reduce", separate_bias, keeps)
     if sharing == "reduce" and not model.is_shared:
         raise ValueError(
             "`sharing` must be 'expand' for a model without shared positions, got 'reduce': every layer sees each "

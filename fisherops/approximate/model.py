@@ -49,11 +49,13 @@ class Model:
     reduces : bool
         Whether inputs are averaged, and gradients summed, over shared positions before they are squared.
     separate_bias : bool
+    keeps : bool
+        Whether batches are kept for other passes, if they fit into the memory that is left. Default: True.
     """
 
-    def __init__(self, G: Scores, reduces: bool, separate_bias: bool) -> None:
+    def __init__(self, G: Scores, reduces: bool, separate_bias: bool, keeps: bool = True) -> None:
         self.G, self.reduces, self._separate = G, reduces, separate_bias
-        self.kept: list[MaterializedBatch] = []
+        self.kept: list[MaterializedBatch] | None = [] if keeps else None
         self.names = Names(tuple(G.parameters.shapes))
         while True:
             self.sums = G.over_uses(self._moments, self.kept)
