@@ -17,16 +17,16 @@ import fisherops as fo
 from fisherops import approximate
 
 # Examples, such that all approximations together take less than 5 GiB.
-SIZES = {"mlp": 128, "cnn": 256, "resnet": 32, "transformer": 16}
+SIZES = {"mlp": 64, "cnn": 256, "resnet": 32, "transformer": 16}
 
 
 def measure(name, maxiter):
-    """Return the operator of a network, and its comparison."""
+    """Return the shape of the score matrix of a network, and its comparison."""
     net, batch = make(name, SIZES[name])
     rows = "datum" if name == "transformer" else "term"
     op = fo.FisherMCLinearOperator(net, nn.CrossEntropyLoss(), data=[batch], rows=rows)
     print(f"{name}: {op.shape[0]:,} parameters, {op.num_rows} rows", flush=True)
-    return op, approximate.compare(op, maxiter=maxiter)
+    return op.scores.shape, approximate.compare(op, maxiter=maxiter)
 
 
 def draw(found, path):
@@ -38,9 +38,9 @@ def draw(found, path):
     figure, axes = plt.subplots(2, 2, figsize=(12.8, 9), layout="constrained")
     for ax in axes.flat[len(found) :]:
         ax.remove()
-    for ax, (name, (op, table)) in zip(axes.flat, found.items(), strict=False):
+    for ax, (name, ((rows, parameters), table)) in zip(axes.flat, found.items(), strict=False):
         plot.approximations(table, ax=ax)
-        ax.set_title(f"{name}: {op.shape[0]:,} parameters, {op.num_rows} rows", fontsize=11)
+        ax.set_title(f"{name}: {parameters:,} parameters, {rows} rows", fontsize=11)
     figure.savefig(path, dpi=100)
 
 
@@ -48,7 +48,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("networks", nargs="*", choices=[*SIZES, []], help="default: all")
     parser.add_argument("--figure", type=Path, help="file for the picture")
-    parser.add_argument("--maxiter", type=int, default=100, help="iterations at most; default: 100")
+    parser.add_argument("--maxiter", type=int, default=60, help="iterations at most; default: 60")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     found = {name: measure(name, arguments.maxiter) for name in arguments.networks or SIZES}

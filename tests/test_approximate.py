@@ -730,6 +730,25 @@ def test_preconditioned_solves(M):
     np.testing.assert_allclose(shifted.x, expected, rtol=1e-7)
 
 
+def test_the_automatic_preconditioner_is_the_one_of_fewer_products(monkeypatch):
+    """Products are those with G or its transpose, a vector each."""
+    op = large()
+    G, b = op.score_matrix, np.random.default_rng(0).standard_normal(op.shape[0])
+    top = np.linalg.eigvalsh(op.todense())[-1]
+    count = []
+    for name in ("product", "_mul", "_mul_t"):
+        method = getattr(type(G), name)
+        monkeypatch.setattr(type(G), name, lambda self, V, own=method: (count.append(len(V)), own(self, V))[1])
+    for ratio, best in ((0.3, "jacobi"), (1e-7, "nystrom")):
+        products = {}
+        for M in ("jacobi", "nystrom", "auto"):
+            count.clear()
+            linalg.solve(op, b, ratio * top, method="primal", M=M, rtol=1e-6)
+            products[M] = sum(count)
+        assert min(products, key=products.__getitem__) == best
+        assert products["auto"] == products[best]
+
+
 def test_nystrom_preconditions_best():
     op = large()
     b = np.random.default_rng(0).standard_normal(op.shape[0])
