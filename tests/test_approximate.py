@@ -1,6 +1,7 @@
 """Structured approximations against plain loops over the uses of each layer."""
 
 import pickle
+import weakref
 
 import numpy as np
 import pytest
@@ -14,6 +15,8 @@ from torch import nn
 
 import fisherops as fo
 from fisherops import approximate, linalg
+from fisherops.approximate import sites, structured
+from fisherops.approximate.inner import inner_product
 from fisherops.approximate.structured import taken
 
 KINDS = [fo.FisherMCLinearOperator, fo.FisherLinearOperator, fo.EmpiricalFisherLinearOperator]
@@ -195,6 +198,54 @@ def test_the_diagonal_in_the_basis_of_ekfac_is_that_of_F(separate_bias):
         )
         assert_same(block.values.numpy().ravel(), np.diag(Q.T @ F[np.ix_(index, index)] @ Q), F64)
         assert_same(Q @ Q.T, np.eye(len(Q)), F64)
+
+
+class Adapted(nn.Module):
+    """A frozen dense layer with a low-rank adapter (LoRA)."""
+
+    def __init__(self, inputs, outputs):
+        super().__init__()
+        self.base = nn.Linear(inputs, outputs).requires_grad_(False)
+        self.down = Recorded(nn.Linear(inputs, 2, bias=False))
+        self.up = Recorded(nn.Linear(2, outputs, bias=False))
+
+    def forward(self, X):
+        return self.base(X) + self.up(self.down(X))
+
+
+def test_adapters_of_low_rank_have_factors():
+    torch.manual_seed(0)
+    first, second = Adapted(4, 5), Adapted(5, 3)
+    model = nn.Sequential(first, nn.Tanh(), second).to(F64)
+    X, y = torch.randn(7, 4, dtype=F64), torch.randint(3, (7,))
+    params = [p for p in model.parameters() if p.requires_grad]
+    op = fo.EmpiricalFisherLinearOperator(model, CE, params, data=(X, y))
+    layers = {"0.down": first.down, "0.up": first.up, "2.down": second.down, "2.up": second.up}
+    expected = moments(model, layers, X, y, "expand")
+    K = approximate.kfac(op)
+    assert len(K.plan) == 4
+    for name, (B, A) in expected.items():
+        assert_same(block_of(K, op, [f"{name}.layer.weight"]), np.kron(B, A[:-1, :-1]), F64)
+
+
+@pytest.mark.parametrize("cache", ["none", "auto"])
+def test_kfac_keeps_no_batches(cache, monkeypatch):
+    """Of batches that are read for it, one is there at a time."""
+    alive, most = weakref.WeakSet(), []
+    found = sites.sites_of
+
+    def counted(batch, names):
+        alive.add(batch)
+        most.append(len(alive))
+        return found(batch, names)
+
+    monkeypatch.setattr(sites, "sites_of", counted)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+    data = [(torch.randn(4, 4), torch.randint(3, (4,))) for _ in range(6)]
+    approximate.kfac(fo.FisherLinearOperator(model, CE, data=data, cache=cache))
+    assert len(most) == 6
+    assert max(most) <= 2
 
 
 def test_shared_weights_add_their_factors():
@@ -446,6 +497,30 @@ def test_functions_are_those_of_the_dense_matrix(build, dtype):
         assert y.shape == x.shape
 
 
+@given(
+    seed=st.integers(0, 2**31), rank=st.integers(1, 40), decay=st.floats(0, 8), dtype=st.sampled_from([torch.float32, F64])
+)  # fmt: skip
+@settings(max_examples=30, deadline=None)
+def test_eigenvectors_of_large_factors_of_low_rank(seed, rank, decay, dtype):
+    """They are as good as those of the general routine: orthogonal, and the product is the matrix, to rounding."""
+    torch.manual_seed(seed)
+    n = structured._LARGE
+    X = torch.randn(n, rank, dtype=dtype) * torch.logspace(0, -decay, rank, dtype=dtype)
+    A = X @ X.T
+    with pytest.MonkeyPatch.context() as patch:
+        sizes = []
+        eigh = torch.linalg.eigh
+        patch.setattr(torch.linalg, "eigh", lambda x: (sizes.append(x.shape[-1]), eigh(x))[1])
+        values, V = structured.eigenvectors_of(A[None])
+    assert max(sizes) <= n // 2
+    assert values.min() >= -1e2 * torch.finfo(dtype).eps * values.max()
+    assert_same((V[0] * values[0] @ V[0].T).numpy(), A.numpy(), dtype)
+    assert_same((V[0].T @ V[0]).numpy(), np.eye(n), dtype)
+    full = torch.randn(n, n, dtype=dtype)
+    values, V = structured.eigenvectors_of((full @ full.T)[None])
+    assert_same((V[0] * values[0] @ V[0].T).numpy(), (full @ full.T).numpy(), dtype)
+
+
 @pytest.mark.parametrize("build", BUILDERS)
 def test_pickles_and_files_keep_every_bit(build, op, tmp_path):
     K = build(op)
@@ -585,6 +660,30 @@ def test_errors_of_layers(op):
     assert list(foreign) == list(op.parameter_spans)
 
 
+@pytest.mark.parametrize("by_terms", [True, False])
+@pytest.mark.parametrize("architecture", ["sequence", "images", "tied", "network"])
+def test_inner_products_with_F_are_those_of_dense_matrices(architecture, by_terms, monkeypatch):
+    """Of factors by pairs of positions, and of rows; functions of an approximation included."""
+    monkeypatch.setattr("fisherops.approximate.sites.pairs_are_cheaper", lambda *_: by_terms)
+    if architecture == "network":
+        op = network()
+    elif architecture == "tied":
+        model = TiedEmbedding().to(F64)
+        op = fo.FisherLinearOperator(model, CE, data=(torch.randint(6, (7, 4)), torch.randint(6, (7,))))
+    else:
+        model, X, y = recorded(architecture)
+        op = fo.FisherLinearOperator(model, CE, data=[(X[:4], y[:4]), (X[4:], y[4:])])
+    F = op.todense()
+    for build in (approximate.kfac, approximate.ekfac, approximate.kronecker):
+        for separate_bias in (True, False):
+            K = build(op, separate_bias=separate_bias)
+            for own in (K, 2 * K, K.damped(0.1), K.inv(0.1)):
+                expected = np.trace(F @ own.todense())
+                assert inner_product(op.score_matrix, own) == pytest.approx(expected, rel=1e-10)
+    for K in (approximate.nystrom(op), approximate.layers(op).inv(0.1), aslinearoperator(F)):
+        assert inner_product(op.score_matrix, K) is None
+
+
 def test_errors_of_other_operators(op):
     F = op.todense()
     assert float(approximate.error(op, aslinearoperator(np.zeros_like(F)))) == pytest.approx(1)
@@ -629,6 +728,25 @@ def test_preconditioned_solves(M):
     np.testing.assert_allclose(solution.x, expected, rtol=1e-7)
     shifted = linalg.solve(op.damped(5e-4), b, 5e-4, method="primal", M=given_M, rtol=1e-10)
     np.testing.assert_allclose(shifted.x, expected, rtol=1e-7)
+
+
+def test_the_automatic_preconditioner_is_the_one_of_fewer_products(monkeypatch):
+    """Products are those with G or its transpose, a vector each."""
+    op = large()
+    G, b = op.score_matrix, np.random.default_rng(0).standard_normal(op.shape[0])
+    top = np.linalg.eigvalsh(op.todense())[-1]
+    count = []
+    for name in ("product", "_mul", "_mul_t"):
+        method = getattr(type(G), name)
+        monkeypatch.setattr(type(G), name, lambda self, V, own=method: (count.append(len(V)), own(self, V))[1])
+    for ratio, best in ((0.3, "jacobi"), (1e-7, "nystrom")):
+        products = {}
+        for M in ("jacobi", "nystrom", "auto"):
+            count.clear()
+            linalg.solve(op, b, ratio * top, method="primal", M=M, rtol=1e-6)
+            products[M] = sum(count)
+        assert min(products, key=products.__getitem__) == best
+        assert products["auto"] == products[best]
 
 
 def test_nystrom_preconditions_best():
@@ -685,7 +803,14 @@ def test_options_out_of_range(op):
         approximate.kronecker(op, tol=1)
     with pytest.raises(ValueError, match="`max_memory` must be at least .* for the exact blocks of all layers"):
         approximate.layers(network(max_memory=100))
+    for build in (approximate.nystrom, approximate.kronecker):
+        with pytest.raises(TypeError, match="`tol` must be a real number, got str"):
+            build(op, tol="a")
+    with pytest.raises(TypeError, match="`seed` must be an integer, got 'a'"):
+        approximate.nystrom(op, seed="a")
     K = approximate.kfac(op)
+    with pytest.raises(TypeError, match="`seed` must be an integer, got 'a'"):
+        approximate.error(op, K, seed="a")
     with pytest.raises(ValueError, match="`damping` must be at least 0 and finite"):
         K.inv(-1)
     with pytest.raises(ValueError, match="`split` must be 'exact' or 'factored', got 'half'"):
@@ -700,6 +825,15 @@ def test_options_out_of_range(op):
         approximate.compare(op, ["shampoo"])
     with pytest.raises(ValueError, match="`damping` must be positive, got 0"):
         approximate.compare(op, damping=0)
+    with pytest.raises(ValueError, match="`damping` must have at least one value, got none"):
+        approximate.compare(op, damping=[])
+    with pytest.raises(ValueError, match="`rtol` must be above 0 and below 1, got 0"):
+        approximate.compare(op, rtol=0)
+    with pytest.raises(ValueError, match="`maxiter` must be at least 1, got 0"):
+        approximate.compare(op, maxiter=0)
+    with pytest.raises(TypeError, match="`approximations` must be names or what the functions .* got int for 'int'"):
+        approximate.compare(op, [3])
+    assert len(approximate.compare(op, "kfac", damping=np.array([0.1, 0.2]), prints=False)[1].iterations) == 2
     with pytest.raises(
         ValueError, match="`M` must be 'jacobi', 'kfac', 'ekfac', 'nystrom', 'auto', None or a LinearOperator"
     ):

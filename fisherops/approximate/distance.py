@@ -15,9 +15,10 @@ from torch import Tensor
 from fisherops._checks import integer
 from fisherops._linop import TorchLinearOperator, as_damping, as_torch_operator, check_result, same_device
 from fisherops._torch import outside_of_autocast
-from fisherops.approximate.assembly import scores_of
+from fisherops.approximate.assembly import relative, scores_of
 from fisherops.approximate.exact import diagonal, layers
 from fisherops.approximate.factored import ekfac, kfac, kronecker
+from fisherops.approximate.inner import inner_product
 from fisherops.approximate.lowrank import nystrom
 from fisherops.approximate.structured import StructuredOperator
 from fisherops.problem import Parameters
@@ -125,7 +126,7 @@ def error(
         raise TypeError(f"`K` must be a SciPy LinearOperator, got {type(K).__name__}. Pass an approximation of `op`.")
     if tuple(K.shape) != tuple(op.shape):
         raise ValueError(f"`K` must have the shape of `op`, {tuple(op.shape)}, got {tuple(K.shape)}.")
-    count = None if probes is None else integer("probes", probes, 2)
+    count, seed = None if probes is None else integer("probes", probes, 2), integer("seed", seed, 0)
     own = as_torch_operator(K, G.device, G.torch_dtype)
     same_device(G, own)
     if not per_layer:
@@ -172,9 +173,9 @@ def _exact(G: Scores, shift: float, K: TorchLinearOperator) -> Error:
     gram = G.gram_tensor().double()
     trace = float(gram.trace())
     of_F = float(gram.square().sum()) + 2 * shift * trace + D * shift**2
-    inner, of_K, of_trace = 0.0, 0.0, 0.0
-    for rows in _rows(G):
-        inner += float((rows.double() * K.multiply(rows).double()).sum())
+    of_K, of_trace = 0.0, 0.0
+    found = inner_product(G, K)
+    inner = _inner_of_rows(G, K) if found is None else found
     if isinstance(K, StructuredOperator):
         of_K, of_trace = K.square_norm(), K.trace()
     else:
@@ -185,6 +186,11 @@ def _exact(G: Scores, shift: float, K: TorchLinearOperator) -> Error:
         return Error(0.0 if of_K == 0 else float("inf"))
     # What cancels leaves the rounding of the terms.
     return Error(float(check_result(torch.tensor(max(square, 0.0) / of_F, dtype=torch.float64).sqrt())))
+
+
+def _inner_of_rows(G: Scores, K: TorchLinearOperator) -> float:
+    """Return Σ_r g_rᵀ K g_r by products with the rows."""
+    return sum(float((rows.double() * K.multiply(rows).double()).sum()) for rows in _rows(G))
 
 
 def _rows(G: Scores) -> Iterator[Tensor]:
@@ -269,18 +275,31 @@ def compare(
         largest = float(eigsh(op, k=1, tol=1e-2, return_eigenvectors=False)[0]) if op.shape[0] > 1 else op.trace()
         dampings = [ratio * largest for ratio in RATIOS]
     else:
-        given = damping if isinstance(damping, Sequence) else [damping]
+        given = damping if isinstance(damping, Sequence | np.ndarray) else [damping]
         dampings = [as_damping(x, G.torch_dtype) for x in given]
+    if not dampings:
+        raise ValueError("`damping` must have at least one value, got none. Leave it out, or pass λ > 0.")
+    if not 0 < relative("rtol", rtol) < 1:
+        raise ValueError(f"`rtol` must be above 0 and below 1, got {rtol!r}. Pass a relative residual such as 1e-6.")
+    maxiter = integer("maxiter", maxiter, 1)
     if min(dampings) + shift == 0:
         raise ValueError("`damping` must be positive, got 0. Pass the damping of the systems that you solve.")
     named: list[tuple[str, Any]] = (
         list(approximations.items())
         if isinstance(approximations, Mapping)
+        else [(approximations, approximations)]
+        if isinstance(approximations, str)
         else [(x if isinstance(x, str) else type(x).__name__, x) for x in approximations]
     )
     unknown = [x for _, x in named if isinstance(x, str) and x not in BUILDERS]
     if unknown:
         raise ValueError(f"`approximations` must be among {', '.join(map(repr, BUILDERS))}, got {unknown[0]!r}.")
+    for name, x in named:
+        if not isinstance(x, str | StructuredOperator):
+            raise TypeError(
+                f"`approximations` must be names or what the functions of this module return, got {type(x).__name__} "
+                f"for {name!r}. Pass one of {', '.join(map(repr, BUILDERS))}."
+            )
     b = np.random.default_rng(0).standard_normal(op.shape[0]).astype(op.dtype)
 
     def iterations(K: StructuredOperator | None) -> dict[float, int | None]:

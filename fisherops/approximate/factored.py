@@ -10,11 +10,11 @@ from torch import Tensor
 
 from fisherops._linop import check_result
 from fisherops._torch import outside_of_autocast
-from fisherops.approximate.assembly import scores_of, shifted
+from fisherops.approximate.assembly import relative, scores_of, shifted
 from fisherops.approximate.model import Model, Part
 from fisherops.approximate.structured import Eigen, Kronecker, StructuredOperator, from_left, from_right
 from fisherops.scores.batch import MaterializedBatch
-from fisherops.scores.columns import Factors
+from fisherops.scores.columns import Factors, summed
 from fisherops.scores.protocol import Key, Scores
 
 SHARINGS = ("expand", "reduce")
@@ -81,7 +81,7 @@ def kfac(op: Any, sharing: str = "expand", *, separate_bias: bool = False) -> St
     torch.Size([15])
     """
     G, shift = scores_of(op)
-    model = _modelled(G, sharing, separate_bias)
+    model = _modelled(G, sharing, separate_bias, keeps=False)
     return shifted(model.operator(map(_kronecker, model.parts)), shift)
 
 
@@ -129,7 +129,7 @@ def ekfac(op: Any, sharing: str = "expand", *, separate_bias: bool = False) -> S
     G, shift = scores_of(op)
     model = _modelled(G, sharing, separate_bias)
     bases = [_kronecker(part).eigen for part in model.parts]
-    sums = model.over_parts(lambda number, part, batch, found: _squares(part, bases[number], batch, found))
+    sums = model.over_parts(lambda number, part, batch, found: squares(part, bases[number], batch, found))
     values = [sums.get(Key(number, "values", True), torch.zeros_like(own.values)) for number, own in enumerate(bases)]
     pairs = zip(bases, values, strict=True)
     K = model.operator(Eigen(own.left, own.right, check_result(corrected)) for own, corrected in pairs)
@@ -184,7 +184,7 @@ def kronecker(op: Any, *, separate_bias: bool = False, tol: float | None = None)
     """
     G, shift = scores_of(op)
     least = _GAIN * torch.finfo(G.torch_dtype).eps
-    if tol is not None and not 0 <= tol < 1:
+    if tol is not None and not 0 <= (tol := relative("tol", tol)) < 1:
         raise ValueError(f"`tol` must be at least 0 and below 1, got {tol!r}. Pass a small number such as 1e-6.")
     tol = least if tol is None else max(tol, least)
     model = Model(G, False, separate_bias)
@@ -194,7 +194,7 @@ def kronecker(op: Any, *, separate_bias: bool = False, tol: float | None = None)
         for of_left in (True, False):
             for part in model.parts:
                 _normalize(part, of_left)
-            sums = model.over_parts(partial(_contracted, of_left))
+            sums = model.over_parts(partial(contracted, of_left))
             for number, part in enumerate(model.parts):
                 value = sums.get(Key(number, "values", True))
                 if value is None:
@@ -213,10 +213,10 @@ def kronecker(op: Any, *, separate_bias: bool = False, tol: float | None = None)
     return shifted(K, shift)
 
 
-def _modelled(G: Scores, sharing: str, separate_bias: bool) -> Model:
+def _modelled(G: Scores, sharing: str, separate_bias: bool, keeps: bool = True) -> Model:
     if sharing not in SHARINGS:
         raise ValueError(f"`sharing` must be 'expand' or 'reduce', got {sharing!r}.")
-    model = Model(G, sharing == "reduce", separate_bias)
+    model = Model(G, sharing == "reduce", separate_bias, keeps)
     if sharing == "reduce" and not model.is_shared:
         raise ValueError(
             "`sharing` must be 'expand' for a model without shared positions, got 'reduce': every layer sees each "
@@ -232,23 +232,25 @@ def _kronecker(part: Part) -> Kronecker:
 # ---- Terms of single batches --------------------------------------------------------------------------
 
 
-def _squares(part: Part, basis: Eigen, batch: MaterializedBatch, found: Any) -> Tensor | None:
+def squares(part: Part, basis: Eigen, batch: MaterializedBatch, found: Any) -> Tensor | None:
     """Return the squares of the rows in a basis, summed, (g, o, i)."""
-    factors = part.piece.factors(found)
+    factors = part.piece.factors(batch, found)
     if factors is not None:
-        A, B = factors
-        (_, T, _, i), (q, _, o) = A.shape, B.shape[2:]
-        if T == 1 or T * (i * i + q * o * o) <= q * o * i * (o + i):
-            A = A if basis.right is None else torch.einsum("ntgi,gij->ntgj", A, basis.right)
-            B = B if basis.left is None else torch.einsum("ntqgo,gop->ntqgp", B, basis.left)
-            return Factors(A, B).col_squares()
+        return summed(_squares_of_factors(A, B, basis) for A, B in factors)
     total: Tensor | None = None
     for rows in part.piece.rows(batch, found):
         rows = rows if basis.left is None else from_left(basis.left.mT, rows)
         rows = rows if basis.right is None else from_right(rows, basis.right)
-        squares = rows.square().sum(0)
-        total = squares if total is None else total + squares
+        own = rows.square().sum(0)
+        total = own if total is None else total + own
     return total
+
+
+def _squares_of_factors(A: Tensor, B: Tensor, basis: Eigen) -> Tensor:
+    """Return the same of factors A (n, T, g, i) and B (n, T, q, g, o)."""
+    A = A if basis.right is None else torch.einsum("ntgi,gij->ntgj", A, basis.right)
+    B = B if basis.left is None else torch.einsum("ntqgo,gop->ntqgp", B, basis.left)
+    return Factors(A, B).col_squares()
 
 
 def _normalize(part: Part, of_left: bool) -> None:
@@ -260,16 +262,12 @@ def _normalize(part: Part, of_left: bool) -> None:
     part.left, part.right = (part.left, x) if of_left else (x, part.right)
 
 
-def _contracted(of_left: bool, _: int, part: Part, batch: MaterializedBatch, found: Any) -> Tensor | None:
+def contracted(of_left: bool, _: int, part: Part, batch: MaterializedBatch, found: Any) -> Tensor | None:
     """Return Σ G R Gᵀ, (g, o, o), or Σ Gᵀ L G, (g, i, i), of the rows G; large ones as diagonals."""
-    factors = part.piece.factors(found)
-    if factors is not None and factors[0].shape[1] == 1:
-        A, B = factors[0][:, 0], factors[1][:, 0]  # (N, g, i) and (N, q, g, o)
-        if of_left:
-            weights = _forms(A, part.right)
-            return _weighted(B.flatten(0, 1), weights.repeat_interleave(B.shape[1], 0), part.left.ndim == 2)
-        weights = _forms(B.flatten(0, 1), part.left).view(*B.shape[:2], -1).sum(1)
-        return _weighted(A, weights, part.right.ndim == 2)
+    factors = part.piece.factors(batch, found)
+    if factors is not None:
+        of_factors = _of_terms if part.piece.terms(found) > 1 else _of_single_terms
+        return summed(of_factors(A, B, part, of_left) for A, B in factors)
     total: Tensor | None = None
     for rows in part.piece.rows(batch, found):
         if of_left:
@@ -279,9 +277,41 @@ def _contracted(of_left: bool, _: int, part: Part, batch: MaterializedBatch, fou
             other, X, is_diagonal = from_left(part.left, rows), rows, part.right.ndim == 2
             own = (other * X).sum((0, 2)) if is_diagonal else torch.einsum("rgoi,rgoj->gij", other, X)
         total = own if total is None else total + own
-    if total is None or total.ndim == 2:
-        return total
-    return (total + total.mT) / 2
+    return _symmetric(total)
+
+
+def _of_single_terms(A: Tensor, B: Tensor, part: Part, of_left: bool) -> Tensor:
+    """Return the same of factors A (n, 1, g, i) and B (n, 1, q, g, o)."""
+    A, B = A[:, 0], B[:, 0]
+    if of_left:
+        weights = _forms(A, part.right)
+        return _weighted(B.flatten(0, 1), weights.repeat_interleave(B.shape[1], 0), part.left.ndim == 2)
+    weights = _forms(B.flatten(0, 1), part.left).view(*B.shape[:2], -1).sum(1)
+    return _weighted(A, weights, part.right.ndim == 2)
+
+
+def _of_terms(A: Tensor, B: Tensor, part: Part, of_left: bool) -> Tensor:
+    """Return the same of factors A (n, T, g, i) and B (n, T, q, g, o) of several positions, by pairs of them."""
+    if of_left:
+        pairs = torch.einsum("ntgi,nsgi->ngts", _times(A, part.right), A)
+        other, own = torch.einsum("ngts,nsqgo->ntqgo", pairs, B), B
+        equation = "ntqgo,ntqgo->go" if part.left.ndim == 2 else "ntqgo,ntqgp->gop"
+    else:
+        pairs = torch.einsum("ntqgo,nsqgo->ngts", _times(B, part.left), B)
+        other, own = torch.einsum("ngts,nsgi->ntgi", pairs, A), A
+        equation = "ntgi,ntgi->gi" if part.right.ndim == 2 else "ntgi,ntgj->gij"
+    total = _symmetric(torch.einsum(equation, other, own))
+    assert total is not None
+    return total
+
+
+def _times(X: Tensor, M: Tensor) -> Tensor:
+    """Multiply the last axis of X (..., g, k) by M (g, k, k) or a diagonal (g, k)."""
+    return X * M if M.ndim == 2 else torch.einsum("...gk,gkl->...gl", X, M)
+
+
+def _symmetric(total: Tensor | None) -> Tensor | None:
+    return total if total is None or total.ndim == 2 else (total + total.mT) / 2
 
 
 def _forms(X: Tensor, M: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from fisherops._checks import integer
 from fisherops._linop import as_damping, check_result
 from fisherops._torch import outside_of_autocast
-from fisherops.approximate.assembly import scores_of, shifted
+from fisherops.approximate.assembly import relative, scores_of, shifted
 from fisherops.approximate.structured import LowRank, StructuredOperator
 from fisherops.scores.protocol import Scores
 
@@ -84,14 +84,14 @@ def nystrom(
     least = min(R, D)
     if rank is not None and integer("rank", rank, 1) > R:
         raise ValueError(f"`rank` must be at most the {R} rows of the score matrix, got {rank}. Pass a smaller one.")
-    if tol is not None and not 0 < tol < 1:
+    if tol is not None and not 0 < (tol := relative("tol", tol)) < 1:
         raise ValueError(f"`tol` must be above 0 and below 1, got {tol!r}. Pass a relative error such as 0.01.")
     value = None if damping is None else as_damping(damping, G.torch_dtype)
     if value == 0:
         raise ValueError("`damping` must be positive, got 0. Pass the damping of the system, or a rank.")
     if rank is None and value is None and tol is None:
         tol = _TOL
-    generator = torch.Generator("cpu").manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(integer("seed", seed, 0))
     has_gram = R <= _MANY_ROWS and G.cache_size.memory_left >= 3 * 8 * R * R
     sketch: _Sketch = _Pivots(G, generator) if has_gram else _Normal(G, generator)
     wanted = min(least, rank or _FIRST)

@@ -49,11 +49,13 @@ class Model:
     reduces : bool
         Whether inputs are averaged, and gradients summed, over shared positions before they are squared.
     separate_bias : bool
+    keeps : bool
+        Whether batches are kept for other passes, if they fit into the memory that is left. Default: True.
     """
 
-    def __init__(self, G: Scores, reduces: bool, separate_bias: bool) -> None:
+    def __init__(self, G: Scores, reduces: bool, separate_bias: bool, keeps: bool = True) -> None:
         self.G, self.reduces, self._separate = G, reduces, separate_bias
-        self.kept: list[MaterializedBatch] = []
+        self.kept: list[MaterializedBatch] | None = [] if keeps else None
         self.names = Names(tuple(G.parameters.shapes))
         while True:
             self.sums = G.over_uses(self._moments, self.kept)
@@ -62,7 +64,8 @@ class Model:
                 break
         self.plan: dict[str, str] = {}
         self.parts = self._parts()
-        self._rest = self._blocks_without_factors()
+        self.rest = self._blocks_without_factors()
+        """Places and exact blocks or diagonals of F for the parameters without factors."""
 
     @property
     def is_shared(self) -> bool:
@@ -75,7 +78,7 @@ class Model:
     def operator(self, blocks: Iterable[StructuredOperator]) -> StructuredOperator:
         """Return the approximation from a block for each part, and those without factors."""
         places = [part.place for part in self.parts]
-        return assembled(self.G, [*zip(places, blocks, strict=True), *self._rest], self.plan)
+        return assembled(self.G, [*zip(places, blocks, strict=True), *self.rest], self.plan)
 
     def over_parts(self, update: Callable[[int, Part, MaterializedBatch, Any], Tensor | None]) -> Sums:
         """Return sums over batches, by the number of each part."""

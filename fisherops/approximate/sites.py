@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fisherops._matmul import times_transposed
+from fisherops._matmul import takes_onednn, times_transposed
 from fisherops._sums import CompensatedSum
 from fisherops.scores.batch import MaterializedBatch
 from fisherops.scores.columns import Columns, Factors, Table
@@ -161,7 +161,7 @@ def _add_moments(total: Adding, site: Site, columns: Columns, reduces: bool) -> 
         inputs = (
             _moment_of_indices(A, site.shape[1], reduces, B) if site.is_table else _moment(_positions_last(A), has_bias)
         )
-        _add(total, site, inputs, _moment(_positions_last(B.flatten(1, 2))), N * T, N)
+        _add(total, site, inputs, _moment(B.permute(3, 4, 2, 0, 1).flatten(2)), N * T, N)
 
 
 def _add(total: Adding, site: Site, inputs: Tensor, gradients: Tensor, positions: int, N: int) -> None:
@@ -197,7 +197,8 @@ def _moment(X: Tensor, with_ones: bool = False) -> Tensor:
     size = n + with_ones
     result = X.new_empty(g, size, size)
     for own, out in zip(X, result, strict=True):
-        _gram(own.contiguous(), out)
+        # MKL takes a transpose as it is.
+        _gram(own.contiguous() if takes_onednn(own) else own, out)
     if with_ones:
         result[:, :n, n] = result[:, n, :n] = X.sum(2)
         result[:, n, n] = positions
@@ -272,14 +273,29 @@ class Piece(NamedTuple):
             assert rows is not None
             yield rows if bias is None else torch.cat([rows, bias], 3)
 
-    def factors(self, found: Found) -> tuple[Tensor, Tensor] | None:
-        """Return A (N, T, g, i) and B (N, T, q, g, o) if the rows are those of one dense layer."""
+    def terms(self, found: Found) -> int:
+        """Return the number of positions of a datum if the use is one of a dense layer or a convolution."""
+        columns = found[self.sites[0][0]][0]
+        assert isinstance(columns, Factors | Convolution)
+        return columns.terms
+
+    def factors(self, batch: MaterializedBatch, found: Found) -> Iterator[tuple[Tensor, Tensor]] | None:
+        """List A (n, T, g, i) and B (n, T, q, g, o) of a dense layer or a convolution; None if rows are cheaper."""
         site, _ = self.sites[0]
         held = found.get(site, [])
-        if self.part == "bias" or len(self.sites) > 1 or len(held) != 1 or not isinstance(held[0], Factors):
+        if self.part == "bias" or len(self.sites) > 1 or len(held) != 1 or isinstance(held[0], Table):
             return None
-        A, B = held[0].by_datum()
-        return (torch.cat([A, A.new_ones(*A.shape[:3], 1)], 3) if self.part == "joint" else A), B
+        if not pairs_are_cheaper(self.terms(found), batch.vectors, *site.shape[1:]):
+            return None
+        return (
+            (torch.cat([A, A.new_ones(*A.shape[:3], 1)], 3) if self.part == "joint" else A, B)
+            for A, B in pieces_of(held[0])
+        )
+
+
+def pairs_are_cheaper(T: int, q: int, o: int, i: int) -> bool:
+    """Whether T inputs and gradients take fewer flops to multiply by a matrix each than q rows (o, i) of a datum."""
+    return T == 1 or T * (i * i + q * o * o + T * (i + q * o)) <= q * o * i * (o + i)
 
 
 def is_shared(sums: Sums) -> bool:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from scipy.linalg import lapack
 from torch import Tensor
 
 from fisherops import _arrays
@@ -28,6 +29,10 @@ from fisherops._torch import opaque
 Function = Callable[[Tensor], Tensor]
 Place = slice | Tensor | tuple[tuple[int, int, int], ...]
 """Indices of a block: a slice, (n,) integers, or the starts, stops and widths of matrices that lie side by side."""
+
+# Rows from which matrices of low rank are decomposed by it, and Cholesky factorizations that find it.
+_LARGE = 256
+_PIVOTED: dict[torch.dtype, Callable[..., Any]] = {torch.float32: lapack.spstrf, torch.float64: lapack.dpstrf}
 
 _FORMAT = "fisherops structured operator 1"
 
@@ -80,10 +85,6 @@ class StructuredOperator(TorchLinearOperator):
     def square_norm(self) -> float:
         """Return the squared Frobenius norm."""
         return float(self.spectrum().double().square().sum())
-
-    def inner(self, rows: Tensor) -> Tensor:
-        """Return gᵀ K g for rows g (R, n), (R,) in float64."""
-        return (rows * self._mul(rows)).sum(1, dtype=torch.float64)
 
     def factored_inverse(self, damping: float) -> StructuredOperator:
         """Return the inverse with a damping that is split between factors; that of K + λI if there are none."""
@@ -612,13 +613,43 @@ def eigenvectors_of(x: Tensor) -> tuple[Tensor, Tensor]:
             "operator."
         )
     try:
-        values, vectors = torch.linalg.eigh(x)
+        pairs = [_eigenvectors_of_low_rank(own) for own in x] if _has_pivots(x) else [None]
+        values, vectors = (
+            torch.linalg.eigh(x)
+            if None in pairs
+            else (torch.stack(own) for own in zip(*(pair for pair in pairs if pair is not None), strict=True))
+        )
         if bool(vectors.isfinite().all()):
             return values, vectors
     except RuntimeError:  # torch's LinAlgError is one
         pass
     values, vectors = torch.linalg.eigh(x.double())
     return values.to(x.dtype), vectors.to(x.dtype)
+
+
+def _has_pivots(x: Tensor) -> bool:
+    """Whether matrices (g, n, n) are so large that their rank is worth finding, by a routine for the CPU."""
+    return x.device.type == "cpu" and x.dtype in _PIVOTED and x.shape[1] >= _LARGE
+
+
+def _eigenvectors_of_low_rank(x: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Return eigenvalues (n,) and eigenvectors (n, n) if the rank is at most n/2 to rounding; None otherwise.
+
+    P x Pᵀ = L Lᵀ by Cholesky's factorization with pivots. The first r columns of Q in L = Q R span the range, in which
+    the eigenvectors are those of an r × r matrix, and the others the null space.
+    """
+    n = len(x)
+    # What is left below this is the rounding of x; LAPACK's own tolerance is n times as large.
+    rounding = 2 * torch.finfo(x.dtype).eps * float(x.diagonal().max())
+    factor, pivots, rank, info = _PIVOTED[x.dtype](x.numpy(), lower=True, tol=rounding)
+    if info < 0 or not 0 < rank <= n // 2:
+        return None
+    L = x.new_empty(n, rank)
+    L[torch.from_numpy(pivots).long() - 1] = torch.from_numpy(np.tril(factor[:, :rank]))
+    Q = torch.linalg.qr(L, mode="complete")[0]
+    range_, null = Q[:, :rank], Q[:, rank:]
+    values, U = torch.linalg.eigh(range_.T @ x @ range_)
+    return torch.cat([values.new_zeros(n - rank), values]), torch.cat([null, range_ @ U], 1)
 
 
 def _inverse_of(x: Tensor, shift: Tensor) -> Tensor:

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from fisherops import approximate
 from fisherops._linop import TorchLinearOperator
-from fisherops.linalg.methods import EIGEN
 from fisherops.linalg.primal import jacobi
 
-# Iterations with a preconditioner that leaves a condition number of about 30, and log(2 / tolerance).
-_FEW, _DIGITS = 12.0, 12.0
+# Iterations with a preconditioner that leaves a condition number of about 30; and those with the diagonal, in units of
+# the root of the bound on the condition number: 1.2 to 1.7 for an MLP and a CNN at λ/λ_max = 0.1 and 0.01.
+_FEW, _SLOPE = 12.0, 1.5
 
 Preconditioner = Callable[[Tensor], Tensor]
 
@@ -44,23 +44,18 @@ def nystrom(op: TorchLinearOperator, total: Any) -> Preconditioner:
 
 
 def cheapest(op: TorchLinearOperator, total: Any) -> Preconditioner:
-    """Return the preconditioner of least predicted cost, in products with F."""
+    """Return the diagonal or a low-rank approximation, whichever is predicted to cost fewer products with F.
+
+    Conjugate gradients with the diagonal take about 1.5 √(1 + tr F / λ) iterations; Nyström's method takes its rank,
+    which the rows and the trace bound, and few iterations. Kronecker factors are never chosen: for an MLP and a
+    convolutional network they took as many iterations as the diagonal, and 6 to 11 times its time.
+    """
     G = op.score_matrix
     if G is None or G.is_divided or isinstance(total, Tensor) or total == 0:
         return jacobi(op, total)
-    trace, (R, D) = G.square_norm(), G.shape
-    ratio = trace / total
-    rank = min(3.0 * min(R, ratio) + 1, R)
-    # A factor of side n takes its eigenvectors; layers are thought of as square.
-    sides = [math.sqrt(shape.numel()) for shape in G.parameters.shapes.values()]
-    iterations = min(R, 0.5 * math.sqrt(1 + ratio) * _DIGITS)
-    half_way = math.sqrt(iterations * _FEW)  # between no preconditioner and a good one, because nothing better is known
-    costs = {
-        "jacobi": iterations,
-        "nystrom": rank + _FEW,
-        "ekfac": 2 * EIGEN * sum(n**3 for n in sides) / (4.0 * R * D) + half_way,
-    }
-    return PRECONDITIONERS[min(costs, key=costs.__getitem__)](op, total)
+    ratio, R = G.square_norm() / total, G.num_rows
+    rank = min(3 * ratio + 1, R)
+    return jacobi(op, total) if _SLOPE * math.sqrt(1 + ratio) <= rank + _FEW else nystrom(op, total)
 
 
 def _number(total: Any) -> float:

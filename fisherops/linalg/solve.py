@@ -67,8 +67,8 @@ def solve(
         Preconditioner of conjugate gradients, an approximation of (F + λI)⁻¹. "jacobi" takes the exact diagonal of a
         Fisher operator, and nothing for others. The next three are the inverses of `approximate.kfac`,
         `approximate.ekfac` and `approximate.nystrom` of a Fisher operator with the damping; they are built in each
-        call. "auto" predicts the products that iterations with "jacobi", the rank for "nystrom" and the
-        eigen-decompositions for "ekfac" cost, and takes the least. Default: "jacobi".
+        call. "auto" predicts the products that the iterations with "jacobi" and the rank for "nystrom" cost, from
+        the trace and the number of rows, and takes the less. Default: "jacobi".
     least_norm : bool
         With λ = 0: x = F⁺ b, the shortest of those that minimize ‖F x − b‖, also where F is singular; not in the primal
         way.

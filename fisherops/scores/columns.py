@@ -270,6 +270,11 @@ class Factors(Columns):
         (A, a), (B, b) = _in_range(self._A), _in_range(self._B)
         return *self._arranged(A, B), a, b
 
+    @property
+    def terms(self) -> int:
+        """T, the positions of a datum."""
+        return self._T
+
     def gram(self, other: Columns) -> Tensor | None:
         if isinstance(other, Table):
             own = other.gram(self)

@@ -241,6 +241,11 @@ class Convolution(Columns):
             yield m - n, a, b * self._scale
 
     @property
+    def terms(self) -> int:
+        """T, the positions of a datum in all calls."""
+        return self._calls * self._terms
+
+    @property
     def magnitude(self) -> float:
         """Return the size of the rows if nothing cancelled in them, by which rounding is measured."""
         energy = self._x.square().sum(1, keepdim=True)

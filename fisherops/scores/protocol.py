@@ -506,8 +506,8 @@ def clipped(start: int, stop: int, rows: int) -> tuple[int, int]:
 
 def _rows_of_block(G: Scores) -> int:
     """Return how many rows are listed at once."""
-    nbytes: int = _BLOCKS * G.processes.sizes(G.device).block
-    return max(1, nbytes // max(1, G.parameters.numel * G.dtype.itemsize))
+    step: int = _BLOCKS * G.processes.sizes(G.device).block // max(1, G.parameters.numel * G.dtype.itemsize)
+    return max(1, step)
 
 
 def by_rows(G: Scores, H: Scores, scale: Tensor | None = None) -> Tensor:
