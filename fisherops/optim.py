@@ -77,7 +77,7 @@ class NaturalGradient(torch.optim.Optimizer):
         take a larger damping, or `trust`. Default: "exact".
     momentum : float
         μ in [0, 1): s = η (F + λI)⁻¹ g + μ λ (F + λI)⁻¹ s', with the previous step s', which is so kept outside of the
-        range of the new rows [1]_. Default: 0.
+        range of the new rows [1]_. It is forgotten when a step is taken back. Default: 0.
     mc_samples, seed : int
         As for `fisherops.FisherMCLinearOperator`, for kind "mc"; each step has draws of its own.
     rows : {"term", "datum"}
@@ -351,6 +351,9 @@ class NaturalGradient(torch.optim.Optimizer):
             if not actual >= 0:
                 torch._foreach_copy_(tensors, copies)
                 state["damping"] *= _FACTOR**2
+                # A larger damping shortens the direction of the gradient, but not the previous step.
+                for p in tensors:
+                    self.state[p].clear()
                 return
             ratio = actual / max(predicted, 1e-300)
             state["damping"] *= _FACTOR if ratio < _POOR else 1 / _FACTOR if ratio > _GOOD else 1.0

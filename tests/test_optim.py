@@ -112,6 +112,18 @@ def test_a_step_that_increases_the_loss_is_taken_back():
     assert optimizer.param_groups[0]["damping"] == 4 * damping
 
 
+def test_a_step_that_is_taken_back_ends_the_momentum():
+    """Otherwise a previous step that increases the loss would be repeated with every damping."""
+    model, batch = regression()
+    optimizer = NaturalGradient(model, nn.MSELoss(), momentum=0.9)
+    losses = [float(optimizer.step(batch)) for _ in range(5)]
+    for p in optimizer.param_groups[0]["params"]:
+        optimizer.state[p]["step"] = torch.full_like(p, -10.0)
+    losses += [float(optimizer.step(batch)) for _ in range(10)]
+    assert losses[-1] < losses[4]
+    assert optimizer.param_groups[0]["damping"] < 1e3
+
+
 @pytest.mark.parametrize("trust", [1e-3, 1e6])
 def test_steps_are_bounded_in_the_norm_of_the_fisher_matrix(trust):
     model, batch = regression()
