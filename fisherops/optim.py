@@ -15,6 +15,7 @@ from fisherops._data import Batch
 from fisherops._processes import ONE, Processes
 from fisherops._tree import leaves
 from fisherops.fisher import FisherOperator
+from fisherops.likelihoods import Likelihood
 from fisherops.linalg.dense import cholesky_in_place
 from fisherops.operators import EmpiricalFisherLinearOperator, FisherLinearOperator, FisherMCLinearOperator
 from fisherops.parallel.group import Group, group_of
@@ -485,8 +486,19 @@ def _values(loss_func: Any, output: Any, y: Any) -> Iterator[Any]:
     elif isinstance(loss_func, tuple | list):
         for loss, f, own in zip(loss_func, output, y, strict=True):
             yield from _values(loss, f, own)
+    elif isinstance(loss_func, Likelihood):
+        yield _negative_log_density(loss_func, output, y)
     else:
         yield loss_func(output, y)
+
+
+def _negative_log_density(likelihood: Likelihood, output: Any, y: Any) -> Tensor:
+    """Return −Σ w log q(y | f), divided as the likelihood's mean if it is one."""
+    q = likelihood.bind(output)
+    terms = q.terms(output, y)
+    values = q.log_prob(q.flatten(output), q.observed(terms)).reshape(-1)
+    total = -(values if terms.weights is None else values * terms.weights.reshape(-1)).sum()
+    return total / float(terms.divisor) if likelihood.reduction == "mean" else total
 
 
 def _number(name: str, value: Any) -> float:
