@@ -37,7 +37,7 @@ def solution(x):
     return torch.cos(math.pi * x).sum(1, keepdim=True)
 
 
-def problem(width=64, interior=800, boundary=200):
+def problem(width=32, interior=800, boundary=200):
     """Return a model, its loss, the data and the relative error."""
     torch.manual_seed(0)
     x = torch.rand(interior + boundary, 5, dtype=torch.float64)
