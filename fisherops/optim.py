@@ -314,7 +314,7 @@ class NaturalGradient(torch.optim.Optimizer):
         G, W, state = batch.G, batch.coordinates, self.param_groups[0]
         tensors = list(G.parameters.tensors.values())
         damping, momentum = state["damping"], state["momentum"]
-        before = [self.state[p]["step"].reshape(-1) for p in tensors if momentum and self.state[p]]
+        before = [self.state[p]["previous"].reshape(-1) for p in tensors if momentum and self.state[p]]
         previous = torch.cat(before).to(G.torch_dtype) if before else None
         if W is not None and G.num_rows <= _MOST_ROWS:
             direction, kept = _by_rows(G, W, previous, damping)
@@ -360,7 +360,7 @@ class NaturalGradient(torch.optim.Optimizer):
             state["damping"] *= _FACTOR if ratio < _POOR else 1 / _FACTOR if ratio > _GOOD else 1.0
         if state["momentum"]:
             for p, step in zip(tensors, steps, strict=True):
-                self.state[p]["step"] = step
+                self.state[p]["previous"] = step  # PyTorch moves what it loads, but not what is named "step"
 
     def _loss_at(self, batch: _Evaluated) -> float:
         """Return the loss at the present parameters."""

@@ -118,7 +118,7 @@ def test_a_step_that_is_taken_back_ends_the_momentum():
     optimizer = NaturalGradient(model, nn.MSELoss(), momentum=0.9)
     losses = [float(optimizer.step(batch)) for _ in range(5)]
     for p in optimizer.param_groups[0]["params"]:
-        optimizer.state[p]["step"] = torch.full_like(p, -10.0)
+        optimizer.state[p]["previous"] = torch.full_like(p, -10.0)
     losses += [float(optimizer.step(batch)) for _ in range(10)]
     assert losses[-1] < losses[4]
     assert optimizer.param_groups[0]["damping"] < 1e3
