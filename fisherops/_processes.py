@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -37,6 +37,14 @@ class Processes:
     def from_leader(self, make: Callable[[], Result]) -> Result:
         """Return what the leading process makes, on every process."""
         return make()
+
+    def step(self, what: str, **values: Any) -> AbstractContextManager[None]:  # noqa: ARG002
+        """Return a context for what all processes do together, with the same values."""
+        return nullcontext()
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Return the sum over the processes, inside of a step; the tensor may be overwritten."""
+        return tensor
 
     def inner(self, X: Tensor, Y: Tensor) -> Tensor:
         """Return the inner products of vectors (K, D) with others, (K,)."""

@@ -787,3 +787,85 @@ def approximations(group, name, kind, split, options):
     K = getattr(fo.approximate, name)(op)
     error = fo.approximate.error(op, K)
     return K.todense(), error.value, K.plan
+
+
+# ---- Natural-gradient steps ------------------------------------------------------------------------
+
+
+class TwoHeads(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.classes, self.value = nn.Linear(D_IN, 4), nn.Linear(4, C), nn.Linear(4, 1)
+        self.double()
+
+    def forward(self, X):
+        h = self.body(X).tanh()
+        return {"class": self.classes(h), "value": self.value(h)}
+
+
+# Sizes of three batches, and how many examples of each the first of two ranks has.
+BATCHES, OF_FIRST = (12, 12, 9), (5, 12, 0)
+
+
+def natural_case(name):
+    """Return a model, its loss, and batches; the targets of the first rank's part of the first are all ignored."""
+    X, y = everything()
+    y[:5] = -100
+    if name == "heads":
+        losses = {"class": nn.CrossEntropyLoss(ignore_index=-100), "value": nn.HuberLoss()}
+        targets = [{"class": own, "value": x[:, :1]} for x, own in zip(X.split(12), y.split(12), strict=True)]
+        return TwoHeads(), losses, list(zip(X.split(12), targets, strict=True))
+    own = loss() if name == "mean" else nn.CrossEntropyLoss(reduction="sum", ignore_index=-100)
+    return network(), own, list(zip(X.split(12), y.split(12), strict=True))
+
+
+def natural_gradient(group, cases):
+    """Make three steps for each case, a name and options, and return the losses, the parameters and their bits."""
+    results = []
+    for name, options in cases:
+        model, own_loss, batches = natural_case(name)
+        optimizer = fo.optim.NaturalGradient(model, own_loss, process_group=group, **options)
+        losses = []
+        for batch, size, first in zip(batches, BATCHES, OF_FIRST, strict=False):
+            rank = None if group is None else dist.get_rank(group)
+            own = {None: slice(size), 0: slice(first), 1: slice(first, size)}[rank]
+            X, y = batch
+            y = {key: part[own] for key, part in y.items()} if isinstance(y, dict) else y[own]
+            losses.append(float(optimizer.step((X[own], y))))
+        flat = torch.cat([p.detach().flatten() for p in model.parameters()]).numpy()
+        results.append((losses, flat, flat.tobytes(), optimizer.param_groups[0]["damping"]))
+    return results
+
+
+def natural_gradient_faults(group, fault):
+    """Let rank 1 do something wrong in the second step; return the error, and whether a third one works."""
+    rank = dist.get_rank(group)
+    model, own_loss, batches = natural_case("mean")
+    optimizer = fo.optim.NaturalGradient(model, own_loss, lr=0.1, damping=0.1, process_group=group)
+    halves = [(X[6 * rank :][:6], y[6 * rank :][:6]) for X, y in batches[1:]] * 3
+    optimizer.step(halves[0])
+    before = [p.clone() for p in model.parameters()]
+
+    def broken():
+        raise OSError("the disk is full")
+
+    if rank == 1:
+        X, y = halves[1]
+        halves[1] = {"data": (X * torch.nan, y), "closure": broken, "interrupt": halves[1]}.get(fault, halves[1])
+    if rank == 1 and fault == "rate":
+        optimizer.param_groups[0]["lr"] = 0.2
+    if rank == 1 and fault == "interrupt":
+        hook = model.register_forward_hook(lambda *_: signal.raise_signal(signal.SIGINT))
+    try:
+        optimizer.step(halves[1])
+    except BaseException as error:
+        text = f"{type(error).__name__}: {error}"
+    else:
+        text = "no error"
+    untouched = all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+    if rank == 1 and fault == "interrupt":
+        hook.remove()
+    optimizer.param_groups[0]["lr"] = 0.1
+    optimizer.step(halves[2])
+    return text, untouched, torch.cat([p.detach().flatten() for p in model.parameters()]).numpy().tobytes()

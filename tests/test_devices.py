@@ -916,3 +916,25 @@ def test_numbers_do_not_depend_on_the_properties_of_the_device(architecture, cac
             np.testing.assert_allclose(op.trace(), np.trace(F), rtol=1e-12)
         kernels.append(len(log.operations))
     assert kernels[0] > kernels[1]
+
+
+@on_every_device
+def test_natural_gradient_steps(device):
+    """The steps of the host, with the state in the dtype of the parameters; a state of one device goes on on another."""
+    torch.manual_seed(0)
+    host = nn.Sequential(nn.Linear(3, 6), nn.Tanh(), nn.Linear(6, 2)).double()
+    batches = [(torch.randn(5, 3).double(), torch.arange(5) % 2) for _ in range(4)]
+    options = {"kind": "mc", "damping": 0.1, "momentum": 0.5, "seed": 3}
+    model, loss = copy.deepcopy(host).to(device), nn.CrossEntropyLoss()
+    own, reference = (fo.optim.NaturalGradient(net, loss, **options) for net in (model, host))
+    for k, (X, y) in enumerate(batches):
+        if k == 2:
+            state = reference.state_dict()
+            own = fo.optim.NaturalGradient(model, loss, **options)
+            own.load_state_dict(state)
+        value = own.step((X.to(device), y.to(device)))
+        assert_same(float(value), float(reference.step((X, y))), torch.float64)
+    for p, q in zip(model.parameters(), host.parameters(), strict=True):
+        assert own.state[p]["previous"].device == p.device
+        assert own.state[p]["previous"].dtype == p.dtype
+        torch.testing.assert_close(p.detach().cpu(), q.detach(), rtol=1e-8, atol=1e-10)

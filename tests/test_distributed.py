@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import scipy.sparse.linalg as sla
 import torch
-from rank_jobs import OPERATORS, everything, loss, network, sharded_case
+from rank_jobs import OPERATORS, everything, loss, natural_gradient, network, sharded_case
 from ranks import DeathError, JobError, Processes
 
 import fisherops as fo
@@ -585,3 +585,46 @@ def test_approximations_are_those_of_one_process(two, name, split, cache):
             np.testing.assert_allclose(own, error, atol=1e-7)
             assert plan == K.plan
         assert own <= max(error, 0.01) + 1e-7
+
+
+# ---- Natural-gradient steps ------------------------------------------------------------------------
+
+
+def test_ranks_make_the_steps_of_one_process(two):
+    """Every kind, method and loss; one rank has no examples of a batch, or only ignored ones."""
+    fixed = {"lr": 0.3, "damping": 0.1}
+    cases = [
+        ("heads", {**fixed, "momentum": 0.5}),
+        ("mean", {**fixed, "kind": "mc", "momentum": 0.5}),
+        ("heads", {**fixed, "kind": "empirical"}),
+        ("sum", {**fixed, "method": "primal"}),
+        ("mean", {"damping": "auto", "method": "dense", "trust": 0.1}),
+    ]
+    expected = natural_gradient(None, cases)
+    first, second = two.results("natural_gradient", cases)
+    for case, alone, one, other in zip(cases, expected, first, second, strict=True):
+        assert one[2] == other[2], case
+        assert one[0] == other[0], case
+        # Conjugate gradients end at a relative residual of 1e-5.
+        rtol = 1e-3 if "primal" in case[1].values() else 1e-6
+        np.testing.assert_allclose(one[0], alone[0], rtol=rtol, err_msg=str(case))
+        np.testing.assert_allclose(one[1], alone[1], rtol=rtol, atol=rtol, err_msg=str(case))
+        assert one[3] == other[3] == alone[3], case
+
+
+@pytest.mark.parametrize(
+    ("fault", "own", "others"),
+    [
+        ("data", "FloatingPointError: the model's output .* contains NaN", "RankError: rank 1 failed in .*NaN"),
+        ("closure", "OSError: the disk is full", "RankError: rank 1 failed in the batch of a step: OSError"),
+        ("interrupt", "KeyboardInterrupt", "RankError: rank 1 failed in .*KeyboardInterrupt"),
+        ("rate", "RankError: .*in options, lr is .*0.1.* on rank 0, .*0.2.* on rank 1", None),
+    ],
+)
+def test_an_error_of_one_rank_ends_the_step_of_all(two, fault, own, others):
+    first, second = two.results("natural_gradient_faults", fault)
+    assert re.match(own, second[0]), second
+    assert re.match(others or own, first[0]), first
+    assert first[1], first
+    assert second[1], second
+    assert first[2] == second[2]  # the group is made again for the next step

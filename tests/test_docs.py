@@ -45,6 +45,7 @@ DOCTESTED = [
     "fisherops.stored",
 ]
 TUTORIALS = sorted((ROOT / "docs" / "tutorials").glob("*.py"))
+EXAMPLE_SCRIPTS = sorted((ROOT / "docs" / "examples").glob("*.py"))
 HOW_TO = ROOT / "docs" / "how-to"
 # Characters of code that are visible in a page at 1280 px.
 WIDTH = 72
@@ -105,7 +106,8 @@ def test_code_of_the_pages_is_visible():
     }
     blocks["README.md"] = EXAMPLES  # its two commands are one line each, to be copied
     blocks |= {
-        script.name: [script.read_text(encoding="utf-8")] for script in (*TUTORIALS, HOW_TO / "several_processes.py")
+        script.name: [script.read_text(encoding="utf-8")]
+        for script in (*TUTORIALS, *EXAMPLE_SCRIPTS, HOW_TO / "several_processes.py")
     }
     assert len(TUTORIALS) >= 6
     assert sum(map(len, blocks.values())) > 45

@@ -112,6 +112,18 @@ def test_a_step_that_increases_the_loss_is_taken_back():
     assert optimizer.param_groups[0]["damping"] == 4 * damping
 
 
+def test_a_step_that_is_taken_back_ends_the_momentum():
+    """Otherwise a previous step that increases the loss would be repeated with every damping."""
+    model, batch = regression()
+    optimizer = NaturalGradient(model, nn.MSELoss(), momentum=0.9)
+    losses = [float(optimizer.step(batch)) for _ in range(5)]
+    for p in optimizer.param_groups[0]["params"]:
+        optimizer.state[p]["previous"] = torch.full_like(p, -10.0)
+    losses += [float(optimizer.step(batch)) for _ in range(10)]
+    assert losses[-1] < losses[4]
+    assert optimizer.param_groups[0]["damping"] < 1e3
+
+
 @pytest.mark.parametrize("trust", [1e-3, 1e6])
 def test_steps_are_bounded_in_the_norm_of_the_fisher_matrix(trust):
     model, batch = regression()
@@ -310,6 +322,34 @@ def test_distributions_and_several_heads():
     optimizer = NaturalGradient(layer, None, model_func=lambda X: torch.distributions.Poisson(layer(X).exp()), lr=0.5)
     values = [float(optimizer.step((X, rates))) for _ in range(10)]
     assert values[-1] < values[0]
+
+
+@pytest.mark.parametrize("kind", ["exact", "mc", "empirical"])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_own_likelihoods(kind, reduction):
+    """Rayleigh-distributed targets, whose scale is predicted by its logarithm."""
+
+    class Rayleigh(fo.likelihoods.Likelihood):
+        def sample(self, f, samples, draws):
+            return f.exp() * (-2 * draws.uniform(f, samples).log()).sqrt()
+
+        def log_prob(self, f, y):
+            return (y.log() - 2 * f - (y / f.exp()) ** 2 / 2).sum(-1)
+
+        def exact(self, f):
+            return fo.likelihoods.DiagonalFactor(torch.full_like(f, 2))
+
+    torch.manual_seed(0)
+    model, X, y = nn.Linear(2, 1).double(), torch.randn(9, 2).double(), torch.rand(9, 1).double() + 0.5
+    options = {"seed": 4} if kind == "mc" else {}
+    op = OPERATORS[kind](model, Rayleigh(reduction), data=(X, y), **options)
+    f = model(X).detach()
+    value = -(y.log() - 2 * f - (y / f.exp()) ** 2 / 2).sum() / (9 if reduction == "mean" else 1)
+    x = np.linalg.solve(op.todense() + 0.1 * np.eye(3), op.gradient())
+    before = flat(model)
+    loss = NaturalGradient(model, Rayleigh(reduction), kind=kind, lr=0.5, damping=0.1, **options).step((X, y))
+    torch.testing.assert_close(loss, value)
+    np.testing.assert_allclose((before - flat(model)).numpy(), 0.5 * x, rtol=1e-6, atol=1e-9)
 
 
 def test_a_long_run_does_not_grow():

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fisherops._data import Batch
 from fisherops._fingerprint import checksum_of, fingerprint
 from fisherops._linop import check_result
 from fisherops._matmul import symmetrized
@@ -19,10 +20,11 @@ from fisherops._processes import Processes
 from fisherops._torch import opaque
 from fisherops.parallel.group import Group, checksum
 from fisherops.parallel.shard import with_indices
-from fisherops.problem import Parameters
+from fisherops.problem import Evaluation, Parameters
 from fisherops.score_matrix import NO_ORDER, ScoreMatrix, column_step
 from fisherops.scores import Kind, Plan
 from fisherops.scores.batch import MaterializedBatch
+from fisherops.scores.kinds import FactorOf
 from fisherops.scores.projection import Signs
 from fisherops.scores.protocol import CacheSize, Key, Scores, Sums, SumsOfUses, by_rows, clipped
 
@@ -202,6 +204,16 @@ class DistributedScores(Scores):
         options["progressbar"] = options.get("progressbar", False) and self.group.leads
         local = self.local.on(with_indices(data, self.group), kind, **options)
         return type(self)(local, self.group, checks=False)
+
+    def check(self) -> None:
+        """Check that the model is deterministic on all ranks; see `ScoreMatrix.check`."""
+        with self._step("check"):
+            self.local.check()
+
+    def find(self, see: Callable[[Batch, Evaluation, FactorOf], object]) -> None:
+        """Find G of all batches in one pass, and show `see` those of this rank; see `ScoreMatrix.find`."""
+        with self._pass("rows and their evaluations"):
+            self.local.find(see)
 
     # ---- Products -----------------------------------------------------------------------------
 
