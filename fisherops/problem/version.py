@@ -258,7 +258,7 @@ def _readers(x: Any, root: bool) -> Iterator[tuple[Reader, Follows | None]]:
         yield vars(x).values, None
         if isinstance(x, nn.Module) and not type(x).__module__.startswith("torch."):
             yield lambda: (type(x), type(x).forward), None
-    elif _has_settings(x):
+    elif hasattr(x, "__dict__") and _has_settings(x):
         yield vars(x).values, lambda y: isinstance(y, _SETTINGS)
 
 

@@ -200,7 +200,7 @@ class Factors(Columns):
     def apply(self, V: Tensor) -> Tensor:
         g, o, i = self.shape
         W = V.new_empty(len(V), self.count, self._q)
-        if self._rows_are_cheaper(len(V)):
+        if self._T >= _SHORT and self._rows_are_cheaper(len(V)):
             for start, rows in self._blocks_of_rows(len(V)):
                 products = times_transposed(V.reshape(len(V), -1), rows)
                 W[:, start : start + len(rows) // self._q] = products.view(len(V), -1, self._q)
@@ -217,7 +217,7 @@ class Factors(Columns):
     def apply_t(self, W: Tensor) -> Tensor:
         g, o, i = self.shape
         NT = self.count * self._T
-        if self._rows_are_cheaper(len(W)):
+        if self._T >= _SHORT and self._rows_are_cheaper(len(W)):
             total = W.new_zeros(len(W), g * o * i)
             for start, rows in self._blocks_of_rows(len(W)):
                 own = W[:, start : start + len(rows) // self._q].reshape(len(W), -1)
@@ -244,7 +244,7 @@ class Factors(Columns):
 
         They take T multiplications an element once, and then one for each vector; the factors take T for each vector.
         """
-        return self._T >= _SHORT and 2 * self._q * (self._T + K) < K * self._T
+        return 2 * self._q * (self._T + K) < K * self._T
 
     def _blocks_of_rows(self, K: int) -> Iterator[tuple[int, Tensor]]:
         """List the first datum of blocks with their rows (n · q, g · o · i): as many as vectors if that is more."""
