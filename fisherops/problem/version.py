@@ -180,6 +180,7 @@ class _Watch:
         self._views = list(views.values())
         self._contents = [torch.cat(group) for group in self._views]
         self._answers: list[_torch.Arrival] = []
+        self._differ = False
         self.structure = tuple(map(id, structure))
         """Identities of modules, their modes, parts and hooks; what it names is referred to by the snapshot."""
 
@@ -210,18 +211,18 @@ class _Watch:
             return [*map(_torch.version_of, tensors), *map(_torch.address_of, tensors)]
 
     def _contents_differ(self) -> bool:
+        """Whether contents differ, or did at an earlier look: on an accelerator an answer is there only once."""
         # On an accelerator the answer would be waited for: those of earlier looks are read when they have arrived.
-        differ = False
         if self._answers and _torch.is_capturing():
-            return False
+            return self._differ
         while self._answers and self._answers[0].is_here:
-            differ = bool(self._answers.pop(0).read()) or differ
+            self._differ = bool(self._answers.pop(0).read()) or self._differ
         for group, known in zip(self._views, self._contents, strict=True):
             if known.device.type == "cpu":
-                differ = differ or not torch.equal(torch.cat(group), known)
+                self._differ = self._differ or not torch.equal(torch.cat(group), known)
             elif not _torch.is_capturing():
                 self._answers.append(_torch.Arrival((torch.cat(group) != known).any()))
-        return differ
+        return self._differ
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_roots": self._roots}  # identities and addresses mean nothing elsewhere
