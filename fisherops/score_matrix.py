@@ -623,7 +623,7 @@ class ScoreMatrix(BatchedScores):
         batches = None if cache is None else cache.in_order()
         if batches is not None and cache is not None and not cache.plan.holds_rows:
             # Linearizations may evaluate the model again.
-            with torch.no_grad(), self.problem.isolated():
+            with _torch.EVALUATION, _torch.own_precision(self.device):
                 return function(batches)
         if batches is not None:
             # Nothing of the process is touched: no lock, no random numbers.

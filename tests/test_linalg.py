@@ -660,7 +660,7 @@ def test_a_process_that_is_killed(solver, tmp_path):
 @pytest.mark.parametrize("kind", ["random", "clustered", "multiple", "badly scaled", "deficient", "zero"])
 @pytest.mark.parametrize("k", [1, 5])
 def test_some_eigenpairs_of_a_large_matrix(kind, k, monkeypatch):
-    """Multiple eigenvalues, which Lanczos' method misses, are noticed; the others need no dense decomposition."""
+    """None of several equal eigenvalues is missed; random matrices need no dense decomposition."""
     rng = np.random.default_rng(0)
     Q = np.linalg.qr(rng.standard_normal((120, 120)))[0]
     K = torch.from_numpy((Q * np.sort(spectrum(kind, 120, rng)) ** 2) @ Q.T)
@@ -675,8 +675,6 @@ def test_some_eigenpairs_of_a_large_matrix(kind, k, monkeypatch):
     torch.testing.assert_close(vectors.T @ vectors, torch.eye(k, dtype=torch.float64), rtol=0, atol=1e-12)
     if kind in ("random", "badly scaled"):
         assert not decompositions
-    if kind == "multiple" and k == 5:
-        assert decompositions
 
 
 # ---- What a review found ------------------------------------------------------------------------------------

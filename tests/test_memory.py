@@ -70,8 +70,9 @@ def test_the_peak_of_a_process(cache, size, K):
     peak, kept, result = map(int, run.stdout.split())
     assert (kept > 0) == (cache != "none")
     assert kept <= max_memory
-    # Products of a linearization with many vectors hold the activations of 32 of them, which the plan does not count.
-    slack = 90 if cache == "linearization" and K > 1 else 60
+    # Products of a linearization with many vectors hold the activations of 32 of them, which the plan does not count;
+    # their peak varies by 45 MB from run to run.
+    slack = 130 if cache == "linearization" and K > 1 else 60
     assert peak <= max_memory + 3 * result + slack * MIB
 
 

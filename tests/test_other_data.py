@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from tqdm import tqdm
 
 import fisherops as fo
+from fisherops._sizes import HOST, SIZES
 
 KINDS = {
     "mc": fo.FisherMCLinearOperator,
@@ -136,7 +137,7 @@ def test_blocks(cache):
 
 @pytest.mark.parametrize("cache", ["auto", "none"])
 def test_progress_of_gram_matrices(cache, capsys, monkeypatch):
-    monkeypatch.setattr("fisherops.scores.cache._MERGED_BYTES", 0)
+    monkeypatch.setitem(SIZES, torch.device("cpu"), HOST._replace(merged=0))
     op, _, X, y = make(cache)
     G, Q = op.scores, op.scores.on((X, y), batch_size=4, cache=cache, progressbar=True)
     for H, other in ((G, None), (G, Q), (Q, G)):

@@ -70,11 +70,13 @@ class InfluenceOfSequences:
 
     timeout = 3600
     queries = 100
-    N = 2000
     pairs = 1
+    N = 2000
+    params = (["transformer"],)
+    param_names = ("network",)
 
-    def setup(self):
-        net, (X, y) = make("transformer", self.N + self.queries)
+    def setup(self, network):
+        net, (X, y) = make(network, self.N + self.queries)
         batches = list(zip(X.split(100), y.split(100), strict=True))
         count = max(1, self.N // 100)
         self.train, self.test = batches[:count], batches[count:] or batches[:1]
@@ -90,7 +92,7 @@ class InfluenceOfSequences:
         for X, y in self.train:
             torch.autograd.grad(loss(net(X), y), params)
 
-    def track_gradients(self):
+    def track_gradients(self, network):
         """Seconds over those of the gradient of the loss of the whole training set."""
         return ratio(self.influence, self.gradient, self.pairs)
 

@@ -114,7 +114,7 @@ class Dual(Dense):
             self.op.device,
             self.iteration.checkpoint is not None,
         )
-        total = torch.as_tensor(self.total, dtype=torch.float64).reshape(-1)
+        total = torch.as_tensor(self.total, dtype=torch.float64, device=self.op.device).reshape(-1)
         identity = {"rows": panels.n, "columns of a panel": panels.width, "checksum of the damping": checksum(total)}
         state = self.iteration.run(self.op, algorithm, **identity)
         return panels, state.squares**0.5

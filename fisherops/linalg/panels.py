@@ -246,7 +246,7 @@ class Cholesky:
     def _restarted(self, itemsize: int, extra: float = 0.0) -> Progress:
         self._panels.forget()
         self._coming = None
-        return Progress(0, itemsize, 0.0, extra, torch.zeros(self._panels.count, dtype=torch.int64))
+        return Progress(0, itemsize, 0.0, extra, torch.zeros(self._panels.count, dtype=torch.int64, device="cpu"))
 
     def step(self, state: Progress) -> Progress | None:
         """Return the state with one more panel, or None if all are done.

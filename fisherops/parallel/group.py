@@ -101,7 +101,8 @@ class Group(Processes):
         self._sizes = Sizes(*map(min, zip(*known, strict=True)))
 
     def sizes(self, device: torch.device) -> Sizes:
-        return self._sizes if device.type == self._device.type else super().sizes(device)
+        is_shared = device.type == self._device.type != "cpu"
+        return self._sizes if is_shared else super().sizes(device)
 
     @property
     def is_broken(self) -> bool:

@@ -8,7 +8,7 @@ import shutil
 import tempfile
 import weakref
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -44,24 +44,27 @@ _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 # ---- Contents ----------------------------------------------------------------------------------
 
 
-def packed(value: Any) -> Any:
+def packed(value: Any, on_host: Callable[[Tensor], Tensor] = Tensor.cpu) -> Any:
     """Return an object as tensors, numbers and texts in lists and dicts, which `torch.load` reads without pickled code.
 
-    Objects become their class and attributes, containers their class and items.
+    Objects become their class and attributes, containers their class and items; `on_host` copies tensors of a device.
     """
     name = type(value).__name__
     if isinstance(value, Tensor):
         own = value.detach()
-        return own if own.untyped_storage().nbytes() == own.nbytes else own.clone()
+        return on_host(own if own.untyped_storage().nbytes() == own.nbytes else own.clone())
     if _CLASSES.get(name) is type(value):
         attributes = value._asdict() if isinstance(value, Window) else vars(value)
-        return {"class": name, "items": {key: packed(item) for key, item in attributes.items()}}
+        return {"class": name, "items": {key: packed(item, on_host) for key, item in attributes.items()}}
     if isinstance(value, Mapping):
-        return {"class": "dict", "items": [[packed(key), packed(item)] for key, item in value.items()]}
+        return {
+            "class": "dict",
+            "items": [[packed(key, on_host), packed(item, on_host)] for key, item in value.items()],
+        }
     if isinstance(value, tuple | frozenset):
         name = "Size" if isinstance(value, torch.Size) else "tuple" if isinstance(value, tuple) else "frozenset"
-        return {"class": name, "items": [packed(item) for item in value]}
-    return [packed(item) for item in value] if isinstance(value, list) else value
+        return {"class": name, "items": [packed(item, on_host) for item in value]}
+    return [packed(item, on_host) for item in value] if isinstance(value, list) else value
 
 
 def unpacked(value: Any, device: torch.device) -> Any:
@@ -86,7 +89,15 @@ def unpacked(value: Any, device: torch.device) -> Any:
 
 def write(file: IO[bytes], batches: list[MaterializedBatch], **manifest: Any) -> None:
     """Write batches to a file, with what else is to be known of them."""
-    content = {"batches": [packed(batch) for batch in batches], **{key: packed(x) for key, x in manifest.items()}}
+    known: dict[Any, tuple[Tensor, Tensor]] = {}
+
+    def on_host(t: Tensor) -> Tensor:  # once for those that share memory
+        key = t.data_ptr(), t.dtype, t.shape, t.stride()
+        if t.device.type != "cpu" and key not in known:
+            known[key] = t, t.cpu()
+        return known[key][1] if key in known else t
+
+    content = {key: packed(x, on_host) for key, x in {"batches": batches, **manifest}.items()}
     torch.save({"format": FORMAT, "version": VERSION, **content}, file)
 
 
