@@ -139,6 +139,15 @@ def scalar(x: Any) -> Any | None:
     return x if known else float(x)  # type: ignore[arg-type]
 
 
+def real(name: str, value: Any) -> int | float:
+    """Return an argument as a Python number, or say that it is no real one."""
+    number: Any = scalar(value)
+    if number is None or isinstance(number, complex):
+        raise TypeError(f"`{name}` must be a real number, got {type(value).__name__}.")
+    own: int | float = number
+    return own
+
+
 def to_tensor(x: Any, name: str) -> Tensor:
     """Convert a data array (inputs or targets) to torch; errors describe it by `name`."""
     try:

@@ -32,11 +32,7 @@ _BLOCK = 256
 
 def as_damping(damping: Any, dtype: torch.dtype = torch.float64) -> float:
     """Return λ as a number that is finite in `dtype` and at least 0."""
-    value = _arrays.scalar(damping)
-    if value is None or isinstance(value, complex):
-        raise TypeError(
-            f"`damping` must be a real number, got {damping if isinstance(damping, str) else type(damping).__name__}."
-        )
+    value = _arrays.real("damping", damping)
     if not 0 <= value <= torch.finfo(dtype).max:
         raise ValueError(
             f"`damping` must be at least 0 and finite in {str(dtype).removeprefix('torch.')}, got {value}. Pass a "

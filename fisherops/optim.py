@@ -40,10 +40,8 @@ _START = 1e-2
 _MOST_ROWS = 4096
 _ROUNDING = 1e-3
 
-
 # What a copy of an optimizer takes over besides groups and states.
 _OWN = ("_schedule", "_is_adaptive", "_trust", "_loss_func", "_model_func", "_method", "_kind", "_seed", "_options")
-
 _ALONE = {"_process_group": None, "_group": None}
 
 
@@ -159,7 +157,7 @@ class NaturalGradient(torch.optim.Optimizer):
             raise ValueError(f"`damping` must be a positive number, a function of the step or 'auto', got {damping!r}.")
         self._schedule, self._is_adaptive = damping if callable(damping) else None, damping == "auto"
         first = _START if self._is_adaptive or callable(damping) else _positive("damping", damping)
-        if not 0 <= _number("momentum", momentum) < 1:
+        if not 0 <= _arrays.real("momentum", momentum) < 1:
             raise ValueError(f"`momentum` must be at least 0 and below 1, got {momentum!r}.")
         if method not in ("auto", "dual", "dense", "primal"):
             raise ValueError(f"`method` must be 'auto', 'dual', 'dense' or 'primal', got {method!r}.")
@@ -501,15 +499,8 @@ def _negative_log_density(likelihood: Likelihood, output: Any, y: Any) -> Tensor
     return total / float(terms.divisor) if likelihood.reduction == "mean" else total
 
 
-def _number(name: str, value: Any) -> float:
-    number = _arrays.scalar(value)
-    if number is None or isinstance(number, complex):
-        raise TypeError(f"`{name}` must be a number, got {type(value).__name__}.")
-    return float(number)
-
-
 def _positive(name: str, value: Any) -> float:
-    number = _number(name, value)
+    number = float(_arrays.real(name, value))
     if not (number > 0 and isfinite(number)):
         raise ValueError(f"`{name}` must be positive and finite, got {value!r}.")
     return number

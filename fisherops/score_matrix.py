@@ -221,7 +221,7 @@ class BatchedScores(Scores):
     def blocks_of_gram(self, other: Scores, step: int) -> Iterator[Tensor]:
         """List G Hᵀ in blocks (b, rows of H), b ≤ `step` or the rows of an example, from those cached if all are."""
         mine = self.materialized()
-        theirs = other.materialized() if isinstance(other, ScoreMatrix) and self.has_columns_of(other) else None
+        theirs = other.materialized() if isinstance(other, BatchedScores) and self.has_columns_of(other) else None
         if not mine or not theirs:
             yield from super().blocks_of_gram(other, step)
             return
@@ -551,15 +551,18 @@ class ScoreMatrix(BatchedScores):
             return self._over("rows", list[MaterializedBatch])
 
         def made(batches: Iterable[BatchScores]) -> list[MaterializedBatch] | None:
-            found: list[MaterializedBatch] = []
-            left, fits = self.max_memory - plan.nbytes, True
+            found: list[MaterializedBatch] | None = []
+            left = self.max_memory - plan.nbytes
             for batch in batches:
-                own = batch.materialized(left) if fits and isinstance(batch, LazyBatch) else batch
-                fits = fits and isinstance(own, MaterializedBatch) and own.nbytes <= left
-                if fits and isinstance(own, MaterializedBatch):
-                    found.append(own)
-                    left -= own.nbytes
-            return found if fits else None
+                if found is None:
+                    continue
+                own = batch.materialized(left) if isinstance(batch, LazyBatch) else batch
+                if own is None or own.nbytes > left:
+                    found = None
+                    continue
+                found.append(own)
+                left -= own.nbytes
+            return found
 
         return self._over("rows", made)
 
@@ -621,11 +624,10 @@ class ScoreMatrix(BatchedScores):
         version = self.problem.look()
         cache = self._cache if read is None and self._version == version else None
         batches = None if cache is None else cache.in_order()
-        if batches is not None and cache is not None and not cache.plan.holds_rows:
-            # Linearizations may evaluate the model again.
-            with _torch.EVALUATION, _torch.own_precision(self.device):
-                return function(batches)
-        if batches is not None:
+        if cache is not None and batches is not None:
+            if not cache.plan.holds_rows:  # linearizations may evaluate the model again
+                with _torch.EVALUATION, _torch.own_precision(self.device):
+                    return function(batches)
             # Nothing of the process is touched: no lock, no random numbers.
             if not _torch.needs_own_precision(self.device):
                 return function(batches)

@@ -3,8 +3,16 @@
 from dataclasses import dataclass
 
 import torch
+from hypothesis import strategies as st
 from torch import nn
 
+import fisherops as fo
+
+KINDS = {
+    "mc": fo.FisherMCLinearOperator,
+    "exact": fo.FisherLinearOperator,
+    "empirical": fo.EmpiricalFisherLinearOperator,
+}
 LOSSES = {"mse": nn.MSELoss, "ce": nn.CrossEntropyLoss, "bce": nn.BCEWithLogitsLoss}
 
 
@@ -137,3 +145,15 @@ def targets(model, X, loss, generator):
     if loss == "bce":
         return torch.randint(2, f.shape, generator=generator).to(f.dtype)
     return torch.randn(f.shape, generator=generator, dtype=f.dtype)
+
+
+def cases(fewest=1):
+    """Draw a case of any architecture and loss, with batches of at most four data, at least some of them."""
+    return st.builds(
+        make_case,
+        architecture=st.sampled_from(ARCHITECTURES),
+        loss=st.sampled_from(sorted(LOSSES)),
+        sizes=st.lists(st.integers(1, 4), min_size=fewest, max_size=3),
+        dtype=st.sampled_from([torch.float32, torch.float64]),
+        seed=st.integers(0, 10**6),
+    )

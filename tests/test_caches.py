@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
-from models import ARCHITECTURES, LOSSES, make_case
+from models import ARCHITECTURES, KINDS, LOSSES, make_case
 from tolerances import assert_same
 from torch import nn
 from torch.nn import functional
@@ -26,12 +26,6 @@ from fisherops.scores.batch import MaterializedBatch
 from fisherops.scores.build import RowsBuilder
 
 CACHES = ("auto", "scores", "factors", "linearization", "none")
-
-KINDS = {
-    "mc": fo.FisherMCLinearOperator,
-    "exact": fo.FisherLinearOperator,
-    "empirical": fo.EmpiricalFisherLinearOperator,
-}
 
 
 def differentiated():
@@ -637,8 +631,12 @@ def test_many_vectors_of_each_datum_never_list_dense_rows(monkeypatch, kind, cac
     monkeypatch.setattr("fisherops.scores.lazy.list_rows", mock.Mock(side_effect=AssertionError("dense rows")))
     monkeypatch.setitem(SIZES, torch.device("cpu"), HOST._replace(block=2**15))  # some vectors at a time
     v = np.ones(op.shape[1])
-    for quantity in ("op.trace()", "op.diagonal()", "op.scores.row_norms()", "op.scores.gram()", "op @ v"):
-        assert_same(*(eval(quantity, {"op": one, "v": v}) for one in (op, known)), dtype="float64")
+    for own, expected in zip(
+        (op.trace(), op.diagonal(), op.scores.row_norms(), op.scores.gram(), op @ v),
+        (known.trace(), known.diagonal(), known.scores.row_norms(), known.scores.gram(), known @ v),
+        strict=True,
+    ):
+        assert_same(own, expected, dtype="float64")
 
 
 def test_products_with_many_columns():

@@ -15,7 +15,7 @@ import simulated
 import torch
 import torch.distributions as td
 from devices import SIMULATED, device_named, on_accelerators, on_every_device
-from models import ARCHITECTURES, LOSSES, make_case
+from models import ARCHITECTURES, KINDS, LOSSES, make_case
 from scipy.sparse.linalg import aslinearoperator
 from tolerances import assert_same
 from torch import nn
@@ -24,11 +24,6 @@ import fisherops as fo
 from fisherops import approximate, linalg
 from fisherops._sizes import HOST, SIZES, Sizes
 
-KINDS = {
-    "mc": fo.FisherMCLinearOperator,
-    "exact": fo.FisherLinearOperator,
-    "empirical": fo.EmpiricalFisherLinearOperator,
-}
 CACHES = ("scores", "factors", "linearization", "none")
 SHIFT = 0.5
 

@@ -13,18 +13,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import ARCHITECTURES, LOSSES, make_case
+from models import KINDS, cases
 from torch import nn
 
 import fisherops as fo
 from fisherops import linalg
 from fisherops.linalg import panels
 
-KINDS = {
-    "mc": fo.FisherMCLinearOperator,
-    "exact": fo.FisherLinearOperator,
-    "empirical": fo.EmpiricalFisherLinearOperator,
-}
 METHODS = ["auto", "dual", "dense", "primal"]
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4}
 
@@ -46,14 +41,7 @@ def problem(dtype=torch.float64, **options):
 
 @settings(max_examples=40)
 @given(
-    st.builds(
-        make_case,
-        architecture=st.sampled_from(ARCHITECTURES),
-        loss=st.sampled_from(sorted(LOSSES)),
-        sizes=st.lists(st.integers(1, 4), min_size=2, max_size=3),
-        dtype=st.sampled_from([torch.float32, torch.float64]),
-        seed=st.integers(0, 10**6),
-    ),
+    cases(2),
     st.sampled_from(sorted(KINDS)),
     st.sampled_from(sorted([*KINDS, "outputs"])),
     st.sampled_from(["auto", "scores", "factors", "linearization", "none"]),

@@ -372,7 +372,7 @@ def test_a_long_run_does_not_grow():
     ("options", "error", "message"),
     [
         ({"lr": 0.0}, ValueError, "`lr` must be positive and finite, got 0.0."),
-        ({"lr": "fast"}, TypeError, "`lr` must be a number, got str."),
+        ({"lr": "fast"}, TypeError, "`lr` must be a real number, got str."),
         ({"damping": -1.0}, ValueError, "`damping` must be positive and finite, got -1.0."),
         ({"damping": "much"}, ValueError, "`damping` must be a positive number, a function of the step or 'auto'"),
         ({"kind": "fisher"}, ValueError, "`kind` must be one of 'exact', 'mc', 'empirical', got 'fisher'."),

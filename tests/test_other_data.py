@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from models import ARCHITECTURES, LOSSES, make_case
+from models import KINDS, cases
 from tolerances import assert_same
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -18,11 +18,6 @@ from tqdm import tqdm
 import fisherops as fo
 from fisherops._sizes import HOST, SIZES
 
-KINDS = {
-    "mc": fo.FisherMCLinearOperator,
-    "exact": fo.FisherLinearOperator,
-    "empirical": fo.EmpiricalFisherLinearOperator,
-}
 CACHES = ["auto", "scores", "factors", "linearization", "none"]
 
 
@@ -42,14 +37,7 @@ def jacobian(case, data):
 
 
 @given(
-    st.builds(
-        make_case,
-        architecture=st.sampled_from(ARCHITECTURES),
-        loss=st.sampled_from(sorted(LOSSES)),
-        sizes=st.lists(st.integers(1, 4), min_size=2, max_size=3),
-        dtype=st.sampled_from([torch.float32, torch.float64]),
-        seed=st.integers(0, 10**6),
-    ),
+    cases(2),
     st.sampled_from(sorted(KINDS)),
     st.sampled_from([None, *sorted(KINDS), "outputs"]),
     st.sampled_from(["term", "datum"]),

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import ARCHITECTURES, LOSSES, make_case
+from models import KINDS, cases, make_case
 from tolerances import assert_same
 from torch import nn
 
@@ -15,11 +15,6 @@ import fisherops as fo
 from fisherops.scores import projection
 from fisherops.scores.projection import Signs
 
-KINDS = {
-    "mc": fo.FisherMCLinearOperator,
-    "exact": fo.FisherLinearOperator,
-    "empirical": fo.EmpiricalFisherLinearOperator,
-}
 CACHES = ["auto", "scores", "factors", "linearization", "none"]
 
 
@@ -29,14 +24,7 @@ def signs_of(G, k, seed=0):
 
 @settings(max_examples=settings.default.max_examples // 5)
 @given(
-    st.builds(
-        make_case,
-        architecture=st.sampled_from(ARCHITECTURES),
-        loss=st.sampled_from(sorted(LOSSES)),
-        sizes=st.lists(st.integers(1, 4), min_size=2, max_size=3),
-        dtype=st.sampled_from([torch.float32, torch.float64]),
-        seed=st.integers(0, 10**6),
-    ),
+    cases(2),
     st.sampled_from(sorted(KINDS)),
     st.sampled_from(["term", "datum"]),
     st.sampled_from(CACHES),

@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from models import ARCHITECTURES, LOSSES, make_case
+from models import KINDS, cases, make_case
 from scipy.sparse.linalg import LinearOperator, svds
 from tolerances import assert_same
 from torch import nn
@@ -14,22 +14,9 @@ from torch.utils.data import DataLoader, TensorDataset
 import fisherops as fo
 from fisherops._sizes import HOST, SIZES
 
-KINDS = {
-    "mc": fo.FisherMCLinearOperator,
-    "exact": fo.FisherLinearOperator,
-    "empirical": fo.EmpiricalFisherLinearOperator,
-}
-
 
 @given(
-    st.builds(
-        make_case,
-        architecture=st.sampled_from(ARCHITECTURES),
-        loss=st.sampled_from(sorted(LOSSES)),
-        sizes=st.lists(st.integers(1, 4), min_size=1, max_size=3),
-        dtype=st.sampled_from([torch.float32, torch.float64]),
-        seed=st.integers(0, 10**6),
-    ),
+    cases(),
     st.sampled_from(sorted(KINDS)),
     st.sampled_from(["term", "datum"]),
     st.sampled_from(["auto", "scores", "factors", "linearization", "none"]),

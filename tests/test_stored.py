@@ -11,7 +11,7 @@ import torch
 from devices import device_named, on_every_device
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import ARCHITECTURES, LOSSES, make_case
+from models import KINDS, cases, make_case
 from tolerances import assert_same
 from torch import nn
 
@@ -19,11 +19,6 @@ import fisherops as fo
 from fisherops import linalg
 from fisherops.scores import store
 
-KINDS = {
-    "mc": fo.FisherMCLinearOperator,
-    "exact": fo.FisherLinearOperator,
-    "empirical": fo.EmpiricalFisherLinearOperator,
-}
 CACHES = ["auto", "scores", "factors", "linearization", "none"]
 
 
@@ -39,14 +34,7 @@ def operator(cache="auto", architecture="dense", **options):
 
 @settings(max_examples=settings.default.max_examples // 5)
 @given(
-    st.builds(
-        make_case,
-        architecture=st.sampled_from(ARCHITECTURES),
-        loss=st.sampled_from(sorted(LOSSES)),
-        sizes=st.lists(st.integers(1, 4), min_size=1, max_size=3),
-        dtype=st.sampled_from([torch.float32, torch.float64]),
-        seed=st.integers(0, 10**6),
-    ),
+    cases(),
     st.sampled_from(sorted(KINDS)),
     st.sampled_from(["term", "datum"]),
     st.sampled_from(CACHES),

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fisherops import _arrays
 from fisherops._linop import TorchLinearOperator
 from fisherops.approximate.structured import BlockDiagonal, Place, StructuredOperator, diagonal_matrix, put
 from fisherops.scores.protocol import Scores
@@ -32,14 +31,6 @@ def scores_of(op: Any) -> tuple[Scores, float]:
             "`process_group` to divide the data alone."
         )
     return G, float(op.shift)
-
-
-def relative(name: str, value: Any) -> float:
-    """Return a relative tolerance as a number; NaN is below no bound."""
-    number = _arrays.scalar(value)
-    if number is None or isinstance(number, complex):
-        raise TypeError(f"`{name}` must be a real number, got {type(value).__name__}. Pass a small one such as 0.01.")
-    return float(number)
 
 
 def shifted(K: StructuredOperator, shift: float) -> StructuredOperator:

@@ -12,17 +12,18 @@ import torch
 from scipy.sparse.linalg import LinearOperator, cg, eigsh
 from torch import Tensor
 
+from fisherops import _arrays
 from fisherops._checks import integer
 from fisherops._linop import TorchLinearOperator, as_damping, as_torch_operator, check_result, same_device
 from fisherops._torch import outside_of_autocast
-from fisherops.approximate.assembly import relative, scores_of
+from fisherops.approximate.assembly import scores_of
 from fisherops.approximate.exact import diagonal, layers
 from fisherops.approximate.factored import ekfac, kfac, kronecker
 from fisherops.approximate.inner import inner_product
 from fisherops.approximate.lowrank import nystrom
 from fisherops.approximate.structured import StructuredOperator
 from fisherops.problem import Parameters
-from fisherops.scores.protocol import Scores
+from fisherops.scores.protocol import Scores, rows_of_block
 from fisherops.scores.selected import SelectedScores
 
 BUILDERS: dict[str, Callable[[Any], StructuredOperator]] = {
@@ -195,8 +196,7 @@ def _inner_of_rows(G: Scores, K: TorchLinearOperator) -> float:
 
 def _rows(G: Scores) -> Iterator[Tensor]:
     """List the rows of G in blocks."""
-    R, D = G.shape
-    step = max(1, G.processes.sizes(G.device).block // (D * G.dtype.itemsize))
+    R, step = G.num_rows, rows_of_block(G)
     for start in range(0, R, step):
         yield G.block(start, min(start + step, R))
 
@@ -279,7 +279,7 @@ def compare(
         dampings = [as_damping(x, G.torch_dtype) for x in given]
     if not dampings:
         raise ValueError("`damping` must have at least one value, got none. Leave it out, or pass λ > 0.")
-    if not 0 < relative("rtol", rtol) < 1:
+    if not 0 < _arrays.real("rtol", rtol) < 1:
         raise ValueError(f"`rtol` must be above 0 and below 1, got {rtol!r}. Pass a relative residual such as 1e-6.")
     maxiter = integer("maxiter", maxiter, 1)
     if min(dampings) + shift == 0:

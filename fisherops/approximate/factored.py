@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fisherops import _arrays
 from fisherops._linop import check_result
 from fisherops._torch import outside_of_autocast
-from fisherops.approximate.assembly import relative, scores_of, shifted
+from fisherops.approximate.assembly import scores_of, shifted
 from fisherops.approximate.model import Model, Part
 from fisherops.approximate.structured import Eigen, Kronecker, StructuredOperator, from_left, from_right
 from fisherops.scores.batch import MaterializedBatch
@@ -184,7 +185,7 @@ def kronecker(op: Any, *, separate_bias: bool = False, tol: float | None = None)
     """
     G, shift = scores_of(op)
     least = _GAIN * torch.finfo(G.torch_dtype).eps
-    if tol is not None and not 0 <= (tol := relative("tol", tol)) < 1:
+    if tol is not None and not 0 <= (tol := _arrays.real("tol", tol)) < 1:
         raise ValueError(f"`tol` must be at least 0 and below 1, got {tol!r}. Pass a small number such as 1e-6.")
     tol = least if tol is None else max(tol, least)
     model = Model(G, False, separate_bias)

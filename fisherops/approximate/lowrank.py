@@ -8,10 +8,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from fisherops import _arrays
 from fisherops._checks import integer
 from fisherops._linop import as_damping, check_result
 from fisherops._torch import outside_of_autocast
-from fisherops.approximate.assembly import relative, scores_of, shifted
+from fisherops.approximate.assembly import scores_of, shifted
 from fisherops.approximate.structured import LowRank, StructuredOperator
 from fisherops.scores.protocol import Scores
 
@@ -84,7 +85,7 @@ def nystrom(
     least = min(R, D)
     if rank is not None and integer("rank", rank, 1) > R:
         raise ValueError(f"`rank` must be at most the {R} rows of the score matrix, got {rank}. Pass a smaller one.")
-    if tol is not None and not 0 < (tol := relative("tol", tol)) < 1:
+    if tol is not None and not 0 < (tol := _arrays.real("tol", tol)) < 1:
         raise ValueError(f"`tol` must be above 0 and below 1, got {tol!r}. Pass a relative error such as 0.01.")
     value = None if damping is None else as_damping(damping, G.torch_dtype)
     if value == 0:

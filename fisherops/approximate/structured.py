@@ -613,12 +613,8 @@ def eigenvectors_of(x: Tensor) -> tuple[Tensor, Tensor]:
             "operator."
         )
     try:
-        pairs = [_eigenvectors_of_low_rank(own) for own in x] if _has_pivots(x) else [None]
-        values, vectors = (
-            torch.linalg.eigh(x)
-            if None in pairs
-            else (torch.stack(own) for own in zip(*(pair for pair in pairs if pair is not None), strict=True))
-        )
+        found = _eigenvectors_of_low_rank(x) if _has_pivots(x) else None
+        values, vectors = torch.linalg.eigh(x) if found is None else found
         if bool(vectors.isfinite().all()):
             return values, vectors
     except RuntimeError:  # torch's LinAlgError is one
@@ -633,23 +629,25 @@ def _has_pivots(x: Tensor) -> bool:
 
 
 def _eigenvectors_of_low_rank(x: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Return eigenvalues (n,) and eigenvectors (n, n) if the rank is at most n/2 to rounding; None otherwise.
+    """Return eigenvalues (g, n) and eigenvectors (g, n, n) if all ranks are at most n/2 to rounding; None otherwise.
 
     P x Pᵀ = L Lᵀ by Cholesky's factorization with pivots. The first r columns of Q in L = Q R span the range, in which
     the eigenvectors are those of an r × r matrix, and the others the null space.
     """
-    n = len(x)
-    # What is left below this is the rounding of x; LAPACK's own tolerance is n times as large.
-    rounding = 2 * torch.finfo(x.dtype).eps * float(x.diagonal().max())
-    factor, pivots, rank, info = _PIVOTED[x.dtype](x.numpy(), lower=True, tol=rounding)
-    if info < 0 or not 0 < rank <= n // 2:
-        return None
-    L = x.new_empty(n, rank)
-    L[torch.from_numpy(pivots).long() - 1] = torch.from_numpy(np.tril(factor[:, :rank]))
-    Q = torch.linalg.qr(L, mode="complete")[0]
-    range_, null = Q[:, :rank], Q[:, rank:]
-    values, U = torch.linalg.eigh(range_.T @ x @ range_)
-    return torch.cat([values.new_zeros(n - rank), values]), torch.cat([null, range_ @ U], 1)
+    n, values, vectors = x.shape[1], torch.zeros_like(x[:, 0]), torch.empty_like(x)
+    for own, own_values, own_vectors in zip(x, values, vectors, strict=True):
+        # What is left below this is the rounding of x; LAPACK's own tolerance is n times as large.
+        rounding = 2 * torch.finfo(x.dtype).eps * float(own.diagonal().max())
+        factor, pivots, rank, info = _PIVOTED[x.dtype](own.numpy(), lower=True, tol=rounding)
+        if info < 0 or not 0 < rank <= n // 2:
+            return None
+        L = own.new_empty(n, rank)
+        L[torch.from_numpy(pivots).long() - 1] = torch.from_numpy(np.tril(factor[:, :rank]))
+        Q = torch.linalg.qr(L, mode="complete")[0]
+        range_, null = Q[:, :rank], Q[:, rank:]
+        own_values[n - rank :], U = torch.linalg.eigh(range_.T @ own @ range_)
+        torch.cat([null, range_ @ U], 1, out=own_vectors)
+    return values, vectors
 
 
 def _inverse_of(x: Tensor, shift: Tensor) -> Tensor:

@@ -217,13 +217,13 @@ class _Problem:
         """
         method = self._method
         if isinstance(method, Dual) and not least_norm:
-            is_wide = False
-            while not is_wide:
+            while True:
                 _prepare(method)
                 found = self.by_solutions(direct=True) if self._vectors_are_cheaper() else self._by_gram()
                 if found.converged:
                     return found
-                is_wide = not method.widen()
+                if not method.widen():
+                    break
         return self.by_solutions(least_norm)
 
     def _vectors_are_cheaper(self) -> bool:

@@ -267,12 +267,12 @@ def _is_setting(x: Any, module: str | None) -> bool:
     """Whether a global variable of a function is looked into; other functions only if they are of a module."""
     if isinstance(x, types.FunctionType):
         return module is None or x.__module__ == module
-    return isinstance(x, nn.Module | Tensor | np.ndarray | dict | list) or _has_settings(x)
+    return isinstance(x, nn.Module | Tensor | np.ndarray | dict | list) or (hasattr(x, "__dict__") and _has_settings(x))
 
 
 def _has_settings(x: Any) -> bool:
-    """Whether an object is one of the user's that may configure a model: no class, no part of Python or torch."""
-    if isinstance(x, type | types.ModuleType | types.FunctionType) or not hasattr(x, "__dict__"):
+    """Whether an object with attributes may configure a model: no class, no part of Python or torch."""
+    if isinstance(x, type | types.ModuleType | types.FunctionType):
         return False
     return type(x).__module__.partition(".")[0] not in ("torch", "logging")
 

@@ -24,7 +24,7 @@ _ONEDNN = 8
 _MANY_ROWS, _FEW_ROWS = 128, 8
 
 # Rows that are summed at once in the compute precision: more of them would lose digits.
-_ROWS_PER_SUM = 2**12
+ROWS_PER_SUM = 2**12
 
 Span = tuple[int, int]
 Block = tuple[Derived, Columns]
@@ -143,8 +143,8 @@ class MaterializedBatch:
         if is_onednn:
             cached, least = _ONEDNN * cached, _MANY_ROWS
         # Kernels for vectors add the rows to the result one after the other.
-        adds_in_place = len(V) == 1 and count <= _ROWS_PER_SUM and not is_onednn
-        step = min(max(least, cached // (length * self._dense.itemsize)), _ROWS_PER_SUM)
+        adds_in_place = len(V) == 1 and count <= ROWS_PER_SUM and not is_onednn
+        step = min(max(least, cached // (length * self._dense.itemsize)), ROWS_PER_SUM)
         total = V.new_zeros(0) if step >= count else torch.zeros_like(V)
         for rows, w in zip(self._dense.split(step), W.split(step, 1), strict=True):
             w += times_transposed(V, rows)
@@ -362,7 +362,7 @@ class MaterializedBatch:
         """Return the squared norms of the columns, (D,)."""
         total = self._dense.new_zeros(1, self._numel)
         squares = CompensatedSum(self._dense.new_empty(self._dense.shape[1]))
-        for rows in self._dense.split(_ROWS_PER_SUM):
+        for rows in self._dense.split(ROWS_PER_SUM):
             squares.add(rows.square().sum(0))
         self._scatter(squares.value()[None], total)
         for name in self._by_name():
@@ -379,7 +379,7 @@ class MaterializedBatch:
                 return derived.pull(columns.col_squares()[None])[name][0]
         # What is held for a parameter is summed before it is squared.
         step = max(
-            1, min(_ROWS_PER_SUM, SIZES[self.device].block // ((stop - start) * self._dense.itemsize)) // self.vectors
+            1, min(ROWS_PER_SUM, SIZES[self.device].block // ((stop - start) * self._dense.itemsize)) // self.vectors
         )
         total = CompensatedSum(self._dense.new_empty(stop - start))
         for n in range(0, self.size, step):

@@ -22,7 +22,7 @@ from fisherops._sums import CompensatedSum, SegmentSum
 _SHORT = 8
 
 # Terms that are summed at once in the compute precision, and vectors of a block of rows likewise.
-_TERMS = 2**12
+TERMS = 2**12
 
 # Sizes up to 2 to this power, and down to its reciprocal, may be squared and summed in float32.
 _SAFE = 24
@@ -95,7 +95,7 @@ class Columns(ABC):
 
     def col_squares(self) -> Tensor:
         """Return the squared norms of the columns, (g, o, i)."""
-        step = min(_TERMS, max(1, SIZES[self.tensors[0].device].filling // math.prod(self.shape)))
+        step = min(TERMS, max(1, SIZES[self.tensors[0].device].filling // math.prod(self.shape)))
         return summed(self.rows(n, n + step).square().sum((0, 1)) for n in range(0, self.count, step))
 
     def row_squares(self) -> Tensor:
@@ -297,7 +297,7 @@ class Factors(Columns):
 
         def of_group(g: int) -> Tensor:
             def inputs(mine: slice, theirs: slice) -> Tensor:
-                products = times_transposed(_flat(A[mine, :, g]), _flat(C[theirs, :, g]))
+                products = times_transposed(flat(A[mine, :, g]), flat(C[theirs, :, g]))
                 return products.add_(2.0 ** -(a + c)) if bias else products
 
             return _gram(inputs, B[:, :, :, g], E[:, :, :, g])
@@ -356,8 +356,8 @@ class Factors(Columns):
 def rows_of_contraction(A: Tensor, B: Tensor) -> Tensor:
     """Return Σ_t b aᵀ of A (N, T, g, i) and B (N, T, q, g, o), (N, q, g, o, i)."""
     (N, T, q, g, o), i = B.shape, A.shape[3]
-    if T > _TERMS:
-        return summed(map(rows_of_contraction, A.split(_TERMS, 1), B.split(_TERMS, 1)))
+    if T > TERMS:
+        return summed(map(rows_of_contraction, A.split(TERMS, 1), B.split(TERMS, 1)))
     if T == 1:
         return B[:, 0].unsqueeze(-1) * A[:, 0][:, None, :, None]
     if i == 1:
@@ -386,7 +386,7 @@ class Table(Columns):
         self._sum = SegmentSum(index.reshape(-1), length)
 
     def apply(self, V: Tensor) -> Tensor:
-        step = max(1, _TERMS // self.shape[2])
+        step = max(1, TERMS // self.shape[2])
         pieces = zip(self.index.split(step, 1), self.gradients.split(step, 2), strict=True)
         return summed(torch.einsum("kntd,nqtd->knq", V[:, 0][:, index], b) for index, b in pieces)
 
@@ -443,7 +443,7 @@ class Table(Columns):
         (N, q, T, d), (M, S, p) = self.gradients.shape, B.shape[:3]
         result = A.new_empty(N, q, M, p)
         step = max(1, SIZES[A.device].filling // (M * S * T * max(q, p)))
-        inputs, outputs = _flat(A[:, :, 0]), B[:, :, :, 0]
+        inputs, outputs = flat(A[:, :, 0]), B[:, :, :, 0]
         for n in range(0, N, step):
             own = self.gradients[n : n + step]
             products = times_transposed(own.reshape(-1, d).contiguous(), inputs).view(len(own), q, T, M, S)
@@ -533,8 +533,8 @@ def _times_power(x: Tensor, exponent: int) -> Tensor:
     return torch.ldexp(x, torch.tensor(exponent, device=x.device)) if exponent else x
 
 
-def _flat(A: Tensor) -> Tensor:
-    """Return (n, T, i) as contiguous rows (n · T, i)."""
+def flat(A: Tensor) -> Tensor:
+    """Return (..., i) as contiguous rows."""
     return A.reshape(-1, A.shape[-1]).contiguous()
 
 

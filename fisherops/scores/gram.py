@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from fisherops.scores.batch import MaterializedBatch
-
-if TYPE_CHECKING:
-    from fisherops.scores.protocol import Scores
+from fisherops.scores.protocol import BLOCKS, Scores, rows_of_block
 
 # Rows of the parts of batches that meet the columns of a panel.
 _ROWS = 2**11
-
-# Blocks of dense rows that are listed at once.
-_BLOCKS = 4
 
 
 def panels_of_batches(
@@ -68,8 +62,7 @@ def parts_of_batches(
 
 def panels_by_rows(G: Scores, width: int, first: int = 0, scale: Tensor | None = None) -> Iterator[Tensor]:
     """List panels as `panels_of_batches` does, by products with blocks of dense rows, none of which may be cached."""
-    R, D = G.shape
-    step = max(1, _BLOCKS * G.processes.sizes(G.device).block // max(1, D * G.dtype.itemsize))
+    R, step = G.num_rows, rows_of_block(G, BLOCKS)
     for start in range(first * width, R, width):
         stop = min(start + width, R)
         panel = torch.empty(R - start, stop - start, dtype=G.torch_dtype, device=G.device)

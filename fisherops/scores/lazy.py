@@ -11,13 +11,10 @@ from fisherops._linop import identity
 from fisherops._sizes import SIZES
 from fisherops.likelihoods.factors import DenseFactor
 from fisherops.problem.evaluation import Evaluation
-from fisherops.scores.batch import MaterializedBatch
+from fisherops.scores.batch import ROWS_PER_SUM, MaterializedBatch
 from fisherops.scores.build import CannotHoldError, RowsBuilder
 from fisherops.scores.kinds import FactorOf, Kind, Sampler
 from fisherops.scores.rows import list_rows
-
-# Rows that are summed in the compute precision without compensation.
-_ROWS_PER_SUM = 4096
 
 # Bytes of the factors that are made at once where none are kept: making them takes about four times as much.
 _PART_BYTES = 2**20
@@ -79,13 +76,12 @@ class LazyBatch:
         """Return the squared norms of the columns, (D,)."""
         D = self._evaluation.problem.parameters.numel
         zeros = self._evaluation.outputs.new_zeros(D)
-        if self.count // self._factor_of.size >= D:  # one product with J for each column
-            return torch.cat([self.apply(units).square().sum(1) for units in self._units()])
-        try:
-            return sum((part.diagonal() for part in self._parts()), zeros)
-        except CannotHoldError:
-            pass
-        if self.count >= D:
+        if self.count // self._factor_of.size < D:
+            try:
+                return sum((part.diagonal() for part in self._parts()), zeros)
+            except CannotHoldError:
+                pass
+        if self.count >= D:  # one product with J for each column
             return torch.cat([self.apply(units).square().sum(1) for units in self._units()])
         return sum((rows.square().sum(0) for rows in self.rows()), zeros)
 
@@ -171,7 +167,7 @@ def squares_of(batch: MaterializedBatch | LazyBatch) -> Iterator[Tensor]:
         yield whole
         return
     for rows in batch.rows():
-        yield from (block.T @ block for block in rows.split(_ROWS_PER_SUM))
+        yield from (block.T @ block for block in rows.split(ROWS_PER_SUM))
 
 
 def rows_or_columns(
@@ -180,6 +176,6 @@ def rows_or_columns(
     """List G of a batch in blocks of rows (r, D): by its D columns if there are fewer of them than rows."""
     if batch.count < D:
         for rows in batch.rows():
-            yield from rows.split(_ROWS_PER_SUM)
+            yield from rows.split(ROWS_PER_SUM)
     else:
         yield torch.cat([batch.apply(units) for units in identity(D, dtype, device, batch.columns)]).T

@@ -15,7 +15,7 @@ from fisherops import _philox
 from fisherops._matmul import times_transposed
 from fisherops.problem import Parameters
 from fisherops.scores.batch import MaterializedBatch
-from fisherops.scores.columns import Columns, Factors, Table, summed
+from fisherops.scores.columns import TERMS, Columns, Factors, Table, flat, summed
 from fisherops.scores.convolutions import Convolution
 from fisherops.scores.derived import Derived, Strided
 from fisherops.scores.lazy import LazyBatch
@@ -28,9 +28,6 @@ _ELEMENTS, _MANY_COLUMNS = 2**22, 8 * _BITS
 
 # Bytes of the factors of a batch that is not cached.
 _BYTES = 2**28
-
-# Positions that are summed at once in the compute precision.
-_TERMS = 2**12
 
 # Words that tell the counters of probes from those of parameters.
 _PROBES_OF_ERROR = 2**32 - 1
@@ -184,8 +181,8 @@ def _of_factors(factors: Factors, left: Tensor, right: Tensor) -> Tensor:
 
     def of_group(group: int, own: slice, positions: slice) -> Tensor:
         a, b = A[own, positions, group], B[own, positions, :, group]
-        inputs = times_transposed(_flat(a), right[:, group].contiguous())
-        outputs = times_transposed(_flat(b), left[:, group].contiguous())
+        inputs = times_transposed(flat(a), right[:, group].contiguous())
+        outputs = times_transposed(flat(b), left[:, group].contiguous())
         product = outputs.view(*b.shape[:3], K).mul_(inputs.view(*a.shape[:2], 1, K))
         return product.sum(1) if product.shape[1] > 1 else product[:, 0]
 
@@ -193,7 +190,7 @@ def _of_factors(factors: Factors, left: Tensor, right: Tensor) -> Tensor:
     found = []
     for n in range(0, N, step):
         own = slice(n, n + step)
-        pieces = [slice(t, t + _TERMS) for t in range(0, T, _TERMS)]
+        pieces = [slice(t, t + TERMS) for t in range(0, T, TERMS)]
         found.append(summed(of_group(group, own, piece) for group in range(g) for piece in pieces))
     return torch.cat(found).flatten(0, 1)
 
@@ -205,14 +202,9 @@ def _of_table(table: Table, left: Tensor, right: Tensor) -> Tensor:
     step = max(1, _ELEMENTS // (T * (q + 1) * K))
     for n in range(0, N, step):
         terms = []
-        for t in range(0, T, _TERMS):
-            b, index = table.gradients[n : n + step, :, t : t + _TERMS], table.index[n : n + step, t : t + _TERMS]
-            products = times_transposed(_flat(b), right[:, 0].contiguous()).view(*b.shape[:3], K)
+        for t in range(0, T, TERMS):
+            b, index = table.gradients[n : n + step, :, t : t + TERMS], table.index[n : n + step, t : t + TERMS]
+            products = times_transposed(flat(b), right[:, 0].contiguous()).view(*b.shape[:3], K)
             terms.append(products.mul_(left[:, 0].T[index][:, None]).sum(2))
         found.append(summed(iter(terms)))
     return torch.cat(found).flatten(0, 1)
-
-
-def _flat(x: Tensor) -> Tensor:
-    """Return (..., i) as contiguous rows."""
-    return x.reshape(-1, x.shape[-1]).contiguous()

@@ -42,7 +42,7 @@ Sums = dict[Key, Tensor]
 SumsOfUses = Callable[[Iterable[MaterializedBatch]], Sums]
 
 # Blocks of rows that are multiplied at once where they are not cached as such.
-_BLOCKS = 4
+BLOCKS = 4
 
 # Random vectors by which the error of a projection is measured.
 _PROBES = 8
@@ -311,7 +311,7 @@ class Scores(TorchLinearOperator):
         >>> mean.shape
         (15,)
         """
-        step = _rows_of_block(self) if size is None else integer("size", size, 1)
+        step = rows_of_block(self, BLOCKS) if size is None else integer("size", size, 1)
         self.require_order()
         rows = self.num_rows
         return (
@@ -504,9 +504,9 @@ def clipped(start: int, stop: int, rows: int) -> tuple[int, int]:
     return min(max(start, 0), rows), min(max(stop, 0), rows)
 
 
-def _rows_of_block(G: Scores) -> int:
-    """Return how many rows are listed at once."""
-    step: int = _BLOCKS * G.processes.sizes(G.device).block // max(1, G.parameters.numel * G.dtype.itemsize)
+def rows_of_block(G: Scores, blocks: int = 1) -> int:
+    """Return how many dense rows fit into a number of blocks."""
+    step: int = blocks * G.processes.sizes(G.device).block // max(1, G.parameters.numel * G.dtype.itemsize)
     return max(1, step)
 
 
@@ -514,7 +514,7 @@ def by_rows(G: Scores, H: Scores, scale: Tensor | None = None) -> Tensor:
     """Return G diag(scale) Hᵀ by products with blocks of the rows of G, none of which may be cached."""
     if H.is_listed and not G.is_listed:
         return by_rows(H, G, scale).T
-    R, step = G.num_rows, _rows_of_block(G)
+    R, step = G.num_rows, rows_of_block(G, BLOCKS)
     blocks = [torch.empty(0, H.num_rows, dtype=G.torch_dtype, device=G.device)]
     bar = BAR.get()
     if bar is not None:

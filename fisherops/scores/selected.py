@@ -16,7 +16,7 @@ from fisherops._sums import CompensatedSum
 from fisherops.problem import Parameters
 from fisherops.scores.batch import MaterializedBatch
 from fisherops.scores.kinds import Kind
-from fisherops.scores.protocol import CacheSize, Scores, Sums, SumsOfUses, by_rows
+from fisherops.scores.protocol import CacheSize, Scores, Sums, SumsOfUses, by_rows, rows_of_block
 
 
 class SelectedScores(Scores):
@@ -162,7 +162,7 @@ class SelectedScores(Scores):
 
     def _blocks(self) -> Iterator[Tensor]:
         """List the rows in blocks (r, d)."""
-        step = max(1, self.processes.sizes(self.device).block // (self._G.parameters.numel * self.dtype.itemsize))
+        step = rows_of_block(self._G)
         for start in range(0, self.num_rows, step):
             yield self.block(start, min(start + step, self.num_rows))
 
